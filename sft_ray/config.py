@@ -1,0 +1,439 @@
+"""One experiment as one tree: every key, its meaning, its unit and its default.
+
+The order of precedence is defaults < YAML < command line.  Unknown keys are refused and all
+problems are reported together.  The resolved tree is written into the run folder.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from sft_ray import space as spaces
+from sft_ray.errors import ConfigError, did_you_mean
+
+ENV_REFERENCE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+SPACE_PREFIX = "search.space."
+
+
+def expand_environment(value: Any) -> Any:
+    """Replace `${NAME}` and `${NAME:-default}` in a text; other values pass through."""
+
+    def lookup(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(2)
+        found = os.environ.get(name) or default
+        if found is None:
+            raise ValueError(
+                f"the environment variable {name} is not set; set it or write ${{{name}:-default}}"
+            )
+        return found
+
+    return ENV_REFERENCE.sub(lookup, value) if isinstance(value, str) else value
+
+
+Location = Annotated[str, BeforeValidator(expand_environment), Field(min_length=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of every part of the tree: unknown keys and silent conversions are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Columns(Section):
+    """Names of the columns that hold the task's fields."""
+
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        used = [name for name in (self.text, self.text_pair, self.label) if name is not None]
+        if len(set(used)) < len(used):
+            raise ValueError(f"each field needs a column of its own, got {used}")
+        return self
+
+
+class Limit(Section):
+    """First n examples after a seeded shuffle; null takes all."""
+
+    train: Annotated[int, Field(ge=1)] | None = None
+    validation: Annotated[int, Field(ge=1)] | None = None
+
+
+class Split(Section):
+    """Fractions cut off one file or split that holds everything, stratified by label."""
+
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test: Fraction = 0.0
+
+
+class Splits(Section):
+    """Names of the data set's splits, with `datasets`' own slicing (`train[5%:]`)."""
+
+    train: str = "train"
+    validation: str = "validation"
+    test: str | None = None
+
+
+class Data(Section):
+    """Where examples come from: a data set (`path`) or files (`train`, `validation`, `test`)."""
+
+    path: Location | None = None
+    config: str | None = None
+    revision: str | None = None
+    splits: Splits | None = None
+    train: Location | None = None
+    validation: Location | None = None
+    test: Location | None = None
+    split: Split | None = None
+    columns: Columns = Columns()
+    max_length: Annotated[int, Field(ge=4, le=8192)] = 128
+    limit: Limit = Limit()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.train is None):
+            got = "both" if self.path else "neither"
+            raise ValueError(f"exactly one of `path` and `train` must be given, got {got}")
+        if self.path is not None and (self.validation or self.test):
+            raise ValueError("`validation` and `test` files go with `train`; use `splits` here")
+        if self.train is not None and (self.splits or self.config):
+            raise ValueError("`splits` and `config` go with `path`; remove them beside `train`")
+        if self.validation is not None and self.split is not None:
+            raise ValueError("a `validation` file and `split` exclude each other; keep one")
+        if self.split is not None and self.split.validation + self.split.test >= 1:
+            raise ValueError(f"split leaves nothing to train on, got {self.split!r}")
+        return self
+
+
+class Regularization(Section):
+    """A penalty on the trained weights that are neither bias nor normalisation.
+
+    `weight_decay` is decoupled (Loshchilov and Hutter 2019); `l1`, `l2` and `l2_sp` (Li et al.
+    2018) are lambda R(theta), added to the loss.
+    """
+
+    kind: Literal["none", "weight_decay", "l1", "l2", "l2_sp"] = "none"
+    strength: Annotated[float, Field(ge=0, le=1e3)] | None = None
+
+    @model_validator(mode="after")
+    def _strength_where_needed(self) -> Self:
+        if self.kind == "none" and self.strength is not None:
+            raise ValueError(f"kind none takes no strength, got {self.strength}; remove it")
+        if self.kind != "none" and self.strength is None:
+            raise ValueError(f"kind {self.kind} needs a strength, for example 0.01")
+        return self
+
+
+class Train(Section):
+    """One configuration of fine-tuning; every field can be searched."""
+
+    optimizer: Literal["adamw"] = "adamw"
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Fraction = 0.06  # fraction of all optimiser steps
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-5
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 32  # global: over all workers
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 3
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    regularization: Regularization = Regularization(kind="weight_decay", strength=0.01)
+    frozen_layers: Annotated[int, Field(ge=0)] | Literal["all"] = 0
+
+
+class Budget(Section):
+    """Ends a search before its trials are used up; the first limit that is reached counts."""
+
+    wall_minutes: Annotated[float, Field(gt=0)] | None = None
+    worker_hours: Annotated[float, Field(gt=0)] | None = None
+    target: float | None = None  # a value of the objective that is good enough
+
+
+class Search(Section):
+    """What is searched, by what, and how long."""
+
+    objective: str | None = None
+    space: dict[str, Any] | None = None
+    trials: Annotated[int, Field(ge=1, le=100_000)] = 32
+    sampler: Literal["tpe", "random"] = "tpe"
+    pruner: Literal["successive_halving", "none"] = "successive_halving"
+    rungs: list[Annotated[int, Field(ge=1, le=99)]] = [10, 33]  # percent of a trial's schedule
+    reduction_factor: Annotated[int, Field(ge=2, le=100)] = 3
+    default_recipe: bool = True
+    enqueue: list[dict[str, Any]] = []
+    budget: Budget = Budget()
+
+    @field_validator("rungs")
+    @classmethod
+    def _ascending(cls, rungs: list[int]) -> list[int]:
+        if sorted(set(rungs)) != rungs:
+            raise ValueError(f"rungs must ascend and not repeat, got {rungs}")
+        return rungs
+
+    @field_validator("space")
+    @classmethod
+    def _parses(cls, raw: dict[str, Any] | None) -> dict[str, Any] | None:
+        if raw is not None:
+            problems = _space_problems(raw)
+            if problems:
+                raise ValueError("\n".join(problems))
+        return raw
+
+    @property
+    def domains(self) -> spaces.Space:
+        """The parsed space; empty until a default has been filled in."""
+        return spaces.parse_space(self.space or {})
+
+
+class Checkpoint(Section):
+    """Which checkpoints stay on disk."""
+
+    every_minutes: Annotated[float, Field(gt=0)] = 10
+    keep: Annotated[int, Field(ge=1)] = 5  # best model folders under trials/
+
+
+class Resources(Section):
+    """What one trial uses and how many run at once; `auto` follows the cluster."""
+
+    workers_per_trial: Annotated[int, Field(ge=1)] = 1
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    slots: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    trials_per_gpu: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _ranks_never_share_a_gpu(self) -> Self:
+        if self.trials_per_gpu > 1 and self.workers_per_trial > 1:
+            raise ValueError(
+                "trials_per_gpu above 1 needs workers_per_trial 1 (two ranks of a trial never "
+                f"share a GPU), got workers_per_trial {self.workers_per_trial}"
+            )
+        return self
+
+
+class Experiment(Section):
+    """The whole experiment; the contract of the YAML."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    model: Location
+    revision: str | None = None
+    task: Literal["text-classification"] = "text-classification"
+    data: Data
+    train: Train = Train()
+    search: Search = Search()
+    confirm: None = None
+    checkpoint: Checkpoint = Checkpoint()
+    resources: Resources = Resources()
+    storage: Location = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None) -> Self:
+        """Read a YAML file and apply `dotted.path=value` overrides.
+
+        Raises:
+            ConfigError: every problem found, one line each, led by the file's name.
+        """
+        return cls.from_tree(read_tree(path, overrides or []), source=str(path))
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any], source: str = "experiment") -> Self:
+        """Validate a plain tree.
+
+        Raises:
+            ConfigError: every problem found, one line each, led by `source`.
+        """
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError(*(f"{source}: {p}" for p in explain(error))) from None
+
+    @classmethod
+    def what_is_valid(cls, tree: dict[str, Any]) -> Self | None:
+        """The tree without its invalid keys, for finding further problems; None if too little."""
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            for problem in error.errors():
+                _delete(tree, problem["loc"])
+            try:
+                return cls.model_validate(tree)
+            except ValidationError:
+                return None
+
+    def to_tree(self) -> dict[str, Any]:
+        """Plain values, ready for YAML or JSON."""
+        return self.model_dump(mode="json")
+
+    def with_space(self, raw: dict[str, Any]) -> Self:
+        """The same experiment with its search space written out."""
+        return self.model_copy(update={"search": self.search.model_copy(update={"space": raw})})
+
+
+def read_tree(path: str | Path, overrides: list[str]) -> dict[str, Any]:
+    """The plain tree of a YAML 1.2 file (`2e-5` is a number) with overrides applied.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or an override is malformed.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give the path of an experiment's YAML") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path}: an experiment is a mapping of keys, got {type(tree).__name__}; "
+            "start from experiments/quickstart.yaml"
+        )
+    problems = [problem for text in overrides if (problem := _override(tree, text))]
+    if problems:
+        raise ConfigError(*problems)
+    return tree
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Safe-load YAML 1.2; duplicate keys are refused."""
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise ConfigError(f"{source}{where}: not valid YAML: {error.problem}") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def dump_yaml(tree: dict[str, Any]) -> str:
+    """YAML text of a plain tree, keys in their order."""
+    yaml, text = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(tree, text)
+    return text.getvalue()
+
+
+def _override(tree: dict[str, Any], text: str) -> str | None:
+    """Set one `dotted.path=value`; below `search.space.` the rest of the path is one key."""
+    path, equals, value = text.partition("=")
+    if not equals or not all(path.split(".")):
+        return f"{text}: an override is written dotted.path=value, for example search.trials=6"
+    if path.startswith(SPACE_PREFIX):
+        keys = ["search", "space", path.removeprefix(SPACE_PREFIX)]
+    else:
+        keys = path.split(".")
+    node = tree
+    for key in keys[:-1]:
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict):
+            return f"{text}: {key} holds {node!r}, which has no keys below it"
+    try:
+        node[keys[-1]] = parse_yaml(value, text)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def explain(error: ValidationError) -> list[str]:
+    """One line per problem: dotted path, rule, what was got, how to mend it."""
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in _without_union_tags(problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            section = _section_at(problem["loc"][:-1])
+            lines.append(f"{path}: unknown key; {did_you_mean(path.split('.')[-1], section)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{path}: this key is required")
+        elif path == "search.space" and problem["type"] == "value_error":
+            lines.extend(str(problem["ctx"]["error"]).splitlines())
+        elif problem["type"] == "value_error":
+            lines.append(f"{path}: {problem['ctx']['error']}".removeprefix(": "))
+        elif path == "confirm":
+            lines.append("confirm: confirmation runs are not available yet; leave it out or null")
+        else:
+            got = problem["input"]
+            lines.append(f"{path}: {_lower(problem['msg'])}, got {got!r}{_hint(got, problem)}")
+    return list(dict.fromkeys(lines))
+
+
+def _hint(got: Any, problem: Any) -> str:
+    if problem["type"] == "literal_error" and isinstance(got, str):
+        known = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        return f"; {did_you_mean(got, known)}"
+    return ""
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _without_union_tags(loc: tuple[int | str, ...]) -> list[int | str]:
+    """Pydantic appends the tried member of a union (`int`, `literal['auto']`) to the path."""
+    return [part for part in loc if not re.match(r"^(constrained-)?(int|float|literal\[.*)$", str(part))]
+
+
+def _section_at(loc: tuple[int | str, ...]) -> list[str]:
+    model: Any = Experiment
+    for part in loc:
+        annotation = model.model_fields[part].annotation
+        options = getattr(annotation, "__args__", (annotation,))
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
+    return list(model.model_fields)
+
+
+def _delete(tree: Any, loc: tuple[int | str, ...]) -> None:
+    path = _without_union_tags(loc)
+    for part in path[:-1]:
+        if not isinstance(tree, dict) or part not in tree:
+            return
+        tree = tree[part]
+    if isinstance(tree, dict) and path:
+        tree.pop(path[-1], None)
+
+
+def apply_values(train: Train, values: dict[str, Any]) -> Train:
+    """`train` with `train.<field>` paths replaced; values are validated."""
+    fields = {path.removeprefix("train."): value for path, value in values.items()}
+    return Train.model_validate({**train.model_dump(), **fields})
+
+
+def _space_problems(raw: dict[str, Any]) -> list[str]:
+    """Every path must be a field of `train` that accepts each end of its domain."""
+    problems: list[str] = []
+    known = [f"train.{name}" for name in Train.model_fields]
+    for path in raw:
+        if path not in known:
+            hint = did_you_mean(path, known)
+            problems.append(f"search.space.{path}: only fields of train can be searched; {hint}")
+    try:
+        space = spaces.parse_space({path: raw[path] for path in raw if path in known})
+    except ConfigError as error:
+        return problems + list(error.problems)
+    for path, value in spaces.boundary_values(space):
+        try:
+            apply_values(Train(), {path: value})
+        except ValidationError as error:
+            tail = explain(error)[0].split(": ", 1)[-1]
+            problems.append(f"search.space.{path}: {tail}")
+    return list(dict.fromkeys(problems))

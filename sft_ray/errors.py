@@ -1,0 +1,43 @@
+"""Errors a user can act on.
+
+Each carries one or more lines; a line states the rule, what was got and how to mend it.
+The command line prints the lines and exits with code 2, without a traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SftError(Exception):
+    """Base of every error that is the user's to mend.
+
+    Args:
+        problems: one line per problem, all that were found.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class ConfigError(SftError):
+    """An experiment, an override or a run folder that does not fit the rules."""
+
+
+class DataError(SftError):
+    """A data set that cannot be read or does not fit its task."""
+
+
+class ResourceError(SftError):
+    """More workers, GPUs or storage than there are, or a cluster that cannot be reached."""
+
+
+class TrialError(SftError):
+    """A search that could not go on because its trials or slots kept failing."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint naming the closest known name, or all of them when none is close."""
+    names = [str(candidate) for candidate in known]
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

@@ -1,0 +1,1 @@
+"""Fine-tuning of encoders in plain torch and transformers: usable without Ray."""

@@ -1,0 +1,108 @@
+"""Global batches, per-worker shares and padding.
+
+Membership and order of the global batches depend on (seed, epoch, batch size, data) only; the
+number of workers decides nothing but who computes what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sft_ray.training.data import Examples, IntArray
+from sft_ray.training.seeds import derived_seed
+
+BUCKET_BATCHES = 50  # batches that are sorted by length together
+EVAL_TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's share of a global batch, padded to its own longest example.
+
+    Attributes:
+        inputs: what the model takes; tensors [share, length].
+        labels: class ids, [share].
+        weights: 1 for an example that counts, 0 for the stand-in of an empty share, [share].
+    """
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    weights: torch.Tensor
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    return -(-num_examples // batch_size)
+
+
+def global_batches(
+    lengths: IntArray, *, batch_size: int, seed: int, epoch: int
+) -> list[IntArray]:
+    """Indices of the examples of every optimiser step of one epoch, each example exactly once.
+
+    Shuffled, then sorted by length within buckets of `BUCKET_BATCHES` batches so that examples of
+    like length share a batch, then the batches are shuffled.
+    """
+    rng = np.random.default_rng(derived_seed(seed, "order", epoch))
+    order = rng.permutation(len(lengths))
+    bucket = batch_size * BUCKET_BATCHES
+    batches: list[IntArray] = []
+    for start in range(0, len(order), bucket):
+        chunk = order[start : start + bucket]
+        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
+        batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def share(indices: IntArray, rank: int, size: int) -> IntArray:
+    """Every `size`-th example of a length-sorted global batch, so shares carry like work."""
+    return indices[rank::size]
+
+
+def evaluation_shares(lengths: IntArray, rank: int, size: int) -> Iterator[IntArray]:
+    """This worker's evaluation batches; over all workers every example occurs exactly once."""
+    mine = np.argsort(lengths, kind="stable")[rank::size]
+    start = 0
+    while start < len(mine):
+        # Sorted ascending, so the last of a batch is its longest: count padded tokens by it.
+        end = start + 1
+        while end < len(mine) and (end + 1 - start) * lengths[mine[end]] <= EVAL_TOKENS_PER_BATCH:
+            end += 1
+        yield mine[start:end]
+        start = end
+
+
+def collate(
+    examples: Examples, indices: IntArray, *, pad_token: int, device: torch.device
+) -> Batch:
+    """Pad and move one share; an empty share becomes one example of weight 0.
+
+    A worker without examples must still take part in the step's collectives.
+    """
+    weights = torch.ones(max(len(indices), 1))
+    if len(indices) == 0:
+        indices, weights = np.array([0]), torch.zeros(1)
+    starts, lengths = examples.offsets[indices], examples.lengths[indices]
+    within_BL = np.arange(lengths.max())[None, :]
+    mask_BL = within_BL < lengths[:, None]
+    source_BL = np.where(mask_BL, starts[:, None] + within_BL, 0)
+    inputs = {
+        "input_ids": np.where(mask_BL, examples.tokens[source_BL], pad_token),
+        "attention_mask": mask_BL,
+    }
+    if examples.segments is not None:
+        inputs["token_type_ids"] = np.where(mask_BL, examples.segments[source_BL], 0)
+
+    def to_device(tensor: torch.Tensor) -> torch.Tensor:
+        if device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
+
+    return Batch(
+        inputs={k: to_device(torch.from_numpy(v.astype(np.int64))) for k, v in inputs.items()},
+        labels=to_device(torch.from_numpy(examples.labels[indices])),
+        weights=to_device(weights),
+    )

@@ -1,0 +1,250 @@
+"""Fine-tune one configuration: the loop, its marks and the step.
+
+Knows a `World` and a `report` callable and nothing of who runs it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from sft_ray.config import Train
+from sft_ray.training import batches, metrics
+from sft_ray.training.batches import Batch
+from sft_ray.training.data import Dataset, Examples
+from sft_ray.training.model import Pretrained
+from sft_ray.training.optim import build_optimizer, build_schedule
+from sft_ray.training.regularize import bind_penalty
+from sft_ray.training.seeds import derived_seed
+from sft_ray.training.tasks import Task
+from sft_ray.training.world import World, resolve_precision
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a trial's own schedule at which it is evaluated and reported."""
+
+    percent: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far; `weights` are the trained weights it was made with (CPU)."""
+
+    percent: int
+    score: float
+    metrics: dict[str, float]
+    weights: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known at a mark.  Times and counts run from the start of the trial.
+
+    Attributes:
+        index: number of the mark, from 0.
+        metrics: of the validation split; empty after a fault and on ranks above 0.
+        best: of this trial, this mark included; None after a first-mark fault and on ranks
+            above 0.
+        train_loss: mean task loss since the previous mark, nats per example.
+        penalty: lambda R(theta) at this mark.
+        fault: why the configuration cannot go on, if so.
+    """
+
+    index: int
+    percent: int
+    step: int
+    num_steps: int
+    epochs_run: float
+    metrics: dict[str, float]
+    best: Best | None
+    train_loss: float
+    penalty: float
+    examples_seen: int
+    train_seconds: float
+    eval_seconds: float
+    fault: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.percent == 100 and self.fault is None
+
+
+Report = Callable[[Progress], bool]
+
+
+def schedule_marks(rungs: list[int], epochs: int, steps_per_epoch: int) -> list[Mark]:
+    """The sorted unique percents of rungs and epoch ends of a schedule.
+
+    An epoch end within 1 of a rung is that rung; a rung that falls on step 0 is the first step.
+    """
+    num_steps = epochs * steps_per_epoch
+    step_at = {rung: max(1, round(rung * num_steps / 100)) for rung in rungs}
+    for epoch in range(1, epochs + 1):
+        exact = 100 * epoch / epochs
+        near = [rung for rung in rungs if abs(exact - rung) <= 1]
+        step_at[near[0] if near and epoch < epochs else round(exact)] = epoch * steps_per_epoch
+    return [Mark(percent, step_at[percent]) for percent in sorted(step_at)]
+
+
+def fit(
+    train: Train,
+    *,
+    pretrained: Pretrained,
+    dataset: Dataset,
+    task: Task,
+    objective: str,
+    rungs: list[int],
+    pad_token: int,
+    seed: int,
+    world: World,
+    report: Report,
+) -> None:
+    """Train `pretrained` from its pristine weights, reporting at every mark.
+
+    `report` is called on every rank with the same mark and must answer the same on all of them:
+    True goes on to the next mark, False ends the trial.  A fault of the configuration (a loss or
+    gradient that is not finite) is reported once and ends the trial.
+    """
+    torch.manual_seed(derived_seed(seed, "dropout", world.rank))
+    clock = _Clock(world)
+    dtype, _ = resolve_precision(train.precision, world.device)
+    pretrained.reset(train.frozen_layers)
+    model = world.wrap(pretrained.model)
+    trainable = list(pretrained.trainable().values())
+    penalty = bind_penalty(train.regularization, pretrained)
+    steps_per_epoch = batches.steps_per_epoch(len(dataset.train), train.batch_size)
+    num_steps = steps_per_epoch * train.epochs
+    optimizer = build_optimizer(train, trainable)
+    schedule = build_schedule(train, optimizer, num_steps)
+    marks = schedule_marks(rungs, train.epochs, steps_per_epoch)
+    lengths = dataset.train.lengths
+
+    def evaluate_and_report(index: int, mark: Mark, fault: str | None) -> bool:
+        nonlocal best, loss_sum, examples_since
+        clock.enter("eval")
+        train_loss = float(world.sum(loss_sum)) / max(examples_since, 1)
+        found: dict[str, float] = {}
+        if fault is None:
+            logits = evaluate(pretrained, dataset.validation, pad_token, world, dtype)
+            if world.rank == 0:
+                table = {name: metric for name, (metric, _) in task.metrics.items()}
+                found = metrics.score(table, logits, dataset.validation.labels)
+                sign = 1 if task.direction(objective) == "maximize" else -1
+                if best is None or sign * found[objective] > sign * best.score:
+                    weights = pretrained.trainable().items()
+                    copies = {n: p.detach().to("cpu", copy=True) for n, p in weights}
+                    best = Best(mark.percent, found[objective], found, copies)
+        clock.enter("other")
+        go_on = report(
+            Progress(
+                index=index,
+                percent=mark.percent,
+                step=step,
+                num_steps=num_steps,
+                epochs_run=step / steps_per_epoch,
+                metrics=found,
+                best=best,
+                train_loss=train_loss,
+                penalty=penalty.value(),
+                examples_seen=examples_seen,
+                train_seconds=clock.seconds["train"],
+                eval_seconds=clock.seconds["eval"],
+                fault=fault,
+            )
+        )
+        loss_sum, examples_since = torch.zeros_like(loss_sum), 0
+        pretrained.train()
+        clock.enter("train")
+        return go_on and fault is None
+
+    best: Best | None = None
+    step = next_mark = examples_seen = examples_since = 0
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    clock.enter("train")
+    for epoch in range(train.epochs):
+        for indices in batches.global_batches(
+            lengths, batch_size=train.batch_size, seed=seed, epoch=epoch
+        ):
+            mine = batches.share(indices, world.rank, world.size)
+            batch = batches.collate(
+                dataset.train, mine, pad_token=pad_token, device=world.device
+            )
+            for group in optimizer.param_groups:
+                learning_rate = group["lr"]
+            loss = forward_loss(model, batch, task, dtype)
+            loss_sum += loss.detach()
+            # DDP averages gradients over workers; the step wants the sum over the global batch
+            # divided by its count.
+            (loss * (world.size / len(indices))).backward()
+            penalty.add_gradient()
+            norm = nn.utils.clip_grad_norm_(trainable, train.max_grad_norm)
+            step += 1
+            examples_seen += len(indices)
+            examples_since += len(indices)
+            # The norm is the same on every rank, so all of them stop here or none.
+            if not math.isfinite(float(norm)):
+                reason = f"gradient not finite at step {step}, learning rate {learning_rate:.3g}"
+                evaluate_and_report(next_mark, Mark(100 * step // num_steps, step), reason)
+                return
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            while next_mark < len(marks) and marks[next_mark].step == step:
+                if not evaluate_and_report(next_mark, marks[next_mark], None):
+                    return
+                next_mark += 1
+
+
+def forward_loss(model: nn.Module, batch: Batch, task: Task, dtype: torch.dtype) -> torch.Tensor:
+    """Sum of the task's loss over the examples of one share."""
+    autocast = torch.autocast(batch.labels.device.type, dtype, enabled=dtype != torch.float32)
+    with autocast:
+        logits = model(**batch.inputs).logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (task.loss(logits, batch.labels) * batch.weights.to(logits.dtype)).sum()
+
+
+@torch.no_grad()
+def evaluate(
+    pretrained: Pretrained,
+    examples: Examples,
+    pad_token: int,
+    world: World,
+    dtype: torch.dtype = torch.float32,
+) -> metrics.Logits:
+    """Logits of every example in order, [n, classes], the same for any number of workers."""
+    model = pretrained.model
+    model.eval()
+    shape = (len(examples), model.config.num_labels)
+    weight_dtype = next(model.parameters()).dtype
+    logits_NC = torch.zeros(shape, dtype=weight_dtype, device=world.device)
+    for indices in batches.evaluation_shares(examples.lengths, world.rank, world.size):
+        batch = batches.collate(examples, indices, pad_token=pad_token, device=world.device)
+        with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(**batch.inputs).logits
+        logits_NC[torch.from_numpy(indices).to(world.device)] = logits.to(weight_dtype)
+    gathered: metrics.Logits = np.asarray(world.sum(logits_NC).cpu().numpy())
+    return gathered
+
+
+class _Clock:
+    """Seconds spent per activity; entering one ends the other."""
+
+    def __init__(self, world: World) -> None:
+        self.seconds = {"train": 0.0, "eval": 0.0, "other": 0.0}
+        self._world = world
+        self._activity, self._since = "other", time.monotonic()
+
+    def enter(self, activity: str) -> None:
+        self._world.synchronize()
+        now = time.monotonic()
+        self.seconds[self._activity] += now - self._since
+        self._activity, self._since = activity, now

