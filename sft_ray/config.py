@@ -282,9 +282,27 @@ class Experiment(Section):
         """Plain values, ready for YAML or JSON."""
         return self.model_dump(mode="json")
 
+    def anchored(self) -> Self:
+        """The same experiment with absolute local paths, for processes that work elsewhere."""
+        data = self.data.model_copy(
+            update={
+                name: _absolute(getattr(self.data, name))
+                for name in ("path", "train", "validation", "test")
+            }
+        )
+        places = {"model": _absolute(self.model), "data": data}
+        if "://" not in self.storage:
+            places["storage"] = str(Path(self.storage).absolute())
+        return self.model_copy(update=places)
+
     def with_space(self, raw: dict[str, Any]) -> Self:
         """The same experiment with its search space written out."""
         return self.model_copy(update={"search": self.search.model_copy(update={"space": raw})})
+
+
+def _absolute(place: str | None) -> str | None:
+    """A path that exists here as an absolute one; hub ids and URIs pass through."""
+    return str(Path(place).absolute()) if place and Path(place).exists() else place
 
 
 def read_tree(path: str | Path, overrides: list[str]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""From study and run store to tables; no torch, no ray."""

@@ -1,0 +1,49 @@
+"""How a trial ended, as the study keeps it and results.json tells it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of one trial.
+
+    Attributes:
+        reason: why a trial that is not COMPLETE ended.
+        fault: the configuration itself was at fault (a violated constraint).
+        score: best evaluation of the objective, and the percent of the schedule it was made at.
+        metrics: of that evaluation.
+        has_checkpoint: whether `trials/<n>/best` was written with the weights of `score`.
+    """
+
+    reason: str | None = None
+    fault: bool = False
+    score: float | None = None
+    score_percent: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    has_checkpoint: bool = False
+    restarts: int = 0
+    schedule_percent: int = 0
+    epochs_run: float = 0.0
+    examples_seen: int = 0
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    overhead_seconds: float = 0.0
+
+    @property
+    def slot_seconds(self) -> float:
+        return self.train_seconds + self.eval_seconds + self.overhead_seconds
+
+    @property
+    def examples_per_second(self) -> float | None:
+        """Training throughput."""
+        return self.examples_seen / self.train_seconds if self.train_seconds else None
+
+    def to_tree(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> Self:
+        return cls(**tree)

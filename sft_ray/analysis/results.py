@@ -1,0 +1,105 @@
+"""results.json: what a search returns and prints, computed from the study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from sft_ray.analysis.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The outcome of a search; `tree` is results.json."""
+
+    location: str
+    tree: dict[str, Any]
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The winner: trial, params, validation, gain_over_default, checkpoint."""
+        best: dict[str, Any] = self.tree["best"]
+        return best
+
+    @property
+    def trials(self) -> list[dict[str, Any]]:
+        """One row per trial, by number."""
+        trials: list[dict[str, Any]] = self.tree["trials"]
+        return trials
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the winner, for `from_pretrained`; a URI on object stores."""
+        return Path(self.best["checkpoint"])
+
+
+def trial_row(trial: FrozenTrial, seed: int) -> dict[str, Any]:
+    """One trial as results.json and trial.json hold it."""
+    outcome = Outcome.from_tree(trial.user_attrs.get("outcome", {}))
+    return {
+        "number": trial.number,
+        "state": trial.state.name,
+        "role": trial.user_attrs.get("role", "sampled"),
+        "reason": outcome.reason,
+        "params": trial.user_attrs.get("params", trial.params),
+        "value": outcome.score,
+        "metrics": outcome.metrics,
+        "seed": seed,
+        "restarts": outcome.restarts,
+        "schedule_percent": outcome.schedule_percent,
+        "epochs_run": round(outcome.epochs_run, 4),
+        "curve": [[step, value] for step, value in sorted(trial.intermediate_values.items())],
+        "examples_per_second": outcome.examples_per_second,
+        "train_seconds": outcome.train_seconds,
+        "eval_seconds": outcome.eval_seconds,
+        "overhead_seconds": outcome.overhead_seconds,
+    }
+
+
+def winner(trials: Sequence[FrozenTrial], sign: int) -> FrozenTrial | None:
+    """The best COMPLETE trial; with none, the one furthest along whose weights were kept."""
+
+    def rank(trial: FrozenTrial) -> tuple[bool, int, float, int]:
+        outcome = Outcome.from_tree(trial.user_attrs["outcome"])
+        complete = trial.state == TrialState.COMPLETE
+        assert outcome.score is not None  # a checkpoint has a score
+        progress = 0 if complete else outcome.schedule_percent
+        return complete, progress, sign * outcome.score, -trial.number
+
+    candidates = [
+        trial
+        for trial in trials
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+        and Outcome.from_tree(trial.user_attrs["outcome"]).has_checkpoint
+    ]
+    return max(candidates, key=rank, default=None)
+
+
+def gain_over_default(trials: Sequence[FrozenTrial], best: FrozenTrial, sign: int) -> float | None:
+    """How much better the winner is than the default recipe; None if that did not finish."""
+    for trial in trials:
+        is_default = trial.user_attrs.get("role") == "default recipe"
+        if is_default and trial.state == TrialState.COMPLETE and best.state == TrialState.COMPLETE:
+            assert trial.value is not None  # COMPLETE trials have values
+            assert best.value is not None
+            return sign * (best.value - trial.value)
+    return None
+
+
+def best_row(
+    trials: Sequence[FrozenTrial], best: FrozenTrial, sign: int, checkpoint: str
+) -> dict[str, Any]:
+    """The `best` entry of results.json."""
+    outcome = Outcome.from_tree(best.user_attrs["outcome"])
+    return {
+        "trial": best.number,
+        "complete": best.state == TrialState.COMPLETE,
+        "params": best.user_attrs["params"],
+        "validation": outcome.metrics,
+        "gain_over_default": gain_over_default(trials, best, sign),
+        "checkpoint": checkpoint,
+    }

@@ -1,0 +1,75 @@
+"""The command line: one verb, one straight function.  Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from sft_ray.errors import SftError, TrialError
+
+app = typer.Typer(
+    help="Search the hyperparameters of fine-tuning BERT-type encoders on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def _verbs() -> None:
+    """Search the hyperparameters of fine-tuning BERT-type encoders on Ray."""
+
+
+@app.command()
+def search(
+    experiment: Annotated[str, typer.Argument(help="YAML file of the experiment.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="dotted.path=value, for example search.trials=6")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to use, for example auto; default: this machine.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Set an existing run folder aside and begin again.")
+    ] = False,
+) -> None:
+    """Search, or go on with an interrupted search; ends with the best checkpoint."""
+    from sft_ray.config import ConfigError, Experiment, read_tree
+
+    tree = read_tree(experiment, overrides or [])
+    try:
+        parsed = Experiment.from_tree(tree, source=experiment)
+    except ConfigError as error:
+        from sft_ray.search.preflight import find_problems
+
+        rest = Experiment.what_is_valid(tree)
+        raise ConfigError(*error.problems, *(find_problems(rest) if rest else [])) from None
+    from sft_ray.search.tuner import run_search
+
+    run_search(parsed, address=address, fresh=fresh)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: a user's mistakes end with exit code 2 and plain lines."""
+    try:
+        app(args=arguments, standalone_mode=False)
+    except TyperException as error:  # a misspelt verb or option
+        error.show()
+        sys.exit(2)
+    except TrialError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(1)
+    except SftError as error:
+        sys.stderr.write("".join(f"error: {problem}\n" for problem in error.problems))
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.stderr.write("\ninterrupted; the same command goes on where it stopped\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

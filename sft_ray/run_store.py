@@ -1,0 +1,284 @@
+"""The run folder on a local disk or an object store: layout, atomic writes, the folder rule.
+
+Names below are relative to the run folder.  A reader that finds `results.json` finds everything.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from sft_ray.config import Experiment, dump_yaml, parse_yaml
+from sft_ray.errors import ConfigError, ResourceError
+
+EXPERIMENT = "experiment.yaml"
+ENVIRONMENT = "environment.json"
+JOURNAL = "study.journal"
+RESULTS = "results.json"
+BEST = "best"
+ERROR_LOG = "errors.log"
+# Keys that may grow on a finished or interrupted run; everything else must stay as it was.
+BUDGETS = ("search.trials", "search.budget.wall_minutes", "search.budget.worker_hours")
+
+
+def trial_folder(number: int) -> str:
+    return f"trials/{number}"
+
+
+class RunStore:
+    """One run folder below a storage location.
+
+    Args:
+        storage: a folder, or a URI that pyarrow understands (`s3://…`, `gs://…`).
+        name: of the run; the folder's name.
+
+    Raises:
+        ResourceError: the storage cannot be opened.
+    """
+
+    def __init__(self, storage: str, name: str) -> None:
+        self.storage, self.name = storage, name
+        if "://" in storage:
+            try:
+                filesystem, base = fs.FileSystem.from_uri(storage)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise ResourceError(f"storage: {storage!r} cannot be opened: {error}") from None
+            self.local_root: Path | None = None
+            self.location = f"{storage.partition('?')[0].rstrip('/')}/{name}"
+        else:
+            filesystem, base = fs.LocalFileSystem(), str(Path(storage).absolute())
+            self.local_root = Path(base) / name
+            self.location = str(Path(storage) / name)
+        self._filesystem = fs.SubTreeFileSystem(f"{base}/{name}", filesystem)
+        self._parent = fs.SubTreeFileSystem(base, filesystem)
+
+    def exists(self, path: str) -> bool:
+        return bool(self._filesystem.get_file_info(path).type != fs.FileType.NotFound)
+
+    def read_text(self, path: str) -> str | None:
+        """The text of a file, None if it does not exist."""
+        if not self.exists(path):
+            return None
+        with self._filesystem.open_input_stream(path) as stream:
+            return bytes(stream.read()).decode("utf-8")
+
+    def write_text(self, path: str, text: str) -> None:
+        """Replace a file as a whole: a reader sees the old text or the new one."""
+        self._write(path, text.encode("utf-8"))
+
+    def write_json(self, path: str, value: Any) -> None:
+        self.write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def read_json(self, path: str) -> Any:
+        """The value of a JSON file, None if it does not exist.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        text = self.read_text(path)
+        try:
+            return None if text is None else json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{self.location}/{path}: damaged JSON: {error}") from None
+
+    def _write(self, path: str, content: bytes) -> None:
+        if self.local_root is None:  # an object appears when its upload is complete
+            with self._filesystem.open_output_stream(path) as stream:
+                stream.write(content)
+            return
+        target = self.local_root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        try:
+            with unfinished.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def append_text(self, path: str, text: str) -> None:
+        """Add to a text file; on object stores the whole file is written again."""
+        if self.local_root is not None:
+            (self.local_root / path).parent.mkdir(parents=True, exist_ok=True)
+            with (self.local_root / path).open("a", encoding="utf-8") as file:
+                file.write(text)
+        else:
+            self.write_text(path, (self.read_text(path) or "") + text)
+
+    @contextmanager
+    def replacing_folder(self, path: str) -> Iterator[Path]:
+        """A local folder to fill, put in place of `path` at the end; on a disk by renaming."""
+        if self.local_root is None:
+            with tempfile.TemporaryDirectory(prefix="sft_ray-") as local:
+                yield Path(local)
+                self.delete_folder(path)
+                fs.copy_files(local, path, destination_filesystem=self._filesystem)
+            return
+        target = self.local_root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        suffix = uuid.uuid4().hex
+        unfinished = target.with_name(f".{target.name}.{suffix}")
+        outdated = target.with_name(f".{target.name}.{suffix}.old")
+        unfinished.mkdir()
+        try:
+            yield unfinished
+            if target.exists():
+                target.rename(outdated)
+            unfinished.rename(target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(outdated, ignore_errors=True)
+
+    def copy_folder(self, source: str, target: str) -> None:
+        """Put a copy of one folder of the run in place of another."""
+        with self.replacing_folder(target) as local:
+            fs.copy_files(source, str(local), source_filesystem=self._filesystem)
+
+    def delete_folder(self, path: str) -> None:
+        if self.exists(path):
+            self._filesystem.delete_dir(path)
+
+    def delete(self) -> None:
+        """Remove the whole folder."""
+        if self._parent.get_file_info(self.name).type != fs.FileType.NotFound:
+            self._parent.delete_dir(self.name)
+
+    def path_of(self, path: str) -> str:
+        """Where a user finds a file of the run."""
+        return f"{self.location}/{path}"
+
+    @property
+    def journal(self) -> Path:
+        """The live study: the run's own file on a local disk, else a local file of this machine."""
+        if self.local_root is not None:
+            return self.local_root / JOURNAL
+        key = hashlib.sha256(self.location.encode()).hexdigest()[:16]
+        root = Path(os.environ.get("SFT_RAY_CACHE") or Path.home() / ".cache" / "sft_ray")
+        return root / "live" / key / JOURNAL
+
+    def pull_journal(self) -> None:
+        """Bring the stored study to this machine, and cut off a torn end.
+
+        A record that a killed driver left half-written is moved beside the journal: Optuna would
+        append behind it and the study would be lost.
+        """
+        self.journal.parent.mkdir(parents=True, exist_ok=True)
+        if self.local_root is None:
+            stored = self.read_text(JOURNAL)
+            if stored is None:
+                self.journal.unlink(missing_ok=True)
+            else:
+                self.journal.write_text(stored, encoding="utf-8")
+        if self.journal.exists():
+            content = self.journal.read_bytes()
+            whole = _whole_records(content)
+            if whole < len(content):
+                torn = self.journal.with_name(f"{JOURNAL}.torn-{int(time.time())}")
+                torn.write_bytes(content[whole:])
+                with self.journal.open("r+b") as file:
+                    file.truncate(whole)
+                    os.fsync(file.fileno())
+
+    def push_journal(self) -> None:
+        """Copy the live study to object storage, with its sha256; nothing to do on a disk."""
+        if self.local_root is None:
+            content = self.journal.read_bytes()
+            self._write(JOURNAL, content)
+            self._write(f"{JOURNAL}.sha256", hashlib.sha256(content).hexdigest().encode())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run; a dead driver holds nothing.
+
+        Raises:
+            ResourceError: another driver on this machine works on the run.
+        """
+        self.journal.parent.mkdir(parents=True, exist_ok=True)
+        with self.journal.with_name(".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ResourceError(
+                    f"{self.location}: another search is running in this folder; wait for it, or "
+                    "choose another name=…"
+                ) from None
+            yield
+
+    def set_aside(self) -> str:
+        """Rename the run folder so that a fresh one can take its name; return the new name."""
+        number = 1
+        while self._parent.get_file_info(f"{self.name}.old-{number}").type != fs.FileType.NotFound:
+            number += 1
+        self._parent.move(self.name, f"{self.name}.old-{number}")
+        return f"{self.name}.old-{number}"
+
+
+def _whole_records(content: bytes) -> int:
+    """Length of the leading part that consists of complete JSON lines."""
+    end = content.rfind(b"\n") + 1
+    while end:
+        start = content.rfind(b"\n", 0, end - 1) + 1
+        try:
+            json.loads(content[start:end])
+            break
+        except ValueError:
+            end = start
+    return end
+
+
+def check_folder_rule(store: RunStore, experiment: Experiment) -> bool:
+    """Whether the folder already holds this experiment; only its budgets may have grown.
+
+    Raises:
+        ConfigError: the folder holds another experiment; names each difference and both ways out.
+    """
+    text = store.read_text(EXPERIMENT)
+    if text is None:
+        return False
+    old = _flat(parse_yaml(text, store.path_of(EXPERIMENT)))
+    new = _flat(experiment.to_tree())
+    differences = [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _grew(key, old.get(key), new.get(key))
+    ]
+    if differences:
+        raise ConfigError(
+            *(f"{store.location}: holds another experiment: {text}" for text in differences),
+            "choose another name=…, or --fresh to set the old folder aside",
+        )
+    return True
+
+
+def write_experiment(store: RunStore, experiment: Experiment) -> None:
+    store.write_text(EXPERIMENT, dump_yaml(experiment.to_tree()))
+
+
+def _grew(key: str, old: Any, new: Any) -> bool:
+    """A budget grew when it is larger or has become unlimited."""
+    return key in BUDGETS and old is not None and (new is None or new > old)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> value; lists and the entries of a search space are values."""
+    if not isinstance(tree, dict) or (prefix.startswith("search.space.")):
+        return {prefix.rstrip("."): tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.")
+    return found

@@ -1,0 +1,75 @@
+"""What a search says: the resolved truth, one line per evaluation and end of trial, the outcome."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from sft_ray import space as spaces
+
+PARAM_LABELS = {
+    "train.learning_rate": "lr",
+    "train.batch_size": "batch",
+    "train.epochs": "epochs",
+    "train.frozen_layers": "frozen",
+}
+
+
+class Screen:
+    """Prints plain lines, each led by the minutes and seconds since it was made."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._started = time.monotonic()
+
+    def say(self, line: str = "") -> None:
+        if not self._quiet:
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
+
+    def event(self, line: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
+        self.say(f"{minutes:3d}:{seconds:02d}  {line}")
+
+    def facts(self, facts: Mapping[str, str]) -> None:
+        """Aligned `name  value` lines."""
+        width = max(map(len, facts)) + 2
+        for name, value in facts.items():
+            lines = textwrap.wrap(value, 100 - width, break_on_hyphens=False) or [""]
+            self.say(f"{name:<{width}}{lines[0]}")
+            for line in lines[1:]:
+                self.say(" " * width + line)
+
+
+def short_params(params: Mapping[str, Any]) -> str:
+    """`lr 3e-05, batch 32, epochs 3, l2_sp 0.01, frozen 2`."""
+    parts = []
+    for name, value in params.items():
+        if name == "train.regularization.kind":
+            strength = params.get(f"train.regularization.{value}.strength")
+            parts.append("no penalty" if strength is None else f"{value} {strength:.2g}")
+        elif not name.startswith("train.regularization."):
+            label = PARAM_LABELS.get(name, name.removeprefix("train."))
+            parts.append(f"{label} {_short(value)}")
+    return ", ".join(parts)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def space_facts(space: spaces.Space) -> dict[str, str]:
+    return {f"  {path}": spaces.describe(domain) for path, domain in space.items()}
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `3 min 12 s`, `2 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

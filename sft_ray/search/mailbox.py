@@ -1,0 +1,141 @@
+"""What a slot and its workers say to each other.
+
+The slot hands out an assignment and, mark by mark, the permission to go on; the workers post what
+they found at each mark.  All waits are long polls, so a dead peer never leaves anybody hanging.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Literal
+
+POLL_SECONDS = 5.0
+MAX_RESTARTS_PER_TRIAL = 2
+MAX_STARTS_IN_A_ROW = 6
+
+
+class Mailbox:
+    """State of one slot: the current assignment, how far it may go, what it has reported.
+
+    An assignment has a generation number; whatever carries an old one is stale and ignored.
+    After its workers were restarted the assignment is handed out again from its start: marks that
+    were already posted are not posted twice, permissions already given still hold.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._changed = asyncio.Condition()
+        self._generation = 0
+        self._assignment: dict[str, Any] | None = None
+        self._permitted = 0
+        self._messages: list[dict[str, Any]] = []
+        self._restarts = 0
+        self._starts_in_a_row = 0
+        self._ready: set[int] = set()
+        self._broken: str | None = None
+        self._closed = False
+
+    # -- the slot's side ---------------------------------------------------------------------
+
+    async def assign(self, assignment: dict[str, Any]) -> None:
+        """Replace the assignment; workers still on the previous one are told to stop."""
+        self._generation += 1
+        self._assignment, self._permitted = assignment, 0
+        self._messages, self._restarts = [], 0
+        await self._notify()
+
+    async def advance(self, index: int) -> None:
+        """Permit the workers to go on to mark `index`."""
+        self._permitted = max(self._permitted, index + 1)
+        await self._notify()
+
+    async def message(self, index: int) -> dict[str, Any] | None:
+        """What was found at mark `index`; None if nothing has been posted within a poll."""
+        await self._wait(lambda: len(self._messages) > index or self._broken is not None)
+        if self._broken is not None:
+            return {"broken": self._broken}
+        return self._messages[index] if len(self._messages) > index else None
+
+    async def ready(self) -> bool:
+        """Whether every worker has loaded model and data and asked for work."""
+        await self._wait(lambda: len(self._ready) == self._workers or self._broken is not None)
+        return len(self._ready) == self._workers or self._broken is not None
+
+    async def close(self) -> None:
+        """Send the workers home."""
+        self._closed = True
+        await self._notify()
+
+    # -- the workers' side -------------------------------------------------------------------
+
+    async def register(self, rank: int) -> None:
+        """A worker process has come up; if there was one before, the assignment starts over."""
+        if rank > 0:
+            self._ready.discard(rank)
+            return
+        self._starts_in_a_row += 1
+        if self._starts_in_a_row > MAX_STARTS_IN_A_ROW:
+            await self.break_down(f"its workers died {MAX_STARTS_IN_A_ROW} times in a row")
+        if rank in self._ready and self._assignment is not None:
+            self._restarts += 1
+            if self._restarts > MAX_RESTARTS_PER_TRIAL:
+                reason = f"its workers died {self._restarts} times"
+                await self.post_failure(self._generation, reason, "")
+        self._ready.discard(rank)
+
+    async def next_assignment(
+        self, rank: int, after: int
+    ) -> tuple[int, dict[str, Any]] | Literal["go home"] | None:
+        """A newer assignment than `after`; None when there is none within a poll."""
+        self._ready.add(rank)
+        await self._notify()
+        await self._wait(lambda: self._closed or self._open_generation() > after)
+        if self._closed:
+            return "go home"
+        if self._assignment is None or self._generation <= after:
+            return None
+        return self._generation, {**self._assignment, "restarts": self._restarts}
+
+    async def post(self, generation: int, index: int, message: dict[str, Any]) -> None:
+        """Report mark `index`, once."""
+        if generation == self._generation and index == len(self._messages):
+            self._messages.append(message)
+            self._starts_in_a_row = 0
+            await self._notify()
+
+    async def post_failure(self, generation: int, reason: str, traceback: str) -> None:
+        """The trial raised; it is not handed out again."""
+        if generation == self._generation and self._assignment is not None:
+            self._assignment = None
+            self._messages.append({"failed": reason, "traceback": traceback})
+            await self._notify()
+
+    async def may_continue(self, generation: int, index: int) -> bool | None:
+        """Whether to go on to mark `index`; None when nothing was decided within a poll."""
+        await self._wait(
+            lambda: self._closed or generation != self._generation or self._permitted > index
+        )
+        if self._closed or generation != self._generation:
+            return False
+        return True if self._permitted > index else None
+
+    async def break_down(self, reason: str) -> None:
+        """A worker cannot even start; the slot is of no use."""
+        self._broken = reason
+        await self._notify()
+
+    # -- both --------------------------------------------------------------------------------
+
+    def _open_generation(self) -> int:
+        return self._generation if self._assignment is not None else 0
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _wait(self, condition: Any) -> None:
+        async with self._changed:
+            try:
+                await asyncio.wait_for(self._changed.wait_for(condition), POLL_SECONDS)
+            except TimeoutError:
+                return

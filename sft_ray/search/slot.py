@@ -1,0 +1,98 @@
+"""A slot: a Tune trainable that keeps one long-lived Ray Train group for many trials."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from typing import Any
+
+import ray
+import ray.train
+from ray import tune
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from sft_ray.search.mailbox import Mailbox
+from sft_ray.search.worker import run_worker
+
+JOIN_SECONDS = 8.0  # Tune kills the actor at 10
+# Any node has this resource of its head: it keeps slots off machines that come and go.
+HEAD = {"node:__internal_head__": 0.001}
+
+
+class Slot(tune.Trainable):  # type: ignore[misc]
+    """Runs one trial after the other on the same workers.
+
+    `step()` is the permission to go to the next mark and returns what was found there.  Trials
+    that raise end with a result, so that the slot lives on; only a slot without workers raises.
+    """
+
+    def setup(self, config: dict[str, Any], settings: dict[str, Any]) -> None:
+        workers = settings["workers"]
+        self._returned_at: float | None = None
+        self._error: BaseException | None = None
+        # Without resources it lands in this actor's placement group, on the same node.
+        self._mailbox = ray.remote(Mailbox).options(num_cpus=0).remote(workers)
+        trainer = TorchTrainer(
+            run_worker,
+            train_loop_config={**settings["worker"], "mailbox": self._mailbox},
+            torch_config=TorchConfig(backend="nccl" if settings["gpus_per_worker"] else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers,
+                use_gpu=settings["gpus_per_worker"] > 0,
+                resources_per_worker=settings["resources_per_worker"],
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"slot-{uuid.uuid4().hex[:12]}",
+                storage_path=settings["ray_storage"],
+                failure_config=ray.train.FailureConfig(max_failures=-1),
+            ),
+        )
+        self._thread = threading.Thread(target=self._run, args=(trainer,), daemon=True)
+        self._thread.start()
+        self.reset_config(config)
+
+    def _run(self, trainer: TorchTrainer) -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            self._error = error
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._index = 0
+        self._free_since = self._returned_at
+        ray.get(self._mailbox.assign.remote(new_config["assignment"]))
+        return True
+
+    def step(self) -> dict[str, Any]:
+        if self._free_since is None:
+            self._wait(self._mailbox.ready.remote, ())
+            self._free_since = time.monotonic()
+        index = self._index
+        ray.get(self._mailbox.advance.remote(index))
+        message = self._wait(self._mailbox.message.remote, (index,))
+        if "broken" in message:
+            raise RuntimeError(message["broken"])
+        self._index += 1
+        # A trial that is stopped here leaves its slot free from now on; what follows until the
+        # next one runs is the overhead of that one.
+        self._returned_at = time.monotonic()
+        slot_seconds = self._returned_at - self._free_since
+        # As text, because Tune flattens nested results.  Never `done`: the scheduler hears of every
+        # message and stops the trial, Tune would not show it a last one.
+        return {"message": json.dumps({**message, "slot_seconds": slot_seconds})}
+
+    def _wait(self, ask: Any, arguments: tuple[Any, ...]) -> Any:
+        """Poll the mailbox until it answers, as long as the workers' group lives."""
+        while True:
+            answer = ray.get(ask(*arguments))
+            if answer:
+                return answer
+            if not self._thread.is_alive():
+                raise RuntimeError(f"the slot's worker group ended: {self._error}")
+
+    def cleanup(self) -> None:
+        ray.get(self._mailbox.close.remote())
+        self._thread.join(JOIN_SECONDS)
+        ray.kill(self._mailbox)
