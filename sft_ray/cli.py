@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Annotated
 
@@ -31,14 +32,19 @@ def search(
         list[str] | None, typer.Argument(help="dotted.path=value, for example search.trials=6")
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster to use, for example auto; default: this machine.")
+        str | None,
+        typer.Option(
+            help="Ray cluster, for example auto.  Default: one running here, else a new one."
+        ),
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Set an existing run folder aside and begin again.")
     ] = False,
 ) -> None:
     """Search, or go on with an interrupted search; ends with the best checkpoint."""
-    from sft_ray.config import ConfigError, Experiment, read_tree
+    from sft_ray.config import Experiment
+    from sft_ray.errors import ConfigError
+    from sft_ray.yaml_text import read_tree
 
     tree = read_tree(experiment, overrides or [])
     try:
@@ -50,7 +56,8 @@ def search(
         raise ConfigError(*error.problems, *(find_problems(rest) if rest else [])) from None
     from sft_ray.search.tuner import run_search
 
-    run_search(parsed, address=address, fresh=fresh)
+    source = shlex.join([experiment, *(overrides or [])])
+    run_search(parsed, address=address, fresh=fresh, source=source)
 
 
 def main(arguments: list[str] | None = None) -> None:

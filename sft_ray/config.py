@@ -6,7 +6,6 @@ problems are reported together.  The resolved tree is written into the run folde
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from pathlib import Path
@@ -21,14 +20,13 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from sft_ray import space as spaces
 from sft_ray.errors import ConfigError, did_you_mean
+from sft_ray.yaml_text import read_tree
 
 ENV_REFERENCE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-SPACE_PREFIX = "search.space."
+QUOTED = re.compile(r"'([^']*)'")
 
 
 def expand_environment(value: Any) -> Any:
@@ -305,110 +303,48 @@ def _absolute(place: str | None) -> str | None:
     return str(Path(place).absolute()) if place and Path(place).exists() else place
 
 
-def read_tree(path: str | Path, overrides: list[str]) -> dict[str, Any]:
-    """The plain tree of a YAML 1.2 file (`2e-5` is a number) with overrides applied.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, or an override is malformed.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give the path of an experiment's YAML") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    tree = parse_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path}: an experiment is a mapping of keys, got {type(tree).__name__}; "
-            "start from experiments/quickstart.yaml"
-        )
-    problems = [problem for text in overrides if (problem := _override(tree, text))]
-    if problems:
-        raise ConfigError(*problems)
-    return tree
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Safe-load YAML 1.2; duplicate keys are refused."""
-    try:
-        return YAML(typ="safe", pure=True).load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(f"{source}{where}: not valid YAML: {error.problem}") from None
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def dump_yaml(tree: dict[str, Any]) -> str:
-    """YAML text of a plain tree, keys in their order."""
-    yaml, text = YAML(typ="safe", pure=True), io.StringIO()
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.dump(tree, text)
-    return text.getvalue()
-
-
-def _override(tree: dict[str, Any], text: str) -> str | None:
-    """Set one `dotted.path=value`; below `search.space.` the rest of the path is one key."""
-    path, equals, value = text.partition("=")
-    if not equals or not all(path.split(".")):
-        return f"{text}: an override is written dotted.path=value, for example search.trials=6"
-    if path.startswith(SPACE_PREFIX):
-        keys = ["search", "space", path.removeprefix(SPACE_PREFIX)]
-    else:
-        keys = path.split(".")
-    node = tree
-    for key in keys[:-1]:
-        if node.get(key) is None:
-            node[key] = {}
-        node = node[key]
-        if not isinstance(node, dict):
-            return f"{text}: {key} holds {node!r}, which has no keys below it"
-    try:
-        node[keys[-1]] = parse_yaml(value, text)
-    except ConfigError as error:
-        return str(error)
-    return None
-
-
 def explain(error: ValidationError) -> list[str]:
     """One line per problem: dotted path, rule, what was got, how to mend it."""
-    lines = []
+    lines: dict[str, str] = {}
     for problem in error.errors():
         path = ".".join(str(part) for part in _without_union_tags(problem["loc"]))
-        if problem["type"] == "extra_forbidden":
-            section = _section_at(problem["loc"][:-1])
-            lines.append(f"{path}: unknown key; {did_you_mean(path.split('.')[-1], section)}")
-        elif problem["type"] == "missing":
-            lines.append(f"{path}: this key is required")
-        elif path == "search.space" and problem["type"] == "value_error":
-            lines.extend(str(problem["ctx"]["error"]).splitlines())
-        elif problem["type"] == "value_error":
-            lines.append(f"{path}: {problem['ctx']['error']}".removeprefix(": "))
-        elif path == "confirm":
-            lines.append("confirm: confirmation runs are not available yet; leave it out or null")
+        if path == "search.space" and problem["type"] == "value_error":
+            lines |= {line: line for line in str(problem["ctx"]["error"]).splitlines()}
+        elif path in lines:  # another member of the same union
+            first, got = lines[path].split(", got ", 1)
+            lines[path] = f"{first} or {_rule(problem).removeprefix('input should be ')}, got {got}"
         else:
-            got = problem["input"]
-            lines.append(f"{path}: {_lower(problem['msg'])}, got {got!r}{_hint(got, problem)}")
-    return list(dict.fromkeys(lines))
+            lines[path] = f"{path}: {_explanation(path, problem)}".removeprefix(": ")
+    return list(lines.values())
 
 
-def _hint(got: Any, problem: Any) -> str:
+def _explanation(path: str, problem: Any) -> str:
+    if problem["type"] == "extra_forbidden":
+        known = _section_at(problem["loc"][:-1])
+        return f"unknown key; {did_you_mean(str(problem['loc'][-1]), known)}"
+    if problem["type"] == "missing":
+        return "this key is required"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    if path == "confirm":
+        return "confirmation runs are not available yet; leave it out or null"
+    got, hint = problem["input"], ""
     if problem["type"] == "literal_error" and isinstance(got, str):
-        known = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-        return f"; {did_you_mean(got, known)}"
-    return ""
+        hint = f"; {did_you_mean(got, re.findall(QUOTED, problem['ctx']['expected']))}"
+    return f"{_rule(problem)}, got {got!r}{hint}"
 
 
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
+def _rule(problem: Any) -> str:
+    """Pydantic's own words for the rule, without a capital."""
+    message: str = problem["msg"]
+    return message[:1].lower() + message[1:]
 
 
 def _without_union_tags(loc: tuple[int | str, ...]) -> list[int | str]:
     """Pydantic appends the tried member of a union (`int`, `literal['auto']`) to the path."""
-    return [part for part in loc if not re.match(r"^(constrained-)?(int|float|literal\[.*)$", str(part))]
+    return [
+        part for part in loc if not re.match(r"^(constrained-)?(int|float|literal\[.*)$", str(part))
+    ]
 
 
 def _section_at(loc: tuple[int | str, ...]) -> list[str]:

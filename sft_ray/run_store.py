@@ -16,13 +16,14 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from pyarrow import fs
 
-from sft_ray.config import Experiment, dump_yaml, parse_yaml
+from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, ResourceError
+from sft_ray.yaml_text import dump_yaml, parse_yaml
 
 EXPERIMENT = "experiment.yaml"
 ENVIRONMENT = "environment.json"
@@ -153,9 +154,16 @@ class RunStore:
         if self.exists(path):
             self._filesystem.delete_dir(path)
 
+    def delete_file(self, path: str) -> None:
+        if self.exists(path):
+            self._filesystem.delete_file(path)
+
+    def is_there(self) -> bool:
+        return bool(self._parent.get_file_info(self.name).type != fs.FileType.NotFound)
+
     def delete(self) -> None:
         """Remove the whole folder."""
-        if self._parent.get_file_info(self.name).type != fs.FileType.NotFound:
+        if self.is_there():
             self._parent.delete_dir(self.name)
 
     def path_of(self, path: str) -> str:
@@ -206,10 +214,17 @@ class RunStore:
         """Hold the run; a dead driver holds nothing.
 
         Raises:
-            ResourceError: another driver on this machine works on the run.
+            ResourceError: another driver on this machine works on the run, or its folder cannot
+                be written.
         """
-        self.journal.parent.mkdir(parents=True, exist_ok=True)
-        with self.journal.with_name(".lock").open("w") as lock:
+        try:
+            self.journal.parent.mkdir(parents=True, exist_ok=True)
+            lock = self.journal.with_name(".lock").open("w")
+        except OSError as error:
+            raise ResourceError(
+                f"storage: {self.location} cannot be written: {error.strerror}"
+            ) from None
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -241,28 +256,31 @@ def _whole_records(content: bytes) -> int:
     return end
 
 
-def check_folder_rule(store: RunStore, experiment: Experiment) -> bool:
-    """Whether the folder already holds this experiment; only its budgets may have grown.
+def check_folder_rule(
+    store: RunStore, experiment: Experiment
+) -> Literal["new", "same", "extended"]:
+    """How the experiment relates to what the folder holds; only budgets may have grown.
 
     Raises:
         ConfigError: the folder holds another experiment; names each difference and both ways out.
     """
     text = store.read_text(EXPERIMENT)
     if text is None:
-        return False
+        return "new"
     old = _flat(parse_yaml(text, store.path_of(EXPERIMENT)))
     new = _flat(experiment.to_tree())
+    changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
     differences = [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _grew(key, old.get(key), new.get(key))
+        f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"
+        for key in sorted(changed)
+        if not _grew(key, old.get(key), new.get(key))
     ]
     if differences:
         raise ConfigError(
-            *(f"{store.location}: holds another experiment: {text}" for text in differences),
-            "choose another name=…, or --fresh to set the old folder aside",
+            *(f"{store.location} holds another experiment: {text}" for text in differences),
+            f"{store.location}: choose another name=…, or --fresh to set the old folder aside",
         )
-    return True
+    return "extended" if changed else "same"
 
 
 def write_experiment(store: RunStore, experiment: Experiment) -> None:

@@ -8,8 +8,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from sft_ray import space as spaces
-
 PARAM_LABELS = {
     "train.learning_rate": "lr",
     "train.batch_size": "batch",
@@ -38,7 +36,7 @@ class Screen:
         """Aligned `name  value` lines."""
         width = max(map(len, facts)) + 2
         for name, value in facts.items():
-            lines = textwrap.wrap(value, 100 - width, break_on_hyphens=False) or [""]
+            lines = textwrap.wrap(value, 100 - width, break_on_hyphens=False)
             self.say(f"{name:<{width}}{lines[0]}")
             for line in lines[1:]:
                 self.say(" " * width + line)
@@ -59,10 +57,6 @@ def short_params(params: Mapping[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def space_facts(space: spaces.Space) -> dict[str, str]:
-    return {f"  {path}": spaces.describe(domain) for path, domain in space.items()}
 
 
 def duration(seconds: float) -> str:

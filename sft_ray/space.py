@@ -130,7 +130,13 @@ def _parse_numeric(path: str, kind: str, body: Any, prior: Any) -> Numeric:
         raise ConfigError(f"{path}: {kind} needs a low end above 0, got {low}")
     if integer and not (isinstance(low, int) and isinstance(high, int)):
         raise ConfigError(f"{path}: {kind} needs whole numbers, got {body!r}")
-    return Numeric(low, high, log, integer, _parse_prior(path, prior, log))
+    parsed = _parse_prior(path, prior, log)
+    if parsed is not None and not low <= parsed.center <= high:
+        raise ConfigError(
+            f"{path}.prior: the center must lie within the range, got {parsed.center:g} "
+            f"outside {low:g} .. {high:g}"
+        )
+    return Numeric(low, high, log, integer, parsed)
 
 
 def _parse_prior(path: str, prior: Any, log: bool) -> Prior | None:
@@ -164,9 +170,7 @@ def _parse_one_of(path: str, body: list[Any]) -> OneOf:
 
 
 def _is_number(value: object) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def draw(space: Space, suggest: Suggest) -> dict[str, Any]:

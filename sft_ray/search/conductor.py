@@ -90,7 +90,9 @@ class Conductor:
         self._failures_in_a_row += 1
         first_line = reason.strip().splitlines()[0]
         if self.study.restart(planned.number):
-            self.screen.event(f"trial {planned.number:<3} lost its slot ({first_line}), starts over")
+            self.screen.event(
+                f"trial {planned.number:<3} lost its slot ({first_line}), starts over"
+            )
         else:
             last = self._last.get(planned.number, {})
             self._end(planned.number, TrialState.FAIL, last, reason=f"slot lost: {first_line}")
@@ -220,4 +222,3 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         error = trial.get_error()
         self.conductor.on_slot_lost(trial.trial_id, str(error or "the slot died"))
-

@@ -29,7 +29,7 @@ class Slot(tune.Trainable):  # type: ignore[misc]
     """
 
     def setup(self, config: dict[str, Any], settings: dict[str, Any]) -> None:
-        workers = settings["workers"]
+        workers, resources = settings["workers"], settings["resources_per_worker"]
         self._returned_at: float | None = None
         self._error: BaseException | None = None
         # Without resources it lands in this actor's placement group, on the same node.
@@ -37,11 +37,11 @@ class Slot(tune.Trainable):  # type: ignore[misc]
         trainer = TorchTrainer(
             run_worker,
             train_loop_config={**settings["worker"], "mailbox": self._mailbox},
-            torch_config=TorchConfig(backend="nccl" if settings["gpus_per_worker"] else "gloo"),
+            torch_config=TorchConfig(backend="nccl" if resources.get("GPU") else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,
-                use_gpu=settings["gpus_per_worker"] > 0,
-                resources_per_worker=settings["resources_per_worker"],
+                use_gpu=bool(resources.get("GPU")),
+                resources_per_worker=resources,
             ),
             run_config=ray.train.RunConfig(
                 name=f"slot-{uuid.uuid4().hex[:12]}",

@@ -156,9 +156,7 @@ class SearchStudy:
             inside = {n: v for n, v in params.items() if n in known and v in known[n]}
             self.study.enqueue_trial(inside, user_attrs={"role": "default recipe"})
         for values in self.experiment.search.enqueue:
-            self.study.enqueue_trial(
-                spaces.parameters(values), user_attrs={"role": "enqueued"}
-            )
+            self.study.enqueue_trial(spaces.parameters(values), user_attrs={"role": "enqueued"})
 
     def next_trial(self) -> PlannedTrial | None:
         """The next configuration: interrupted ones first, under their number; None at the end."""
@@ -200,7 +198,7 @@ class SearchStudy:
         return self.recipe
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """A sampler built anew for one trial, so that a reopened study goes on as if never closed."""
+        """A sampler built anew for one trial: a reopened study goes on as if never closed."""
         seed = derived_seed(self.experiment.seed, "sampler", number)
         if self.experiment.search.sampler == "random":
             return optuna.samplers.RandomSampler(seed=seed)
@@ -258,10 +256,6 @@ class SearchStudy:
             return False
         self._interrupted.append(number)
         return True
-
-    def recipe_params(self) -> dict[str, Any]:
-        """Flat parameters of the default recipe."""
-        return spaces.parameters(self.recipe)
 
     def budget_used_up(self) -> str | None:
         """Which limit has been reached, in words."""

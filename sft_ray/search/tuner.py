@@ -1,4 +1,4 @@
-"""Run a search: preflight, resources to slots, Ray Tune over the study, the outcome."""
+"""Run a search: preflight, a folder, slots, Ray Tune over the study, the outcome."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from typing import Any
 from sft_ray import __version__
 from sft_ray.analysis.results import SearchResult, best_row, trial_row, winner
 from sft_ray.config import Experiment
-from sft_ray.errors import ResourceError, TrialError
+from sft_ray.errors import TrialError
 from sft_ray.run_store import (
     BEST,
     ENVIRONMENT,
@@ -28,35 +25,13 @@ from sft_ray.run_store import (
     trial_folder,
     write_experiment,
 )
-from sft_ray.screen import Screen, duration, short_params, space_facts
+from sft_ray.screen import Screen
+from sft_ray.search.cluster import Layout, capacity, connected, plan_layout
+from sft_ray.search.narration import say_outcome, say_truth
 from sft_ray.search.preflight import Prepared, prepare_experiment
 from sft_ray.search.study import SearchStudy, default_recipe, open_storage
 
 REPORTED_PACKAGES = ("ray", "torch", "transformers", "optuna", "datasets", "pyarrow", "numpy")
-# Ray reads these when it is imported or started.
-RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "TUNE_RESULT_BUFFER_LENGTH": "1",
-}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the cluster is shared out."""
-
-    slots: int
-    workers_per_trial: int
-    cpus_per_worker: float
-    gpus_per_worker: float
-
-    @property
-    def resources_per_worker(self) -> dict[str, float]:
-        resources = {"CPU": self.cpus_per_worker}
-        return resources | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
 
 
 def run_search(
@@ -65,47 +40,66 @@ def run_search(
     address: str | None = None,
     fresh: bool = False,
     quiet: bool = False,
+    source: str | None = None,
 ) -> SearchResult:
     """Run or resume the search of an experiment and return its outcome.
 
     Args:
         experiment: what to search.
-        address: of a Ray cluster; None uses a running `ray.init`, `RAY_ADDRESS`, or starts Ray
-            on this machine.
+        address: of a Ray cluster; None uses the current `ray.init`, a cluster that runs on this
+            machine, or starts Ray here.
         fresh: set an existing run folder of that name aside and begin again.
         quiet: print nothing.
+        source: the command's arguments, for the hints at the end.
 
     Raises:
         SftError: something the user can mend; nothing has been written then.
         TrialError: the search could not go on; what was finished is kept.
         KeyboardInterrupt: interrupted; the same call goes on where it stopped.
     """
-    screen = Screen(quiet)
-    started = time.monotonic()
+    screen, started = Screen(quiet), time.monotonic()
     prepared = prepare_experiment(experiment)
     experiment = prepared.experiment
     store = RunStore(experiment.storage, experiment.name)
-    if fresh and store.exists(""):
-        screen.say(f"the old folder is now {store.set_aside()}")
-    known = check_folder_rule(store, experiment)
-    with store.locked(), _ray(address):
-        layout = plan_layout(experiment)
-        store.pull_journal()
-        study = SearchStudy(
-            experiment,
-            open_storage(store.journal),
-            recipe=default_recipe(prepared.model.num_parameters),
-            direction=prepared.direction,
-        )
-        write_experiment(store, experiment)
-        environment = describe_environment(prepared, layout)
-        if not known:
+    finished = None if fresh else _finished(store, experiment)
+    if finished is not None:
+        screen.say(f"{store.location} is finished; its outcome:")
+        say_outcome(screen, finished, source)
+        return finished
+    with connected(address):
+        layout = plan_layout(experiment, capacity())
+        if fresh and store.is_there():
+            screen.say(f"the old folder is now {store.set_aside()}")
+        with store.locked():
+            study = _open_study(prepared, store)
+            store.delete_file(RESULTS)
+            write_experiment(store, experiment)
+            environment = describe_environment(prepared, layout)
             store.write_json(ENVIRONMENT, environment)
-        _say_truth(screen, prepared, layout, store, study)
-        startup = None
-        if not study.is_over():
-            startup = _run_trials(prepared, layout, store, study, screen, started)
-        return _conclude(prepared, store, study, screen, environment, startup)
+            say_truth(screen, prepared, layout, store.location, study)
+            startup_seconds = None
+            if not study.is_over():
+                startup_seconds = _run_trials(prepared, layout, store, study, screen, started)
+            result = _conclude(prepared, store, study, environment, startup_seconds)
+    say_outcome(screen, result, source)
+    return result
+
+
+def _finished(store: RunStore, experiment: Experiment) -> SearchResult | None:
+    """The outcome of exactly this experiment, if it has ended and no budget has grown since."""
+    same = check_folder_rule(store, experiment)
+    tree = store.read_json(RESULTS) if same == "same" else None
+    return None if tree is None else SearchResult(store.location, tree)
+
+
+def _open_study(prepared: Prepared, store: RunStore) -> SearchStudy:
+    store.pull_journal()
+    return SearchStudy(
+        prepared.experiment,
+        open_storage(store.journal),
+        recipe=default_recipe(prepared.model.num_parameters),
+        direction=prepared.direction,
+    )
 
 
 def _run_trials(
@@ -118,7 +112,6 @@ def _run_trials(
 ) -> float | None:
     """Let Ray Tune run trials until the study is over; seconds until the first slot was ready."""
     from ray import tune
-    from ray.tune import PlacementGroupFactory
 
     from sft_ray.search.conductor import Conductor, StudyScheduler, StudySearcher
     from sft_ray.search.slot import HEAD, Slot
@@ -129,7 +122,6 @@ def _run_trials(
     conductor = Conductor(study, store, screen, prepared.objective, layout.slots)
     settings = {
         "workers": layout.workers_per_trial,
-        "gpus_per_worker": layout.gpus_per_worker,
         "resources_per_worker": layout.resources_per_worker,
         "ray_storage": str(ray_storage.local_root or ray_storage.location),
         "worker": {
@@ -138,13 +130,13 @@ def _run_trials(
             "objective": prepared.objective,
         },
     }
-    trainable = tune.with_resources(
-        tune.with_parameters(Slot, settings=settings), PlacementGroupFactory([HEAD])
+    slot = tune.with_resources(
+        tune.with_parameters(Slot, settings=settings), tune.PlacementGroupFactory([HEAD])
     )
-    screen.event(f"starting {layout.slots} slot{'s' * (layout.slots > 1)}")
+    screen.event(f"starting {layout.slots} slot{'s' * (layout.slots > 1)}: processes, model, data")
     try:
         tune.Tuner(
-            trainable,
+            slot,
             tune_config=tune.TuneConfig(
                 search_alg=StudySearcher(conductor),
                 scheduler=StudyScheduler(conductor),
@@ -155,7 +147,6 @@ def _run_trials(
                 name="tune",
                 storage_path=settings["ray_storage"],
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=0),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
@@ -166,7 +157,9 @@ def _run_trials(
             f"the search stopped after {conductor.stopped}; the causes are in "
             f"{store.path_of(ERROR_LOG)}; the same command goes on where it stopped"
         )
-    if not study.is_over():
+    if not study.is_over():  # Tune has caught a Ctrl-C
+        finished = sum(trial.state.is_finished() for trial in study.trials)
+        screen.event(f"interrupted with {finished} trials finished in {store.location}")
         raise KeyboardInterrupt
     return conductor.startup_seconds(started)
 
@@ -175,99 +168,29 @@ def _conclude(
     prepared: Prepared,
     store: RunStore,
     study: SearchStudy,
-    screen: Screen,
     environment: dict[str, Any],
-    startup: float | None,
+    startup_seconds: float | None,
 ) -> SearchResult:
-    """Put the winner in best/, write results.json last, say the outcome."""
-    experiment = prepared.experiment
+    """Put the winner in best/ and write results.json last."""
     best = winner(study.trials, study.sign)
     if best is None:
         raise TrialError(
             f"none of {len(study.trials)} trials left a model; their reasons are in "
             f"{store.path_of('trials')}"
         )
-    previous = store.read_json(RESULTS) or {}
-    if previous.get("best", {}).get("trial") != best.number or not store.exists(BEST):
-        store.copy_folder(f"{trial_folder(best.number)}/best", BEST)
+    store.copy_folder(f"{trial_folder(best.number)}/best", BEST)
     tree = {
-        "name": experiment.name,
+        "name": prepared.experiment.name,
         "metric": prepared.objective,
         "direction": prepared.direction,
         "wall_seconds": study.wall_seconds(),
-        "startup_seconds": startup if startup is not None else previous.get("startup_seconds"),
+        "startup_seconds": startup_seconds,
         "best": best_row(study.trials, best, study.sign, store.path_of(BEST)),
-        "trials": [trial_row(trial, experiment.seed) for trial in study.trials],
+        "trials": [trial_row(trial, prepared.experiment.seed) for trial in study.trials],
         "environment": environment,
     }
     store.write_json(RESULTS, tree)
-    result = SearchResult(store.location, tree)
-    _say_outcome(screen, prepared, result)
-    return result
-
-
-@contextmanager
-def _ray(address: str | None) -> Iterator[None]:
-    """A connection to Ray; a Ray that was started or joined here is left at the end.
-
-    Raises:
-        ResourceError: the cluster cannot be reached.
-    """
-    for name, value in RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
-        reason = str(error).strip().splitlines()[0]
-        raise ResourceError(
-            f"no Ray at {where!r}: {reason}; start one with `ray start --head`, or leave --address "
-            "out to use this machine alone"
-        ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def plan_layout(experiment: Experiment) -> Layout:
-    """Share the cluster out into slots.
-
-    Raises:
-        ResourceError: a trial needs more than the cluster has.
-    """
-    import ray
-
-    wanted = experiment.resources
-    have = ray.cluster_resources()
-    gpus: float = 0
-    if wanted.gpus_per_worker == "auto":
-        gpus = 1 / wanted.trials_per_gpu if have.get("GPU", 0) >= 1 else 0
-    else:
-        gpus = wanted.gpus_per_worker
-    layout = Layout(0, wanted.workers_per_trial, wanted.cpus_per_worker, gpus)
-    fits = min(
-        int(have.get(kind, 0) / (amount * wanted.workers_per_trial) + 1e-9)
-        for kind, amount in layout.resources_per_worker.items()
-    )
-    slots = fits if wanted.slots == "auto" else wanted.slots
-    if not 1 <= slots <= fits:
-        needs = " and ".join(
-            f"{amount * wanted.workers_per_trial * max(slots, 1):g} {kind}s"
-            for kind, amount in layout.resources_per_worker.items()
-        )
-        there = " and ".join(f"{have.get(kind, 0):g} {kind}s" for kind in layout.resources_per_worker)
-        raise ResourceError(
-            f"resources: {max(slots, 1)} x {wanted.workers_per_trial} workers need {needs}, the "
-            f"cluster has {there}; lower workers_per_trial, cpus_per_worker or slots"
-        )
-    slots = min(slots, experiment.search.trials)
-    return Layout(slots, wanted.workers_per_trial, wanted.cpus_per_worker, gpus)
+    return SearchResult(store.location, tree)
 
 
 def describe_environment(prepared: Prepared, layout: Layout) -> dict[str, Any]:
@@ -301,75 +224,3 @@ def _commit() -> str | None:
         check=False,
     )
     return found.stdout.strip() or None
-
-
-def _say_truth(
-    screen: Screen, prepared: Prepared, layout: Layout, store: RunStore, study: SearchStudy
-) -> None:
-    experiment, dataset = prepared.experiment, prepared.dataset
-    search, model = experiment.search, prepared.model
-    device = "GPU" if layout.gpus_per_worker else "CPU"
-    finished = sum(t.state.is_finished() for t in study.trials)
-    budget = ", ".join(
-        f"{name.replace('_', ' ')} {value:g}"
-        for name, value in search.budget.model_dump().items()
-        if value is not None
-    )
-    truncated = sum(dataset.num_truncated.values())
-    screen.facts(
-        {
-            "search": f"{experiment.name} in {store.location}"
-            + (f", resumed with {finished} trials finished" if study.trials else ""),
-            "model": f"{experiment.model} ({model.model_type}, {model.num_layers} layers, "
-            f"{model.num_parameters / 1e6:.1f} M parameters)",
-            "data": f"{len(dataset.train)} train and {len(dataset.validation)} validation examples, "
-            f"{len(dataset.label_names)} labels, {dataset.train.lengths.mean():.1f} tokens on "
-            f"average, {truncated} cut at {experiment.data.max_length}; majority class "
-            f"{dataset.majority_share:.3f}",
-            "device": f"{device}, {prepared.precision(device)}",
-            "layout": f"{layout.slots} slots x {layout.workers_per_trial} workers x "
-            f"{layout.cpus_per_worker:g} CPUs",
-            "objective": f"{prepared.objective}, {prepared.direction}",
-            "search for": f"{search.trials} trials, {search.sampler}, pruner {search.pruner}"
-            + (f" at {search.rungs} %, factor {search.reduction_factor}" * (search.pruner != "none"))
-            + (f"; budget: {budget}" if budget else ""),
-            "default": short_params(study.recipe_params()),
-            "space": "",
-            **space_facts(study.space),
-        }
-    )
-
-
-def _say_outcome(screen: Screen, prepared: Prepared, result: SearchResult) -> None:
-    best = result.best
-    gain = best["gain_over_default"]
-    states = [trial["state"] for trial in result.trials]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    scores = ", ".join(f"{name} {value:.4f}" for name, value in best["validation"].items())
-    screen.say()
-    screen.facts(
-        {
-            "best": f"trial {best['trial']}: {short_params(best['params'])}"
-            + ("" if best["complete"] else " (unfinished: no trial reached its end)"),
-            "validation": scores,
-            "gain": "the default recipe did not finish"
-            if gain is None
-            else f"{gain:+.4f} {prepared.objective} over the default recipe",
-            "trials": f"{len(states)}: {counts}; {duration(result.tree['wall_seconds'])}",
-            "checkpoint": best["checkpoint"],
-        }
-    )
-    screen.say()
-    screen.say("next:")
-    screen.say(
-        f"  python -c \"from transformers import pipeline; print(pipeline('text-classification', "
-        f"'{best['checkpoint']}')('your text'))\""
-    )
-    screen.say(f"  sft-ray search … search.trials={2 * len(states)}   # the same command, longer")
-
-
-def find_result(experiment: Experiment) -> SearchResult | None:
-    """The stored outcome of a search, None if it has not ended."""
-    store = RunStore(experiment.storage, experiment.name)
-    tree = store.read_json(RESULTS)
-    return None if tree is None else SearchResult(store.location, tree)

@@ -10,7 +10,6 @@ import logging
 import math
 import traceback
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def run_worker(settings: dict[str, Any]) -> None:
     gc.freeze()
     generation = 0
     while True:
-        answer = _poll(lambda: mailbox.next_assignment.remote(rank, generation))
+        answer = _poll(mailbox.next_assignment, rank, generation)
         if answer == "go home":
             return
         generation, assignment = answer
@@ -74,9 +73,7 @@ def run_worker(settings: dict[str, Any]) -> None:
             # The other ranks sit in a collective: only a restart of the group frees them.
             if not is_lost_peer(error):
                 reason = f"{type(error).__name__}: {error}"
-                ray.get(
-                    mailbox.post_failure.remote(generation, reason, traceback.format_exc())
-                )
+                ray.get(mailbox.post_failure.remote(generation, reason, traceback.format_exc()))
             raise
         gc.collect()
         if loaded.world.device.type == "cuda":
@@ -124,10 +121,9 @@ def run_trial(
             keep.consider(progress)
             message = _as_message(progress, keep.saved_percent, assignment["restarts"])
             ray.get(mailbox.post.remote(generation, progress.index, message))
-        following = progress.index + 1
-        return _poll(lambda: mailbox.may_continue.remote(generation, following))
+        return bool(_poll(mailbox.may_continue, generation, progress.index + 1))
 
-    if _poll(lambda: mailbox.may_continue.remote(generation, 0)):
+    if _poll(mailbox.may_continue, generation, 0):
         fit(
             Train.model_validate(assignment["train"]),
             pretrained=loaded.pretrained,
@@ -188,9 +184,9 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in ("gloo", "NCCL"))
 
 
-def _poll(ask: Callable[[], Any]) -> Any:
-    """Ask until there is an answer; None means not yet."""
+def _poll(method: Any, *arguments: object) -> Any:
+    """Ask the mailbox until there is an answer; None means not yet."""
     while True:
-        answer = ray.get(ask())
+        answer = ray.get(method.remote(*arguments))
         if answer is not None:
             return answer

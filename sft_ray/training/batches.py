@@ -38,9 +38,7 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
-def global_batches(
-    lengths: IntArray, *, batch_size: int, seed: int, epoch: int
-) -> list[IntArray]:
+def global_batches(lengths: IntArray, *, batch_size: int, seed: int, epoch: int) -> list[IntArray]:
     """Indices of the examples of every optimiser step of one epoch, each example exactly once.
 
     Shuffled, then sorted by length within buckets of `BUCKET_BATCHES` batches so that examples of

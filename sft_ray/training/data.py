@@ -102,9 +102,11 @@ def prepare(data: Data, model_folder: str, revision: str | None, seed: int) -> P
         truncated = {}
         for split, table in tables.items():
             encoded, truncated[split] = _encode(table, data, tokenizer, label_ids[split])
-            with pa.OSFile(str(folder / f"{split}.arrow"), "wb") as sink:
-                with pa.ipc.new_file(sink, encoded.schema) as writer:
-                    writer.write_table(encoded)
+            with (
+                pa.OSFile(str(folder / f"{split}.arrow"), "wb") as sink,
+                pa.ipc.new_file(sink, encoded.schema) as writer,
+            ):
+                writer.write_table(encoded)
         meta = {"label_names": label_names, "fingerprint": key, "num_truncated": truncated}
         (folder / META).write_text(json.dumps(meta), encoding="utf-8")
 
@@ -136,7 +138,9 @@ def load_tokenizer(model_folder: str, revision: str | None = None) -> Any:
         )
     except Exception as error:  # the library raises many kinds for a broken folder
         first_line = str(error).strip().splitlines()[0]
-        raise DataError(f"model: no tokenizer can be loaded from {model_folder}: {first_line}") from None
+        raise DataError(
+            f"model: no tokenizer can be loaded from {model_folder}: {first_line}"
+        ) from None
     if not tokenizer.is_fast:
         raise DataError(f"model: {model_folder} has no fast tokenizer (tokenizer.json); add one")
     return tokenizer
@@ -149,9 +153,7 @@ def _limited(table: pa.Table, limit: int | None, seed: int, split: str) -> pa.Ta
     return table.take(pa.array(np.sort(order[:limit])))
 
 
-def _encode(
-    table: pa.Table, data: Data, tokenizer: Any, labels: IntArray
-) -> tuple[pa.Table, int]:
+def _encode(table: pa.Table, data: Data, tokenizer: Any, labels: IntArray) -> tuple[pa.Table, int]:
     texts = [table.column(data.columns.text).to_pylist()]
     if data.columns.text_pair is not None:
         texts.append(table.column(data.columns.text_pair).to_pylist())
@@ -195,5 +197,3 @@ def _content_hash(table: pa.Table) -> str:
 
 def _content_hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-

@@ -174,9 +174,7 @@ def fit(
             lengths, batch_size=train.batch_size, seed=seed, epoch=epoch
         ):
             mine = batches.share(indices, world.rank, world.size)
-            batch = batches.collate(
-                dataset.train, mine, pad_token=pad_token, device=world.device
-            )
+            batch = batches.collate(dataset.train, mine, pad_token=pad_token, device=world.device)
             for group in optimizer.param_groups:
                 learning_rate = group["lr"]
             loss = forward_loss(model, batch, task, dtype)

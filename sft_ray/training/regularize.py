@@ -58,9 +58,7 @@ class Penalty:
         if self.kind == "l1":
             return self.strength * sum(float(w.abs().sum()) for w in self.weights)
         differences = (
-            self.weights
-            if self.kind == "l2"
-            else torch._foreach_sub(self.weights, self.anchors)
+            self.weights if self.kind == "l2" else torch._foreach_sub(self.weights, self.anchors)
         )
         return self.strength * sum(float(d.square().sum()) / 2 for d in differences)
 

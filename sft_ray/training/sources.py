@@ -135,9 +135,10 @@ def _read_dataset(data: Data) -> dict[str, pa.Table]:
     except DataError:
         raise
     except Exception as error:  # hub, network and parser errors have no common base
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        reason = (str(error).strip().splitlines() or [""])[0]
         raise DataError(
-            f"data.path: the data set {data.path!r} cannot be loaded: {reason}; "
+            f"data.path: the data set {data.path!r} cannot be loaded: {type(error).__name__}: "
+            f"{reason}; "
             "give a hub id, a save_to_disk folder, or data.train with a file"
         ) from None
 
@@ -207,7 +208,10 @@ def _label_type_problems(values: pa.ChunkedArray, column: str, name: str) -> lis
     kind = values.type
     if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         return [f"{name}: labels in column {column!r} must be texts or whole numbers, got {kind}"]
-    if pa.types.is_integer(kind) and (row := pc.index(values, pa.scalar(UNLABELLED, kind)).as_py()) >= 0:
+    if (
+        pa.types.is_integer(kind)
+        and (row := pc.index(values, pa.scalar(UNLABELLED, kind)).as_py()) >= 0
+    ):
         return [f"{name}: row {row + 1} is unlabelled ({column} = -1); choose another split"]
     return []
 

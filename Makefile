@@ -1,0 +1,35 @@
+# The two commands of a fresh machine: `make search` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: search test test-gpu check bench clean
+
+search: $(INSTALLED)
+	$(BIN)/sft-ray search experiments/quickstart.yaml
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+test-gpu: $(INSTALLED)
+	$(BIN)/pytest -m gpu
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/slot_overhead.py
+
+# constraints.txt holds the versions the tests ran with; the extras bring the quickstart's model,
+# the test tools and the linters.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[quickstart,test,dev]'
+	touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

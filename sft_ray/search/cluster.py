@@ -1,0 +1,102 @@
+"""The Ray cluster: connecting to it, and sharing it out into slots."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from sft_ray.config import Experiment
+from sft_ray.errors import ResourceError
+
+# Ray reads these when it is imported or started.
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables: the screen is ours
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default, without its warning
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how fast a dead worker is noticed
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the cluster is shared out: slots, and what each worker of a slot holds."""
+
+    slots: int
+    workers_per_trial: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+
+    @property
+    def resources_per_worker(self) -> dict[str, float]:
+        resources = {"CPU": self.cpus_per_worker}
+        return resources | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """A connection to Ray; one that was opened here is closed at the end.
+
+    Without an address, Ray looks for `RAY_ADDRESS`, then for a cluster started on this machine,
+    then starts one of its own that listens on the loopback interface only.
+
+    Raises:
+        ResourceError: the cluster cannot be reached.
+    """
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ResourceError(
+            f"no Ray at {where!r}: {reason}; start one with `ray start --head`, or leave --address "
+            "out to use this machine alone"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def capacity() -> dict[str, float]:
+    """What the cluster has or, with an autoscaler, can start."""
+    import ray
+    from ray._private.state import state
+
+    present: dict[str, float] = ray.cluster_resources()
+    startable = state.get_max_resources_from_cluster_config() or {}
+    return {k: max(present.get(k, 0), startable.get(k, 0)) for k in {*present, *startable}}
+
+
+def plan_layout(experiment: Experiment, has: Mapping[str, float]) -> Layout:
+    """Share a capacity out into slots.
+
+    Raises:
+        ResourceError: the trials need more than there is.
+    """
+    wanted = experiment.resources
+    workers = wanted.workers_per_trial
+    if wanted.gpus_per_worker == "auto":
+        gpus: float = 1 / wanted.trials_per_gpu if has.get("GPU", 0) >= 1 else 0
+    else:
+        gpus = wanted.gpus_per_worker
+    worker = Layout(0, workers, wanted.cpus_per_worker, gpus).resources_per_worker
+    # The small term forgives fractions of a GPU that do not add up to 1 in floating point.
+    fits = min(int(has.get(kind, 0) / (amount * workers) + 1e-9) for kind, amount in worker.items())
+    slots = max(fits, 1) if wanted.slots == "auto" else wanted.slots
+    if slots > fits:
+        needs = " and ".join(f"{n * workers * slots:g} {kind}s" for kind, n in worker.items())
+        there = " and ".join(f"{has.get(kind, 0):g} {kind}s" for kind in worker)
+        raise ResourceError(
+            f"resources: {slots} x {workers} workers need {needs}, the cluster has {there}; "
+            "lower workers_per_trial, cpus_per_worker or slots"
+        )
+    return Layout(min(slots, experiment.search.trials), workers, wanted.cpus_per_worker, gpus)

@@ -1,0 +1,96 @@
+"""What a search says before its first trial and after its last."""
+
+from __future__ import annotations
+
+from sft_ray import space as spaces
+from sft_ray.analysis.results import SearchResult
+from sft_ray.screen import Screen, duration, short_params
+from sft_ray.search.cluster import Layout
+from sft_ray.search.preflight import Prepared
+from sft_ray.search.study import SearchStudy
+
+
+def say_truth(
+    screen: Screen, prepared: Prepared, layout: Layout, location: str, study: SearchStudy
+) -> None:
+    """Everything that was resolved: device and why, layout, data, marks, budget, space."""
+    experiment, model, dataset = prepared.experiment, prepared.model, prepared.dataset
+    finished = sum(trial.state.is_finished() for trial in study.trials)
+    resumed = f", going on with {finished} trials finished" if study.trials else ""
+    truncated = sum(dataset.num_truncated.values())
+    device = "GPU" if layout.gpus_per_worker else "CPU"
+    gpus = f" and {layout.gpus_per_worker:g} GPUs" if layout.gpus_per_worker else ""
+    plural = "s" if layout.slots > 1 else ""
+    screen.facts(
+        {
+            "search": f"{experiment.name} in {location}{resumed}",
+            "model": f"{experiment.model} ({model.model_type}, {model.num_layers} layers, "
+            f"{model.num_parameters / 1e6:.1f} M parameters)",
+            "data": f"{len(dataset.train)} training and {len(dataset.validation)} validation "
+            f"examples, {len(dataset.label_names)} labels, {dataset.train.lengths.mean():.1f} "
+            f"tokens on average, {truncated} cut at {experiment.data.max_length} tokens; the "
+            f"majority class is {dataset.majority_share:.3f} of the validation split",
+            "device": f"{device}, {prepared.precision(device)}",
+            "layout": f"{layout.slots} slot{plural} x {layout.workers_per_trial} workers x "
+            f"{layout.cpus_per_worker:g} CPUs{gpus}",
+            "objective": f"{prepared.objective}, {prepared.direction}",
+            "search by": search_rules(prepared),
+            "budget": budget(prepared),
+            "default": short_params(spaces.parameters(study.recipe)),
+            "space": "; ".join(
+                f"{path.removeprefix('train.')} {spaces.describe(domain)}"
+                for path, domain in study.space.items()
+            ),
+        }
+    )
+    screen.say()
+
+
+def search_rules(prepared: Prepared) -> str:
+    search = prepared.experiment.search
+    if search.pruner == "none":
+        return f"{search.sampler}, no pruning"
+    rungs = " and ".join(f"{rung} %" for rung in search.rungs)
+    return (
+        f"{search.sampler}; at {rungs} of its own schedule a trial goes on if it is among the "
+        f"best 1/{search.reduction_factor}; evaluated there and at every epoch's end"
+    )
+
+
+def budget(prepared: Prepared) -> str:
+    search = prepared.experiment.search
+    limits = [
+        f"{name.replace('_', ' ')} {value:g}"
+        for name, value in search.budget.model_dump().items()
+        if value is not None
+    ]
+    return ", ".join([f"{search.trials} trials", *limits])
+
+
+def say_outcome(screen: Screen, result: SearchResult, source: str | None) -> None:
+    """The winner, what it gained, and the commands to type next."""
+    best, gain = result.best, result.best["gain_over_default"]
+    states = [trial["state"] for trial in result.trials]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    unfinished = "" if best["complete"] else " (unfinished: no trial reached its end)"
+    over = "over the default recipe"
+    screen.say()
+    screen.facts(
+        {
+            "best": f"trial {best['trial']}: {short_params(best['params'])}{unfinished}",
+            "validation": ", ".join(f"{k} {v:.4f}" for k, v in best["validation"].items()),
+            "gain": f"{gain:+.4f} {result.tree['metric']} {over}"
+            if gain is not None
+            else f"unknown {over}, which did not finish",
+            "trials": f"{len(states)}: {counts}; {duration(result.tree['wall_seconds'])}",
+            "checkpoint": best["checkpoint"],
+        }
+    )
+    screen.say()
+    screen.say("next, try the model, or search longer with the same command:")
+    screen.say(
+        '  python -c "from transformers import pipeline; '
+        f"print(pipeline('text-classification', '{best['checkpoint']}')('your text'))\""
+    )
+    if source is not None:
+        screen.say(f"  sft-ray search {source} search.trials={2 * len(states)}")

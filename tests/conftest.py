@@ -1,0 +1,86 @@
+"""Shared fixtures: private caches, one tiny experiment, one local Ray cluster."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sft_ray.config import Experiment
+from tests.models import tiny_model_folder, toy_rows, write_csv
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing a test builds is shared with the user's own caches; the hub is never asked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SFT_RAY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.delenv("SFT_RAY_STORAGE", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer BERT with a tokenizer, as a local folder."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 rows of a task that the tiny model can learn."""
+    path = tmp_path_factory.mktemp("data") / "toy.csv"
+    write_csv(path, toy_rows(400, seed=0))
+    return path
+
+
+@pytest.fixture
+def experiment(tiny_model: Path, toy_csv: Path, tmp_path: Path) -> Experiment:
+    """A search of seconds: four trials of the tiny model, two workers each."""
+    return Experiment.from_tree(
+        {
+            "name": "tiny",
+            "model": str(tiny_model),
+            "data": {
+                "train": str(toy_csv),
+                "split": {"validation": 0.2, "test": 0.1},
+                "max_length": 32,
+            },
+            "search": {
+                "space": {
+                    "train.learning_rate": {"log_uniform": [1.0e-4, 1.0e-2]},
+                    "train.batch_size": {"choice": [16, 32]},
+                    "train.epochs": {"int": [1, 3]},
+                    "train.regularization": {
+                        "one_of": [{"kind": "none"}, {"kind": "l2_sp"}, {"kind": "weight_decay"}]
+                    },
+                    "train.frozen_layers": {"int": [0, 2]},
+                },
+                "trials": 4,
+            },
+            "resources": {"workers_per_trial": 2},
+            "storage": str(tmp_path / "runs"),
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for all tests that need it; its workers carry the fault injector."""
+    import ray
+
+    from sft_ray.search.cluster import RAY_ENVIRONMENT
+    from tests.faults import install
+
+    os.environ.update(RAY_ENVIRONMENT)
+    ray.init(
+        num_cpus=4,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"worker_process_setup_hook": install},
+    )
+    yield
+    ray.shutdown()

@@ -1,0 +1,164 @@
+from pathlib import Path
+
+import pytest
+
+from sft_ray.config import Experiment, Train, apply_values
+from sft_ray.errors import ConfigError
+from sft_ray.yaml_text import dump_yaml, parse_yaml
+
+MINIMAL = {"name": "x", "model": "m", "data": {"path": "builtin:docstrings"}}
+EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("**/*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "experiment.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_every_shipped_experiment_parses() -> None:
+    names = {Experiment.load(path).name for path in EXPERIMENTS}
+    assert names == {"quickstart", "sst2", "my-reviews"}
+
+
+def test_the_resolved_tree_reads_back_as_the_same_experiment() -> None:
+    for path in EXPERIMENTS:
+        experiment = Experiment.load(path)
+        assert Experiment.from_tree(parse_yaml(dump_yaml(experiment.to_tree()), "")) == experiment
+
+
+def test_numbers_follow_yaml_1_2(tmp_path: Path) -> None:
+    text = "{name: x, model: m, data: {path: d}, train: {learning_rate: 2e-5}}"
+    assert Experiment.load(write(tmp_path, text)).train.learning_rate == 2e-5
+    assert parse_yaml("{a: no, b: 012, c: 1.0e-3}", "") == {"a": "no", "b": 12, "c": 1e-3}
+
+
+def test_defaults_yield_to_yaml_and_yaml_to_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, "{name: x, model: m, data: {path: d}, train: {epochs: 2}}")
+    experiment = Experiment.load(
+        path,
+        [
+            "name=short",
+            "train.batch_size=8",
+            "search.space.train.epochs={int: [1, 2]}",
+            "search.budget.target=0.9",
+        ],
+    )
+    assert (experiment.name, experiment.train.epochs, experiment.train.batch_size) == (
+        "short",
+        2,
+        8,
+    )
+    assert experiment.search.space == {"train.epochs": {"int": [1, 2]}}
+    assert experiment.search.budget.target == 0.9
+    assert experiment.train.warmup == Train().warmup
+
+
+def test_storage_takes_an_environment_variable_or_its_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tree = {**MINIMAL, "storage": "${SFT_RAY_STORAGE:-runs}"}
+    assert Experiment.from_tree(tree).storage == "runs"
+    monkeypatch.setenv("SFT_RAY_STORAGE", "/somewhere")
+    assert Experiment.from_tree(tree).storage == "/somewhere"
+
+
+def test_all_problems_are_reported_together() -> None:
+    tree = {
+        **MINIMAL,
+        "train": {"learning_rat": 1e-5, "epochs": 0, "batch_size": "32", "frozen_layers": "al"},
+        "search": {"sampler": "tpee", "space": {"train.bach_size": {"choice": [1]}}},
+        "resources": {"slots": "many"},
+        "sead": 3,
+    }
+    with pytest.raises(ConfigError) as caught:
+        Experiment.from_tree(tree, source="my.yaml")
+    lines = caught.value.problems
+    assert all(line.startswith("my.yaml: ") for line in lines)
+    for part in (
+        "train.learning_rat: unknown key; did you mean 'learning_rate'?",
+        "train.epochs",
+        "train.batch_size",
+        "train.frozen_layers: ",
+        "search.sampler",
+        "did you mean 'tpe'",
+        "search.space.train.bach_size",
+        "did you mean 'train.batch_size'",
+        "resources.slots: ",
+        "sead: unknown key; did you mean 'seed'?",
+    ):
+        assert any(part in line for line in lines), part
+    assert len(lines) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "a/b"}, "name: "),
+        ({"data": {}}, "exactly one of `path` and `train`"),
+        ({"data": {"path": "a", "train": "b.csv"}}, "got both"),
+        ({"data": {"path": "a", "validation": "b.csv"}}, "go with `train`"),
+        ({"data": {"train": "a", "validation": "b", "split": {}}}, "exclude each other"),
+        ({"data": {"train": "a", "split": {"validation": 0.6, "test": 0.5}}}, "nothing to train"),
+        ({"data": {"path": "a", "columns": {"text": "t", "label": "t"}}}, "a column of its own"),
+        ({"train": {"regularization": {"kind": "l2"}}}, "needs a strength"),
+        ({"train": {"regularization": {"kind": "none", "strength": 1.0}}}, "takes no strength"),
+        ({"train": {"batch_size": True}}, "train.batch_size"),
+        ({"train": {"learning_rate": 0}}, "greater than 0"),
+        ({"train": "fast"}, "train: "),
+        ({"search": {"rungs": [33, 10]}}, "rungs must ascend"),
+        ({"search": {"space": {"seed": {"int": [1, 2]}}}}, "only fields of train"),
+        ({"search": {"space": {"train.epochs": {"int": [0, 2]}}}}, "search.space.train.epochs"),
+        ({"search": {"space": {"train.schedule": {"choice": ["liner"]}}}}, "'liner'"),
+        ({"confirm": {"top": 3}}, "not available yet"),
+        ({"resources": {"trials_per_gpu": 2, "workers_per_trial": 2}}, "never share a GPU"),
+        ({"storage": "${NOT_SET_ANYWHERE}"}, "NOT_SET_ANYWHERE is not set"),
+    ],
+)
+def test_a_value_that_breaks_a_rule_is_refused_in_one_line(
+    change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Experiment.from_tree({**MINIMAL, **change})
+    assert message in str(caught.value)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [", "not valid YAML"),
+        ("- a\n- b", "a mapping of keys"),
+        ("", "a mapping of keys"),
+        ("name: x\nname: y", "not valid YAML"),
+        ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_experiment_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Experiment.load(write(tmp_path, text))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override", ["search.trials", "=3", "a..b=1", "name.first=x", "train.epochs=["]
+)
+def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
+    path = write(tmp_path, "{name: x, model: m, data: {path: d}}")
+    with pytest.raises(ConfigError, match=r"override|no keys below|not valid YAML"):
+        Experiment.load(path, [override])
+
+
+def test_further_problems_can_be_sought_in_what_is_valid() -> None:
+    tree = {**MINIMAL, "train": {"epochs": 0, "batch_size": 8}, "bogus": 1}
+    rest = Experiment.what_is_valid(tree)
+    assert rest is not None
+    assert (rest.train.epochs, rest.train.batch_size) == (3, 8)
+    assert Experiment.what_is_valid({"name": "x"}) is None
+
+
+def test_applied_values_replace_fields_of_train() -> None:
+    values = {"train.epochs": 2, "train.regularization": {"kind": "l1", "strength": 1e-6}}
+    train = apply_values(Train(), values)
+    assert (train.epochs, train.regularization.kind, train.batch_size) == (2, "l1", 32)
