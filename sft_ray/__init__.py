@@ -17,7 +17,7 @@ def __getattr__(name: str) -> object:
 
         return Experiment
     if name == "search":
-        from sft_ray import search
+        import importlib
 
-        return search
+        return importlib.import_module("sft_ray.search")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
 from sft_ray.errors import SftError, TrialError
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     help="Search the hyperparameters of fine-tuning BERT-type encoders on Ray.",
@@ -62,8 +65,10 @@ def search(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a user's mistakes end with exit code 2 and plain lines."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries; `python -W` brings them back
     try:
-        app(args=arguments, standalone_mode=False)
+        code = app(args=arguments, standalone_mode=False)
     except TyperException as error:  # a misspelt verb or option
         error.show()
         sys.exit(2)
@@ -73,9 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
     except SftError as error:
         sys.stderr.write("".join(f"error: {problem}\n" for problem in error.problems))
         sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("\ninterrupted; the same command goes on where it stopped\n")
-        sys.exit(130)
+    if code == INTERRUPTED:  # typer's answer to a KeyboardInterrupt
+        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, just below
+
 from sft_ray.config import Experiment
 from tests.models import tiny_model_folder, toy_rows, write_csv
 
@@ -15,7 +17,6 @@ def _private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing a test builds is shared with the user's own caches; the hub is never asked."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SFT_RAY_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.delenv("SFT_RAY_STORAGE", raising=False)
         yield
@@ -61,7 +62,7 @@ def experiment(tiny_model: Path, toy_csv: Path, tmp_path: Path) -> Experiment:
                 },
                 "trials": 4,
             },
-            "resources": {"workers_per_trial": 2},
+            "resources": {"workers_per_trial": 2, "slots": 1},
             "storage": str(tmp_path / "runs"),
         }
     )
@@ -80,7 +81,10 @@ def ray_cluster() -> Iterator[None]:
         num_cpus=4,
         log_to_driver=False,
         logging_level="ERROR",
-        runtime_env={"worker_process_setup_hook": install},
+        runtime_env={
+            "worker_process_setup_hook": install,
+            "env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])},
+        },
     )
     yield
     ray.shutdown()

@@ -12,10 +12,12 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from sft_ray.config import Columns, Data
+from sft_ray.config import Data, Train
 from sft_ray.training.data import Dataset, open_dataset, prepare
+from sft_ray.training.fit import Progress, fit
 from sft_ray.training.model import Pretrained, load_pretrained, quiet_transformers
 from sft_ray.training.tasks import TASKS
+from sft_ray.training.world import World
 
 TASK = TASKS["text-classification"]
 CPU = torch.device("cpu")
@@ -24,9 +26,9 @@ KEYWORDS = {
     "plant": ("oak", "rose", "fern", "moss"),
     "tool": ("hammer", "saw", "drill", "file"),
 }
-FILLERS = tuple(
-    ["the", "a", "of", "in", "on", "and", "with", "near", "very", "old", "new", "small", "big", "red", "green", "we", "saw", "there", "was", "one", "two", "under", "over", "behind", "house", "road", "field"]
-)
+FILLERS = ("the", "a", "of", "in", "on", "and", "with", "near", "very", "old", "new", "small")
+FILLERS += ("big", "red", "green", "we", "went", "there", "was", "one", "two", "under", "over")
+FILLERS += ("behind", "house", "road", "field")
 NEVER_IN_TOY_ROWS = ("zebra", "quartz", "violin", "harbour")
 # Padding is not row 0, so that code which pads with 0 is found out.
 SPECIALS = {"cls_token": "[CLS]", "pad_token": "[PAD]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
@@ -66,6 +68,7 @@ def tiny_config(
         "bos_token_id": TOKEN_ID["[CLS]"],
         "eos_token_id": TOKEN_ID["[SEP]"],
         "max_position_embeddings": 80,
+        "initializer_range": 0.1,  # at this width 0.02 takes hundreds of steps to break symmetry
     }
     usual = {
         "hidden_size": hidden,
@@ -168,7 +171,6 @@ def toy_dataset(folder: Path, model: Path, *, train: int = 300, validation: int 
     data = Data(
         train=str(write_csv(folder / "train.csv", toy_rows(train, seed=1))),
         validation=str(write_csv(folder / "validation.csv", toy_rows(validation, seed=2))),
-        columns=Columns(),
         max_length=32,
     )
     return open_dataset(prepare(data, str(model), None, seed=17))
@@ -184,3 +186,37 @@ def load_tiny(
     )
     whole = loaded.model.double() if double else loaded.model
     return Pretrained(whole, loaded.from_scratch, used)
+
+
+def run_fit(
+    pretrained: Pretrained,
+    dataset: Dataset,
+    *,
+    seed: int = 17,
+    objective: str = "accuracy",
+    rungs: tuple[int, ...] = (10, 33),
+    world: World | None = None,
+    stop_after: int | None = None,
+    **train: Any,
+) -> list[Progress]:
+    """Every report of one `fit` in fp32 (or the model's own float64)."""
+    reports: list[Progress] = []
+
+    def report(progress: Progress) -> bool:
+        reports.append(progress)
+        return len(reports) != stop_after
+
+    fit(
+        # Not validated, so that tests can ask for what no experiment may.
+        Train().model_copy(update={"precision": "fp32", **train}),
+        pretrained=pretrained,
+        dataset=dataset,
+        task=TASK,
+        objective=objective,
+        rungs=list(rungs),
+        pad_token=PAD,
+        seed=seed,
+        world=world or World(),
+        report=report,
+    )
+    return reports

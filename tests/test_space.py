@@ -60,7 +60,7 @@ def test_every_kind_of_domain_parses() -> None:
     ],
 )
 def test_a_malformed_domain_says_what_it_needs(raw: object, message: str) -> None:
-    with pytest.raises(ConfigError, match="search.space.train.x") as caught:
+    with pytest.raises(ConfigError, match=r"search\.space\.train\.x") as caught:
         spaces.parse_space({"train.x": raw})
     assert message in str(caught.value)
 

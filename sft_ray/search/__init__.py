@@ -9,8 +9,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sft_ray.analysis.results import SearchResult
     from sft_ray.config import Experiment
-    from sft_ray.results import SearchResult
 
 
 class _CallablePackage(ModuleType):

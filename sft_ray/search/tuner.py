@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -133,6 +134,8 @@ def _run_trials(
     slot = tune.with_resources(
         tune.with_parameters(Slot, settings=settings), tune.PlacementGroupFactory([HEAD])
     )
+    # Tune prints the traceback of every lost slot; ours are in the run's error log.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     screen.event(f"starting {layout.slots} slot{'s' * (layout.slots > 1)}: processes, model, data")
     try:
         tune.Tuner(

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from transformers import AutoTokenizer
 
-from sft_ray.config import Data
+from sft_ray.config import Columns, Data
 from sft_ray.errors import DataError
 from sft_ray.training import sources
 from sft_ray.training.cache import build_once, cache_root
@@ -88,12 +88,13 @@ def prepare(data: Data, model_folder: str, revision: str | None, seed: int) -> P
         for split, table in sources.read_splits(data, seed).items()
     }
     tokenizer = load_tokenizer(model_folder, revision)
+    max_length = min(data.max_length, tokenizer.model_max_length)
     recipe = {
         "version": ENCODING_VERSION,
         "tables": {split: _content_hash(table) for split, table in tables.items()},
         "tokenizer": _content_hash_text(tokenizer.backend_tokenizer.to_str()),
         "columns": data.columns.model_dump(),
-        "max_length": data.max_length,
+        "max_length": max_length,
     }
     key = _content_hash_text(json.dumps(recipe, sort_keys=True))
     label_names, label_ids = sources.encode_labels(tables, data.columns.label)
@@ -101,7 +102,9 @@ def prepare(data: Data, model_folder: str, revision: str | None, seed: int) -> P
     def build(folder: Path) -> None:
         truncated = {}
         for split, table in tables.items():
-            encoded, truncated[split] = _encode(table, data, tokenizer, label_ids[split])
+            encoded, truncated[split] = _encode(
+                table, data.columns, tokenizer, max_length, label_ids[split]
+            )
             with (
                 pa.OSFile(str(folder / f"{split}.arrow"), "wb") as sink,
                 pa.ipc.new_file(sink, encoded.schema) as writer,
@@ -137,9 +140,9 @@ def load_tokenizer(model_folder: str, revision: str | None = None) -> Any:
             model_folder, revision=revision, trust_remote_code=False
         )
     except Exception as error:  # the library raises many kinds for a broken folder
-        first_line = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"model: no tokenizer can be loaded from {model_folder}: {first_line}"
+            f"model: no tokenizer can be loaded from {model_folder}: {reason}"
         ) from None
     if not tokenizer.is_fast:
         raise DataError(f"model: {model_folder} has no fast tokenizer (tokenizer.json); add one")
@@ -153,25 +156,27 @@ def _limited(table: pa.Table, limit: int | None, seed: int, split: str) -> pa.Ta
     return table.take(pa.array(np.sort(order[:limit])))
 
 
-def _encode(table: pa.Table, data: Data, tokenizer: Any, labels: IntArray) -> tuple[pa.Table, int]:
-    texts = [table.column(data.columns.text).to_pylist()]
-    if data.columns.text_pair is not None:
-        texts.append(table.column(data.columns.text_pair).to_pylist())
+def _encode(
+    table: pa.Table, columns: Columns, tokenizer: Any, max_length: int, labels: IntArray
+) -> tuple[pa.Table, int]:
+    texts = [table.column(columns.text).to_pylist()]
+    if columns.text_pair is not None:
+        texts.append(table.column(columns.text_pair).to_pylist())
     encoded = tokenizer(
         *texts,
         truncation=True,
-        max_length=min(data.max_length, tokenizer.model_max_length),
+        max_length=max_length,
         return_attention_mask=False,
         return_token_type_ids=len(texts) == 2,
     )
-    columns = {
+    arrays = {
         "tokens": pa.array(encoded["input_ids"], pa.large_list(pa.int32())),
         "label": pa.array(labels, pa.int64()),
     }
     if "token_type_ids" in encoded:
-        columns["segments"] = pa.array(encoded["token_type_ids"], pa.large_list(pa.int8()))
+        arrays["segments"] = pa.array(encoded["token_type_ids"], pa.large_list(pa.int8()))
     truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
-    return pa.table(columns).combine_chunks(), truncated
+    return pa.table(arrays).combine_chunks(), truncated
 
 
 def _open_examples(path: Path) -> Examples:

@@ -90,7 +90,12 @@ def schedule_marks(rungs: list[int], epochs: int, steps_per_epoch: int) -> list[
     for epoch in range(1, epochs + 1):
         exact = 100 * epoch / epochs
         near = [rung for rung in rungs if abs(exact - rung) <= 1]
-        step_at[near[0] if near and epoch < epochs else round(exact)] = epoch * steps_per_epoch
+        if not near or epoch == epochs:
+            step_at[round(exact)] = epoch * steps_per_epoch
+    for rung in rungs:  # the nearest of several epoch ends
+        epoch = round(rung * epochs / 100)
+        if 1 <= epoch < epochs and abs(100 * epoch / epochs - rung) <= 1:
+            step_at[rung] = epoch * steps_per_epoch
     return [Mark(percent, step_at[percent]) for percent in sorted(step_at)]
 
 
@@ -127,14 +132,17 @@ def fit(
     marks = schedule_marks(rungs, train.epochs, steps_per_epoch)
     lengths = dataset.train.lengths
 
-    def evaluate_and_report(index: int, mark: Mark, fault: str | None) -> bool:
+    def evaluate_and_report(index: int, mark: Mark, fault: str | None = None) -> bool:
         nonlocal best, loss_sum, examples_since
         clock.enter("eval")
         train_loss = float(world.sum(loss_sum)) / max(examples_since, 1)
         found: dict[str, float] = {}
         if fault is None:
             logits = evaluate(pretrained, dataset.validation, pad_token, world, dtype)
-            if world.rank == 0:
+            # Every rank has the same logits, so all of them find a fault or none.
+            if not np.isfinite(logits).all():
+                fault = f"predictions not finite at step {step}"
+            elif world.rank == 0:
                 table = {name: metric for name, (metric, _) in task.metrics.items()}
                 found = metrics.score(table, logits, dataset.validation.labels)
                 sign = 1 if task.direction(objective) == "maximize" else -1
@@ -196,7 +204,7 @@ def fit(
             optimizer.zero_grad()
             schedule.step()
             while next_mark < len(marks) and marks[next_mark].step == step:
-                if not evaluate_and_report(next_mark, marks[next_mark], None):
+                if not evaluate_and_report(next_mark, marks[next_mark]):
                     return
                 next_mark += 1
 

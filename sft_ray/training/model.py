@@ -39,25 +39,29 @@ class Family:
         embeddings: the embeddings and any projection between them and the first layer.
         layers: the list of layers.
         shared: modules that feed every layer.
+        positions_after_padding: positions are counted from the padding token's id upwards, which
+            leaves that much less room for text.
     """
 
     embeddings: tuple[str, ...] = ("embeddings",)
     layers: str = "encoder.layer"
     shared: tuple[str, ...] = ()
+    positions_after_padding: bool = False
 
 
+ROBERTA = Family(positions_after_padding=True)
 DEBERTA = Family(shared=("encoder.rel_embeddings", "encoder.LayerNorm", "encoder.conv"))
 FAMILIES = {
     "bert": Family(),
-    "roberta": Family(),
-    "xlm-roberta": Family(),
-    "camembert": Family(),
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
     "ernie": Family(),
     "electra": Family(embeddings=("embeddings", "embeddings_project")),
     "distilbert": Family(layers="transformer.layer"),
     "deberta": DEBERTA,
     "deberta-v2": DEBERTA,
-    "mpnet": Family(shared=("encoder.relative_attention_bias",)),
+    "mpnet": Family(shared=("encoder.relative_attention_bias",), positions_after_padding=True),
     "modernbert": Family(layers="layers"),
 }
 
@@ -126,12 +130,15 @@ def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
         )
     with torch.device("meta"):
         skeleton = transformers.AutoModel.from_config(config, trust_remote_code=False)
+    positions = getattr(config, "max_position_embeddings", None) or 2**31
+    if FAMILIES[config.model_type].positions_after_padding:
+        positions -= config.pad_token_id + 1
     return ModelFacts(
         folder=folder,
         model_type=config.model_type,
         num_layers=config.num_hidden_layers,
         num_parameters=sum(p.numel() for p in skeleton.parameters()),
-        max_length=getattr(config, "max_position_embeddings", None) or 2**31,
+        max_length=positions,
     )
 
 

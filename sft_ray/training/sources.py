@@ -88,6 +88,8 @@ def read_file(path: str) -> pa.Table:
             )
         if suffix == ".json" and Path(path).read_bytes().lstrip()[:1] == b"[":
             rows = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not rows or not all(isinstance(row, dict) for row in rows):
+                raise ValueError("it must hold a list of at least one {column: value} object")
             return pa.Table.from_pylist(rows)
         return pyarrow.json.read_json(
             path, parse_options=pyarrow.json.ParseOptions(newlines_in_values=False)
@@ -120,7 +122,7 @@ def _read_dataset(data: Data) -> dict[str, pa.Table]:
             loaded = datasets.load_from_disk(data.path)
             named = loaded if isinstance(loaded, dict) else {"train": loaded}
             tables = {name: _with_label_names(ds, data.columns.label) for name, ds in named.items()}
-            if "validation" not in tables and data.splits is None:
+            if "validation" not in tables and data.splits is None and "train" in tables:
                 return {"train": tables["train"]}
             return _sliced(tables, splits, data.path)
         return {
@@ -181,9 +183,11 @@ def _sliced(tables: dict[str, pa.Table], splits: Splits, source: str) -> dict[st
 def _table_problems(table: pa.Table, columns: list[str], name: str) -> list[str]:
     problems = []
     for column in columns:
-        if column not in table.column_names:
-            hint = did_you_mean(column, table.column_names)
-            problems.append(f"{name}: no column {column!r}; {hint}; set data.columns")
+        if table.column_names.count(column) > 1:
+            problems.append(f"{name}: the column {column!r} stands twice; rename one of them")
+        elif column not in table.column_names:
+            known = f"; {did_you_mean(column, table.column_names)}" if table.column_names else ""
+            problems.append(f"{name}: no column {column!r}{known}; set data.columns")
     if table.num_rows == 0:
         problems.append(f"{name}: has no rows")
     if problems:
@@ -191,16 +195,20 @@ def _table_problems(table: pa.Table, columns: list[str], name: str) -> list[str]
     label = columns[-1]
     for column in columns:
         values = table.column(column)
-        if values.null_count:
-            row = pc.index(pc.is_null(values), True).as_py()
+        missing = pc.is_null(values)
+        if column == label and _is_text(values.type):
+            missing = pc.or_kleene(missing, pc.equal(values, ""))
+        if rows := pc.sum(missing).as_py():
+            row = pc.index(missing, True).as_py()
             problems.append(
-                f"{name}: column {column!r} is empty in {values.null_count} rows, first in row "
-                f"{row + 1}; fill or remove them"
+                f"{name}: column {column!r} is empty in {rows} rows, first in row {row + 1}; fill "
+                "or remove them"
             )
         elif column == label:
             problems += _label_type_problems(values, column, name)
         elif not _is_text(values.type):
-            problems.append(f"{name}: column {column!r} must hold texts, got {values.type}")
+            mend = "; save the file as UTF-8" if pa.types.is_binary(values.type) else ""
+            problems.append(f"{name}: column {column!r} must hold texts, got {values.type}{mend}")
     return problems
 
 
@@ -209,7 +217,7 @@ def _label_type_problems(values: pa.ChunkedArray, column: str, name: str) -> lis
     if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         return [f"{name}: labels in column {column!r} must be texts or whole numbers, got {kind}"]
     if (
-        pa.types.is_integer(kind)
+        pa.types.is_signed_integer(kind)
         and (row := pc.index(values, pa.scalar(UNLABELLED, kind)).as_py()) >= 0
     ):
         return [f"{name}: row {row + 1} is unlabelled ({column} = -1); choose another split"]
@@ -259,6 +267,9 @@ def encode_labels(
         DataError: fewer than two classes, or a validation label that training lacks.
     """
     values = {split: table.column(column).to_pylist() for split, table in tables.items()}
+    if len({type(value) for column_values in values.values() for value in column_values}) > 1:
+        # A csv whose labels all look like numbers beside one whose labels do not.
+        values = {split: [str(v) for v in column_values] for split, column_values in values.items()}
     classes = sorted(set(values["train"]))
     if len(classes) < 2:
         raise DataError(

@@ -1,0 +1,260 @@
+"""Whole searches on a real Ray cluster with real workers."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import ray
+
+from sft_ray.analysis.results import SearchResult
+from sft_ray.config import Experiment
+from sft_ray.errors import ConfigError, ResourceError, TrialError
+from sft_ray.run_store import JOURNAL
+from sft_ray.search.study import open_storage
+from sft_ray.search.tuner import run_search
+from tests import faults
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(200)]
+
+RESCORE = """
+    import csv, json, sys
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    folder, rows = sys.argv[1], json.load(open(sys.argv[2]))
+    classify = pipeline("text-classification", folder, truncation=True, max_length=32)
+    answers = [answer["label"] for answer in classify([row["text"] for row in rows])]
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    right = sum(answer == str(row["label"]) for answer, row in zip(answers, rows))
+    print(json.dumps([right / len(rows), sorted(model.config.id2label.values())]))
+"""
+
+
+def with_search(experiment: Experiment, **search: object) -> Experiment:
+    tree = experiment.to_tree()
+    return Experiment.from_tree({**tree, "search": {**tree["search"], **search}})
+
+
+def rescore(result: SearchResult, experiment: Experiment, folder: Path) -> tuple[float, list[str]]:
+    """Accuracy and label names of best/ by an independent script, on the same validation rows."""
+    from sft_ray.training import sources
+
+    rows = sources.read_splits(experiment.data, experiment.seed)["validation"].to_pylist()
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "rescore.py").write_text(textwrap.dedent(RESCORE))
+    done = subprocess.run(
+        [sys.executable, folder / "rescore.py", str(result.checkpoint), folder / "rows.json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    accuracy, labels = json.loads(done.stdout.splitlines()[-1])
+    return accuracy, labels
+
+
+def slot_seconds(tree: dict[str, Any]) -> float:
+    """All that the trials after the first claim to have cost."""
+    parts = ("train_seconds", "eval_seconds", "overhead_seconds")
+    return sum(trial[part] for trial in tree["trials"][1:] for part in parts)
+
+
+def seconds_between_ends(run: Path) -> float:
+    """From the end of the first trial to the end of the last, by Optuna's clock."""
+    study = optuna.load_study(storage=open_storage(run / JOURNAL), study_name="search")
+    ends = [trial.datetime_complete for trial in study.trials]
+    assert None not in ends
+    return (max(ends) - min(ends)).total_seconds()
+
+
+def test_a_search_ends_with_the_best_checkpoint_and_the_same_command_only_shows_it(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run_search(experiment)
+    run = Path(result.location)
+    printed = capsys.readouterr().out
+
+    tree = json.loads((run / "results.json").read_text())
+    assert tree == result.tree
+    assert [t["number"] for t in tree["trials"]] == [0, 1, 2, 3]
+    assert tree["trials"][0]["role"] == "default recipe"
+    assert {t["state"] for t in tree["trials"]} <= {"COMPLETE", "PRUNED"}
+    for trial in tree["trials"]:
+        assert trial["overhead_seconds"] >= 0
+        stored = json.loads((run / "trials" / str(trial["number"]) / "trial.json").read_text())
+        assert stored == trial
+        marks = (run / "trials" / str(trial["number"]) / "metrics.jsonl").read_text().splitlines()
+        curve = [[m["percent"], m["metrics"]["accuracy"]] for m in map(json.loads, marks)]
+        assert curve == trial["curve"]
+    complete = [t for t in tree["trials"] if t["state"] == "COMPLETE"]
+    top = max(t["value"] for t in complete)
+    assert result.best["validation"]["accuracy"] == top
+    assert result.best["complete"]
+    assert result.best["gain_over_default"] == pytest.approx(top - tree["trials"][0]["value"])
+    assert tree["startup_seconds"] > 0
+
+    accuracy, labels = rescore(result, experiment, tmp_path)
+    assert accuracy == pytest.approx(top, abs=0.003)
+    assert labels == ["animal", "plant", "tool"]
+    assert not list(run.rglob("*.pkl"))
+    assert not (run.parent / ".ray").exists() or not list((run.parent / ".ray").iterdir())
+
+    overheads = sorted(t["overhead_seconds"] for t in tree["trials"][1:])
+    assert overheads[len(overheads) // 2] < 1.0
+    assert slot_seconds(tree) == pytest.approx(seconds_between_ends(run), rel=0.01, abs=0.1)
+
+    for said in ("float32", "1 slot x 2 workers", "best 1/3", "over the default recipe", "next"):
+        assert said in printed
+    assert f"trial 3   {tree['trials'][3]['state']}" in printed
+    assert "Warning" not in printed
+
+    before = (run / JOURNAL).read_bytes()
+    again = run_search(experiment)
+    assert again.tree == tree
+    assert "is finished; its outcome" in capsys.readouterr().out
+    assert (run / JOURNAL).read_bytes() == before
+
+
+def test_more_trials_extend_a_finished_search_and_nothing_runs_twice(
+    experiment: Experiment,
+) -> None:
+    experiment = with_search(experiment, trials=1)
+    first = run_search(experiment, quiet=True)
+    longer = run_search(with_search(experiment, trials=2), quiet=True)
+    assert longer.trials[:1] == first.trials
+    assert len(longer.trials) == 2
+    with pytest.raises(ConfigError, match="another experiment"):
+        run_search(with_search(experiment, trials=2, sampler="random"), quiet=True)
+    fresh = run_search(with_search(experiment, trials=1, sampler="random"), fresh=True, quiet=True)
+    assert len(fresh.trials) == 1
+    assert (Path(f"{fresh.location}.old-1") / "results.json").exists()
+
+
+def test_a_trial_that_raises_fails_alone_and_a_dead_worker_costs_a_restart(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    rates = [1.5e-3, 2.5e-3, 3.5e-3]
+    experiment = with_search(
+        experiment,
+        default_recipe=False,
+        pruner="none",
+        trials=3,
+        enqueue=[{"train.learning_rate": rate, "train.epochs": 2} for rate in rates],
+    )
+    raising = faults.order("a", learning_rate=rates[0], step=12, rank=1, action="raise")
+    dying = faults.order("b", learning_rate=rates[1], step=14, rank=1, action="die")
+    result = run_search(experiment, quiet=True)
+    assert not raising.exists()
+    assert not dying.exists()
+    failed, restarted, calm = result.trials
+    assert failed["state"] == "FAIL"
+    assert failed["reason"] == "ValueError: injected: the loss function has a bug"
+    assert "forward_loss" in (Path(result.location) / "errors.log").read_text()
+    assert (restarted["state"], restarted["restarts"]) == ("COMPLETE", 1)
+    assert (calm["state"], calm["restarts"]) == ("COMPLETE", 0)
+    assert len({tuple(map(tuple, t["curve"])) for t in (restarted, calm)}) == 2
+    assert all(len(t["curve"]) == 4 for t in (restarted, calm))
+
+
+def test_a_killed_driver_loses_no_finished_trial_and_doubles_none(
+    experiment: Experiment,
+) -> None:
+    experiment = with_search(experiment, trials=3)
+    straight = run_search(experiment.model_copy(update={"name": "straight"}), quiet=True)
+    interrupted = experiment.model_copy(update={"name": "interrupted"})
+    script = textwrap.dedent(
+        """
+        import os, sys
+        import ray
+        from optuna.trial import TrialState
+        from sft_ray.config import Experiment
+        from sft_ray.search import conductor
+        from sft_ray.search.tuner import run_search
+
+        honest = conductor.Conductor.on_message
+        def on_message(self, tune_id, message):
+            finished = sum(t.state.is_finished() for t in self.study.trials)
+            go_on = honest(self, tune_id, message)
+            if finished == 1 and message["percent"] == 10:
+                os._exit(9)
+            return go_on
+        conductor.Conductor.on_message = on_message
+        import json
+        run_search(Experiment.from_tree(json.load(open(sys.argv[1]))), address=sys.argv[2])
+        """
+    )
+    folder = Path(experiment.storage)
+    (folder / "tree.json").write_text(json.dumps(interrupted.to_tree()))
+    (folder / "driver.py").write_text(script)
+    address = ray.get_runtime_context().gcs_address
+    died = subprocess.run(
+        [sys.executable, folder / "driver.py", folder / "tree.json", address],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert died.returncode == 9, died.stderr
+    assert not (folder / "interrupted" / "results.json").exists()
+    resumed = run_search(interrupted, quiet=True)
+    assert [t["number"] for t in resumed.trials] == [0, 1, 2]
+    for mine, theirs in zip(resumed.trials, straight.trials, strict=True):
+        assert (mine["params"], mine["state"]) == (theirs["params"], theirs["state"])
+        assert mine["curve"] == theirs["curve"]
+
+
+def test_two_slots_share_a_search(experiment: Experiment) -> None:
+    tree = with_search(experiment, trials=5).to_tree()
+    tree["resources"] = {"workers_per_trial": 1, "slots": 2}
+    result = run_search(Experiment.from_tree(tree), quiet=True)
+    assert [t["number"] for t in result.trials] == list(range(5))
+    assert all(t["state"] in {"COMPLETE", "PRUNED"} for t in result.trials)
+    rates = {t["params"]["train.learning_rate"] for t in result.trials}
+    assert len(rates) == 5
+    assert result.tree["environment"]["slots"] == 2
+
+
+def test_a_configuration_that_diverges_is_at_fault_and_the_search_goes_on(
+    experiment: Experiment,
+) -> None:
+    space = {
+        "train.learning_rate": 1.0,
+        "train.max_grad_norm": 1e38,
+        "train.regularization": {"kind": "l2", "strength": {"uniform": [900, 1000]}},
+    }
+    experiment = with_search(experiment, space=space, trials=2)
+    result = run_search(experiment, quiet=True)
+    default, diverged = result.trials
+    assert default["state"] == "COMPLETE"
+    assert diverged["state"] == "PRUNED"
+    assert "not finite" in diverged["reason"]
+
+
+def test_more_workers_than_there_are_are_refused_before_anything_is_written(
+    experiment: Experiment,
+) -> None:
+    tree = experiment.to_tree()
+    tree["resources"] = {"workers_per_trial": 64}
+    with pytest.raises(ResourceError, match="64 workers need 64 CPUs, the cluster has 4 CPUs"):
+        run_search(Experiment.from_tree(tree), quiet=True)
+    assert not Path(experiment.storage).exists()
+
+
+def test_a_search_whose_slots_cannot_start_ends_with_the_cause(
+    experiment: Experiment, tiny_model: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    tree = {**experiment.to_tree(), "model": str(broken)}
+    with pytest.raises(TrialError, match="failures in a row"):
+        run_search(Experiment.from_tree(tree), quiet=True)
+    log = (Path(experiment.storage) / "tiny" / "errors.log").read_text()
+    assert "Traceback" in log
+    assert "broken" in log

@@ -1,0 +1,309 @@
+"""The search over one study, on invented trials: no Ray, no training."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from sft_ray.analysis.outcome import Outcome
+from sft_ray.analysis.results import gain_over_default, trial_row, winner
+from sft_ray.config import Experiment
+from sft_ray.search.study import (
+    PlannedTrial,
+    RungPruner,
+    SearchStudy,
+    default_recipe,
+    open_storage,
+)
+
+RECIPE = default_recipe(22_000_000)
+MARKS = (10, 33, 67, 100)
+
+
+def experiment(**search: Any) -> Experiment:
+    space = {
+        "train.learning_rate": {"log_uniform": [1e-6, 1e-3]},
+        "train.epochs": {"int": [1, 5]},
+        "train.regularization": {"one_of": [{"kind": "none"}, {"kind": "weight_decay"}]},
+        "train.frozen_layers": {"int": [0, 6]},
+    }
+    return Experiment.from_tree(
+        {
+            "name": "x",
+            "model": "m",
+            "data": {"path": "d"},
+            "search": {"space": space, "trials": 12, **search},
+        }
+    )
+
+
+def open_study(folder: Path, exp: Experiment, direction: str = "maximize") -> SearchStudy:
+    storage = open_storage(folder / "study.journal")
+    return SearchStudy(exp, storage, recipe=RECIPE, direction=direction)
+
+
+def quality(planned: PlannedTrial, percent: int) -> float:
+    """Best at a learning rate of 1e-4 and little frozen; grows along the schedule."""
+    train = planned.train
+    distance = abs(math.log10(train.learning_rate) + 4) + 0.1 * int(train.frozen_layers)
+    return (1 - 0.2 * distance) * (0.5 + percent / 200)
+
+
+def run_one(study: SearchStudy, planned: PlannedTrial, stop_after: int = 100) -> None:
+    """Play one trial to its end, or leave it running at a mark."""
+    scores: list[float] = []
+    for percent in MARKS:
+        scores.append(quality(planned, percent))
+        reason = study.mark(planned.number, percent, scores[-1], slot_seconds=percent / 10)
+        end = Outcome(
+            reason=reason,
+            score=max(scores),
+            schedule_percent=percent,
+            train_seconds=percent / 10,
+            has_checkpoint=True,
+        )
+        if percent == 100:
+            study.finish(planned.number, TrialState.COMPLETE, end)
+        elif reason is not None:
+            study.finish(planned.number, TrialState.PRUNED, end)
+            return
+        elif percent >= stop_after:
+            return
+
+
+def run_all(study: SearchStudy, until: Callable[[int], bool] = lambda _: False) -> None:
+    while (planned := study.next_trial()) is not None:
+        run_one(study, planned)
+        if until(planned.number):
+            return
+
+
+def history(study: SearchStudy) -> list[tuple[str, dict[str, Any], dict[int, float]]]:
+    return [(t.state.name, t.params, t.intermediate_values) for t in study.trials]
+
+
+def test_states_values_and_reasons_are_true(tmp_path: Path) -> None:
+    study = open_study(tmp_path, experiment())
+    run_all(study)
+    assert study.is_over()
+    states = [t.state for t in study.trials]
+    assert len(states) == 12
+    assert TrialState.COMPLETE in states
+    assert TrialState.PRUNED in states
+    for trial in study.trials:
+        outcome = Outcome.from_tree(trial.user_attrs["outcome"])
+        if trial.state == TrialState.COMPLETE:
+            assert trial.value == max(trial.intermediate_values.values())
+            assert set(trial.intermediate_values) == set(MARKS)
+        else:
+            assert outcome.reason in {"rung 10", "rung 33"}
+            assert max(trial.intermediate_values) == int(outcome.reason.split()[1])
+
+
+def test_the_default_recipe_runs_first_to_its_end_and_is_the_yardstick(tmp_path: Path) -> None:
+    study = open_study(tmp_path, experiment())
+    first = study.next_trial()
+    assert first is not None
+    assert first.params["train.learning_rate"] == 1e-4
+    assert first.params["train.regularization.weight_decay.strength"] == 0.01
+    assert first.train.warmup == 0.06
+    for percent in MARKS[:-1]:  # hopeless all the way, and yet it goes on
+        assert study.mark(first.number, percent, 0.0, 1.0) is None
+    study.mark(first.number, 100, 0.0, 1.0)
+    study.finish(first.number, TrialState.COMPLETE, Outcome(score=0.0, has_checkpoint=True))
+    run_all(study)
+    best = winner(study.trials, study.sign)
+    assert best is not None
+    assert gain_over_default(study.trials, best, study.sign) == pytest.approx(best.value)
+
+
+def test_a_recipe_outside_the_space_still_runs_as_it_is(tmp_path: Path) -> None:
+    exp = experiment(space={"train.epochs": {"int": [1, 2]}})
+    first = open_study(tmp_path, exp).next_trial()
+    assert first is not None
+    assert (first.train.epochs, first.train.batch_size) == (3, 32)
+    assert first.params["train.epochs"] == 3
+
+
+def test_the_recipe_can_be_left_out_and_configurations_put_first(tmp_path: Path) -> None:
+    wanted = {"train.learning_rate": 3e-5, "train.regularization": {"kind": "none"}}
+    study = open_study(tmp_path, experiment(default_recipe=False, enqueue=[wanted]))
+    first = study.next_trial()
+    assert first is not None
+    assert first.train.learning_rate == 3e-5
+    assert first.train.regularization.kind == "none"
+
+
+@pytest.mark.parametrize("interruptions", [[2], [0, 3, 4, 9], list(range(11))])
+def test_a_restarted_search_makes_the_same_suggestions(
+    tmp_path: Path, interruptions: list[int]
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    straight = open_study(tmp_path / "a", experiment())
+    run_all(straight)
+    for number in interruptions:
+        study = open_study(tmp_path / "b", experiment())
+        while (planned := study.next_trial()) is not None:
+            dies_here = planned.number == number  # begun, one mark reported, then the driver dies
+            run_one(study, planned, stop_after=10 if dies_here else 100)
+            if dies_here:
+                break
+    resumed = open_study(tmp_path / "b", experiment())
+    run_all(resumed)
+    assert history(resumed) == history(straight)
+    numbers = [t.number for t in resumed.trials]
+    assert numbers == list(range(12))
+
+
+def test_a_finished_search_goes_on_when_its_trials_grow(tmp_path: Path) -> None:
+    run_all(open_study(tmp_path, experiment(trials=5)))
+    longer = open_study(tmp_path, experiment(trials=8))
+    assert not longer.is_over()
+    run_all(longer)
+    assert [t.number for t in longer.trials] == list(range(8))
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_a_rung_keeps_the_best_third_of_those_who_reached_it(direction: str) -> None:
+    study = optuna.create_study(direction=direction)
+    sign = 1 if direction == "maximize" else -1
+    pruner = RungPruner([10, 33], 3)
+    decisions = []
+    for value in (0.5, 0.6, 0.4, 0.7, 0.55, 0.65):
+        trial = study.ask()
+        trial.report(sign * value, 10)
+        decisions.append(pruner.prune(study, study.trials[trial.number]))
+    #          first  better  worse  better  worse  2nd of 6
+    assert decisions == [False, False, True, False, True, False]
+
+
+def test_nobody_is_pruned_off_the_rungs_or_at_the_end(tmp_path: Path) -> None:
+    study = open_study(tmp_path, experiment(default_recipe=False))
+    for score in (0.9, 0.1):
+        planned = study.next_trial()
+        assert planned is not None
+        if score == 0.1:
+            assert study.mark(planned.number, 10, 0.95, 1.0) is None
+            assert study.mark(planned.number, 50, score, 1.0) is None
+            assert study.mark(planned.number, 100, score, 1.0) is None
+        else:
+            run_one(study, planned)
+
+
+def test_a_fault_is_a_violated_constraint_that_the_sampler_avoids(tmp_path: Path) -> None:
+    study = open_study(tmp_path, experiment(trials=40, default_recipe=False))
+    while (planned := study.next_trial()) is not None:
+        if planned.params["train.frozen_layers"] >= 4:
+            fault = Outcome(reason="gradient not finite", fault=True)
+            study.finish(planned.number, TrialState.PRUNED, fault)
+        else:
+            run_one(study, planned)
+    diverged = [t.constraints.get("fault", 0) > 0 for t in study.trials]
+    assert sum(diverged[:20]) > sum(diverged[20:])
+    assert all(
+        t.state == TrialState.PRUNED for t, d in zip(study.trials, diverged, strict=True) if d
+    )
+
+
+def test_with_no_finished_trial_the_furthest_along_wins(tmp_path: Path) -> None:
+    study = open_study(tmp_path, experiment(trials=3, default_recipe=False))
+    for percent, score in ((10, 0.9), (33, 0.3), (33, 0.4)):
+        planned = study.next_trial()
+        assert planned is not None
+        assert planned.save_unfinished
+        study.mark(planned.number, percent, score, 1.0)
+        end = Outcome("budget", False, score, percent, {}, True, schedule_percent=percent)
+        study.finish(planned.number, TrialState.PRUNED, end)
+    best = winner(study.trials, study.sign)
+    assert best is not None
+    assert best.number == 2
+    assert study.kept() == {0, 1, 2}
+    assert winner([], 1) is None
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_finished_trial_beats_any_unfinished_one(tmp_path: Path, sign: int) -> None:
+    direction = "maximize" if sign == 1 else "minimize"
+    study = open_study(tmp_path, experiment(default_recipe=False, trials=3), direction)
+    for state, score in (("PRUNED", 0.99), ("COMPLETE", 0.5), ("COMPLETE", 0.6)):
+        planned = study.next_trial()
+        assert planned is not None
+        study.mark(planned.number, 100 if state == "COMPLETE" else 10, sign * score, 1.0)
+        end = Outcome(score=sign * score, has_checkpoint=True, schedule_percent=10)
+        study.finish(planned.number, TrialState[state], end)
+    best = winner(study.trials, study.sign)
+    assert best is not None
+    assert best.number == 2
+
+
+def test_only_the_top_models_stay(tmp_path: Path) -> None:
+    exp = experiment(pruner="none", trials=8).model_copy(
+        update={"checkpoint": experiment().checkpoint.model_copy(update={"keep": 2})}
+    )
+    study = open_study(tmp_path, exp)
+    run_all(study, until=lambda n: n == 6)
+    ranked = sorted(study.trials, key=lambda t: -t.value)
+    assert study.kept() == {t.number for t in ranked[:2]}
+    planned = study.next_trial()
+    assert planned is not None
+    assert planned.save_above == ranked[1].value
+    assert not planned.save_unfinished
+    assert planned.number in study.kept()  # while it runs
+
+
+def test_budgets_end_a_search_and_its_running_trials(tmp_path: Path) -> None:
+    for name, limit in (("worker_hours", 25 / 3600), ("target", 0.7), ("wall_minutes", 1e-9)):
+        (tmp_path / name).mkdir()
+        study = open_study(tmp_path / name, experiment(budget={name: limit}, pruner="none"))
+        planned = study.next_trial()
+        if name == "wall_minutes":
+            assert planned is None
+        else:
+            assert planned is not None
+            run_one(study, planned)
+            run_all(study)
+            assert 0 < len(study.trials) < 12
+        assert study.is_over()
+
+
+def test_a_running_trial_is_told_when_the_budget_is_used_up(tmp_path: Path) -> None:
+    study = open_study(tmp_path, experiment(budget={"worker_hours": 8 / 3600}))
+    planned = study.next_trial()
+    assert planned is not None
+    assert study.mark(planned.number, 10, 0.5, slot_seconds=5) is None
+    reason = study.mark(planned.number, 33, 0.6, slot_seconds=9)
+    assert reason is not None
+    assert reason.startswith("budget: ")
+
+
+def test_priors_have_their_share_of_draws_and_fade(tmp_path: Path) -> None:
+    prior = {"log_uniform": [1e-6, 1e-3], "prior": {"center": 2e-5, "spread": 1.5}}
+    exp = experiment(
+        space={"train.learning_rate": prior}, trials=200, sampler="random", default_recipe=False
+    )
+    study = open_study(tmp_path, exp)
+    rates = []
+    while (planned := study.next_trial()) is not None:
+        rates.append(planned.train.learning_rate)
+        study.finish(planned.number, TrialState.FAIL, Outcome(reason="not run"))
+    near = [abs(math.log(rate / 2e-5)) < 2 * math.log(1.5) for rate in rates]
+    assert sum(near[:20]) / 20 > 1.5 * sum(near[100:]) / 100
+    assert all(1e-6 <= rate <= 1e-3 for rate in rates)
+
+
+def test_a_trial_that_lost_its_slot_starts_over_a_few_times(tmp_path: Path) -> None:
+    study = open_study(tmp_path, experiment(trials=1))
+    for _ in range(3):
+        planned = study.next_trial()
+        assert planned is not None
+        assert planned.number == 0
+        again = study.restart(0)
+    assert not again
+    study.finish(0, TrialState.FAIL, Outcome(reason="slot lost"))
+    assert study.is_over()
+    assert trial_row(study.trials[0], seed=17)["reason"] == "slot lost"

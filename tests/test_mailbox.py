@@ -1,0 +1,125 @@
+import asyncio
+
+import pytest
+
+from sft_ray.search import mailbox as mailbox_module
+from sft_ray.search.mailbox import Mailbox
+
+
+@pytest.fixture(autouse=True)
+def _short_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailbox_module, "POLL_SECONDS", 0.02)
+
+
+async def ready_box(workers: int = 2) -> Mailbox:
+    box = Mailbox(workers)
+    for rank in range(workers):
+        await box.register(rank)
+        assert await box.next_assignment(rank, 0) is None
+    return box
+
+
+def test_an_assignment_reaches_every_rank_and_goes_on_by_permission() -> None:
+    async def scenario() -> None:
+        box = await ready_box()
+        assert await box.ready()
+        await box.assign({"number": 7})
+        answers = [await box.next_assignment(rank, 0) for rank in (0, 1)]
+        assert answers[0] == answers[1] == (1, {"number": 7, "restarts": 0})
+        assert await box.may_continue(1, 0) is None
+        await box.advance(0)
+        assert await box.may_continue(1, 0) is True
+        assert await box.message(0) is None
+        await box.post(1, 0, {"score": 0.5})
+        assert await box.message(0) == {"score": 0.5}
+        assert await box.may_continue(1, 1) is None
+
+    asyncio.run(scenario())
+
+
+def test_the_next_assignment_stops_the_previous_one_and_stale_posts_are_ignored() -> None:
+    async def scenario() -> None:
+        box = await ready_box()
+        await box.assign({"number": 1})
+        await box.advance(0)
+        await box.assign({"number": 2})
+        assert await box.may_continue(1, 1) is False
+        await box.post(1, 0, {"stale": True})
+        await box.post_failure(1, "stale", "")
+        await box.advance(0)
+        assert await box.message(0) is None
+        assert (await box.next_assignment(0, 1)) == (2, {"number": 2, "restarts": 0})
+
+    asyncio.run(scenario())
+
+
+def test_a_restarted_group_replays_without_reporting_twice() -> None:
+    async def scenario() -> None:
+        box = await ready_box()
+        await box.assign({"number": 1})
+        await box.advance(0)
+        await box.post(1, 0, {"score": 1})
+        await box.advance(1)
+        for rank in (1, 0):
+            await box.register(rank)
+        assert await box.next_assignment(0, 0) == (1, {"number": 1, "restarts": 1})
+        assert await box.may_continue(1, 1) is True  # permissions hold
+        await box.post(1, 0, {"score": "again"})
+        await box.post(1, 1, {"score": 2})
+        assert [await box.message(0), await box.message(1)] == [{"score": 1}, {"score": 2}]
+
+    asyncio.run(scenario())
+
+
+def test_a_trial_whose_workers_keep_dying_fails_and_the_slot_lives_on() -> None:
+    async def scenario() -> None:
+        box = await ready_box(1)
+        await box.assign({"number": 1})
+        for _ in range(3):
+            await box.next_assignment(0, 0)
+            await box.register(0)
+        message = await box.message(0)
+        assert message is not None
+        assert message["failed"] == "its workers died 3 times"
+        assert await box.next_assignment(0, 0) is None
+        await box.assign({"number": 2})
+        assert await box.next_assignment(0, 0) == (2, {"number": 2, "restarts": 0})
+
+    asyncio.run(scenario())
+
+
+def test_a_failed_trial_is_not_handed_out_again() -> None:
+    async def scenario() -> None:
+        box = await ready_box(1)
+        await box.assign({"number": 1})
+        await box.post_failure(1, "ValueError: no", "trace")
+        assert await box.message(0) == {"failed": "ValueError: no", "traceback": "trace"}
+        await box.register(0)
+        assert await box.next_assignment(0, 0) is None
+
+    asyncio.run(scenario())
+
+
+def test_workers_that_never_come_up_break_the_slot() -> None:
+    async def scenario() -> None:
+        box = Mailbox(1)
+        await box.assign({"number": 1})
+        for _ in range(7):
+            await box.register(0)
+        assert await box.ready()
+        message = await box.message(0)
+        assert message is not None
+        assert "died" in message["broken"]
+
+    asyncio.run(scenario())
+
+
+def test_closing_sends_everybody_home() -> None:
+    async def scenario() -> None:
+        box = await ready_box(1)
+        await box.assign({"number": 1})
+        await box.close()
+        assert await box.may_continue(1, 0) is False
+        assert await box.next_assignment(0, 0) == "go home"
+
+    asyncio.run(scenario())

@@ -1,0 +1,156 @@
+import json
+import multiprocessing
+from pathlib import Path
+
+import optuna
+import pytest
+
+from sft_ray.config import Experiment
+from sft_ray.errors import ConfigError, ResourceError
+from sft_ray.run_store import JOURNAL, RunStore, check_folder_rule, write_experiment
+from sft_ray.search.study import open_storage
+
+TREE = {"name": "x", "model": "m", "data": {"path": "d"}, "search": {"trials": 4}}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    return RunStore(str(tmp_path / "runs"), "x")
+
+
+def test_files_are_replaced_as_a_whole(store: RunStore) -> None:
+    store.write_json("a/b.json", {"old": True})
+    with pytest.raises(ValueError, match="JSON"):
+        store.write_json("a/b.json", {"bad": float("nan")})
+    assert store.read_json("a/b.json") == {"old": True}
+    store.write_json("a/b.json", {"new": 1})
+    assert store.read_json("a/b.json") == {"new": 1}
+    assert [p.name for p in Path(store.location, "a").iterdir()] == ["b.json"]
+    assert store.read_text("nothing") is None
+
+
+def test_a_damaged_json_file_is_named(store: RunStore) -> None:
+    store.write_text("a.json", '{"half": ')
+    with pytest.raises(ConfigError, match=r"x/a\.json: damaged JSON"):
+        store.read_json("a.json")
+
+
+def test_a_folder_appears_whole_or_not_at_all(store: RunStore) -> None:
+    with store.replacing_folder("best") as folder:
+        (folder / "weights").write_text("first")
+    with pytest.raises(ZeroDivisionError), store.replacing_folder("best") as folder:
+        (folder / "weights").write_text(str(1 / 0))
+    assert store.read_text("best/weights") == "first"
+    with store.replacing_folder("best") as folder:
+        (folder / "other").write_text("third")
+    assert sorted(p.name for p in Path(store.location).iterdir()) == ["best"]
+    assert store.read_text("best/weights") is None
+    store.copy_folder("best", "copy")
+    assert store.read_text("copy/other") == "third"
+
+
+def test_a_second_driver_is_kept_out_and_a_dead_one_holds_nothing(store: RunStore) -> None:
+    with (
+        store.locked(),
+        pytest.raises(ResourceError, match="another search is running"),
+        RunStore(store.storage, "x").locked(),
+    ):
+        pass
+    process = multiprocessing.get_context("spawn").Process(target=_die_holding, args=(store,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 9
+    with store.locked():
+        assert True
+
+
+def _die_holding(store: RunStore) -> None:
+    import os
+
+    with store.locked():
+        os._exit(9)
+
+
+def test_a_file_in_the_way_of_the_storage_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ResourceError, match="cannot be written"),
+        RunStore(str(tmp_path / "file"), "x").locked(),
+    ):
+        pass
+
+
+def test_an_old_folder_is_set_aside_never_deleted(store: RunStore) -> None:
+    for expected in ("x.old-1", "x.old-2"):
+        store.write_text("note", expected)
+        assert store.set_aside() == expected
+        assert RunStore(store.storage, expected).read_text("note") == expected
+    assert not store.is_there()
+
+
+@pytest.mark.parametrize(
+    ("change", "outcome"),
+    [
+        ({}, "same"),
+        ({"search": {"trials": 9}}, "extended"),
+        ({"search": {"trials": 4, "budget": {"wall_minutes": None}}}, "same"),
+    ],
+)
+def test_the_same_experiment_goes_on(
+    store: RunStore, change: dict[str, object], outcome: str
+) -> None:
+    assert check_folder_rule(store, Experiment.from_tree(TREE)) == "new"
+    write_experiment(store, Experiment.from_tree(TREE))
+    assert check_folder_rule(store, Experiment.from_tree({**TREE, **change})) == outcome
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"seed": 1}, "seed is 17 there and 1 here"),
+        ({"search": {"trials": 3}}, "search.trials is 4 there and 3 here"),
+        ({"search": {"trials": 4, "budget": {"wall_minutes": 5}}}, "search.budget.wall_minutes"),
+        ({"search": {"trials": 4, "space": {"train.epochs": 2}}}, "search.space"),
+    ],
+)
+def test_another_experiment_is_refused_with_both_ways_out(
+    store: RunStore, change: dict[str, object], difference: str
+) -> None:
+    write_experiment(store, Experiment.from_tree(TREE))
+    with pytest.raises(ConfigError) as caught:
+        check_folder_rule(store, Experiment.from_tree({**TREE, **change}))
+    assert difference in str(caught.value)
+    assert "name=" in caught.value.problems[-1]
+    assert "--fresh" in caught.value.problems[-1]
+
+
+def test_a_journal_torn_at_any_byte_opens_and_goes_on(store: RunStore, tmp_path: Path) -> None:
+    store.pull_journal()
+    study = optuna.create_study(storage=open_storage(store.journal), study_name="s")
+    for _ in range(3):
+        trial = study.ask()
+        study.tell(trial, trial.suggest_float("x", 0, 1))
+    whole = store.journal.read_bytes()
+    last_two_records = len(b"".join(whole.splitlines(keepends=True)[-2:]))
+    for cut in range(1, last_two_records + 1):
+        torn = RunStore(str(tmp_path / "torn"), f"at-{cut}")
+        torn.pull_journal()
+        torn.journal.write_bytes(whole[:-cut])
+        torn.pull_journal()
+        kept = torn.journal.read_bytes()
+        assert whole.startswith(kept)
+        assert kept.endswith(b"\n")
+        assert all(json.loads(line) for line in kept.splitlines())
+    for _ in range(2):  # the shortest one: two more trials, then open again
+        reopened = optuna.load_study(storage=open_storage(torn.journal), study_name="s")
+        before = len(reopened.trials)
+        trial = reopened.ask()
+        reopened.tell(trial, trial.suggest_float("x", 0, 1))
+        assert len(reopened.trials) == before + 1
+
+
+def test_zeroed_and_doubled_ends_of_a_journal_are_set_aside(store: RunStore) -> None:
+    store.write_text(JOURNAL, '{"a":1}\n{"b":2}\n\x00\x00\x00\n')
+    store.pull_journal()
+    assert store.journal.read_text() == '{"a":1}\n{"b":2}\n'
+    assert len(list(Path(store.location).glob("*.torn-*"))) == 1

@@ -1,0 +1,71 @@
+"""One worker of a data-parallel `fit`: python -m tests.training.parallel_worker RANK SIZE ...
+
+Writes what it saw as a file of its own; `test_data_parallel.py` starts the workers and compares.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sft_ray.config import Regularization
+from sft_ray.training.data import Dataset, open_dataset
+from sft_ray.training.fit import evaluate
+from sft_ray.training.model import Pretrained
+from sft_ray.training.world import World
+from tests.models import PAD, load_tiny, run_fit
+
+# Every trial of a slot runs on the same model object, the last one as the first.
+TRIALS = {"frozen": 1, "whole": 0, "head": "all", "whole again": 0}
+
+
+def run_trial(pretrained: Pretrained, dataset: Dataset, world: World, k: Any) -> dict[str, Any]:
+    reports = run_fit(
+        pretrained,
+        dataset,
+        world=world,
+        frozen_layers=k,
+        epochs=2,
+        batch_size=16,
+        learning_rate=1e-3,
+        max_grad_norm=0.1,
+        regularization=Regularization(kind="l2", strength=1e-2),
+    )
+    return {
+        "marks": [(r.index, r.percent, r.step, r.num_steps, r.examples_seen) for r in reports],
+        "train_loss": [r.train_loss for r in reports],
+        "penalty": [r.penalty for r in reports],
+        "metrics": [r.metrics for r in reports],
+        "best": reports[-1].best and reports[-1].best.score,
+        "weights": {n: p.detach().clone() for n, p in pretrained.trainable().items()},
+        "logits": torch.from_numpy(evaluate(pretrained, dataset.validation, PAD, world)),
+    }
+
+
+def run_worker(rank: int, size: int, model: Path, data: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    if size > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{out / 'store'}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=40),
+        )
+    dataset, world, seen = open_dataset(data), World(rank, size), {}
+    for precision in ("fp32", "float64"):
+        pretrained = load_tiny(model, dataset, double=precision == "float64")
+        for trial, k in TRIALS.items():
+            seen[precision, trial] = run_trial(pretrained, dataset, world, k)
+    torch.save(seen, out / f"{rank}.pt")
+    if size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_worker(int(sys.argv[1]), int(sys.argv[2]), *map(Path, sys.argv[3:6]))

@@ -1,0 +1,197 @@
+"""Every problem with a data set is a DataError that names the file, column, row or label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sft_ray.config import Columns, Data, Limit, Split, Splits
+from sft_ray.errors import DataError
+from sft_ray.training.data import prepare
+from tests.models import toy_rows, write_csv
+
+GOOD = toy_rows(30, seed=4)
+
+
+def parquet(path: Path, columns: dict[str, Any]) -> str:
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def raw(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+def doubled(path: Path, twice: str) -> str:
+    header = (twice, "text", "label")
+    return str(write_csv(path, [("a", text, label) for text, label in GOOD], header))
+
+
+def saved(folder: Path, labels: list[int]) -> str:
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    rows = {"text": ["cat"] * len(labels), "label": labels}
+    part = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    datasets.disable_progress_bars()
+    datasets.DatasetDict({"train": part, "validation": part}).save_to_disk(folder)
+    return str(folder)
+
+
+def csv(path: Path, rows: list[tuple[Any, ...]]) -> str:
+    return str(write_csv(path, rows))
+
+
+# Name of a problem -> the data section for a folder that has it, and what the message must say.
+Case = tuple[Callable[[Path], dict[str, Any]], list[str]]
+CASES: dict[str, Case] = {
+    "missing file": (
+        lambda at: {"train": str(at / "none.csv")},
+        ["none.csv", "no such file"],
+    ),
+    "wrong suffix": (
+        lambda at: {"train": raw(at / "book.xlsx", b"x")},
+        ["book.xlsx", "'.xlsx'", ".csv, .tsv, .json, .jsonl, .parquet"],
+    ),
+    "missing column": (
+        lambda at: {"train": csv(at / "a.csv", GOOD), "columns": Columns(text="txt")},
+        ["data.train", "a.csv", "no column 'txt'", "did you mean 'text'?"],
+    ),
+    "column given twice": (
+        lambda at: {"train": doubled(at / "twice.csv", "text")},
+        ["data.train", "twice.csv", "'text'"],
+    ),
+    "label column given twice": (
+        lambda at: {"train": doubled(at / "twice.csv", "label")},
+        ["data.train", "twice.csv", "'label'"],
+    ),
+    "null text": (
+        lambda at: {"train": parquet(at / "a.parquet", {"text": ["a", None], "label": [0, 1]})},
+        ["data.train", "a.parquet", "'text' is empty in 1 rows", "row 2"],
+    ),
+    "null label": (
+        lambda at: {"train": raw(at / "a.jsonl", b'{"text":"a","label":"x"}\n{"text":"b"}\n')},
+        ["data.train", "a.jsonl", "'label' is empty in 1 rows", "row 2"],
+    ),
+    "empty label of numbers in a csv": (
+        lambda at: {"train": csv(at / "a.csv", [("a", 1), ("b", ""), ("c", 2)])},
+        ["data.train", "a.csv", "'label' is empty in 1 rows", "row 2"],
+    ),
+    "empty label of texts in a csv": (
+        lambda at: {"train": csv(at / "a.csv", [*GOOD, ("cat", "")])},
+        ["data.train", "a.csv", "'label' is empty in 1 rows", "row 31"],
+    ),
+    "float labels": (
+        lambda at: {"train": csv(at / "a.csv", [("a", 0.5), ("b", 1.5)])},
+        ["data.train", "a.csv", "labels in column 'label'", "got double"],
+    ),
+    "one class": (
+        lambda at: {"train": csv(at / "a.csv", [("a", "only")] * 20)},
+        ["at least two labels", "'only'", "'label'"],
+    ),
+    "label unknown in validation": (
+        lambda at: {
+            "train": csv(at / "a.csv", GOOD),
+            "validation": csv(at / "b.csv", [*GOOD, ("x", "stone"), ("y", "stone")]),
+        },
+        ["validation label 'stone' (2 rows)", "'animal', 'plant', 'tool'"],
+    ),
+    "unlabelled rows": (
+        lambda at: {"train": csv(at / "a.csv", [("a", 0), ("b", 1), ("c", -1)])},
+        ["data.train", "a.csv", "row 3 is unlabelled", "label = -1"],
+    ),
+    "unlabelled rows of a save_to_disk folder": (
+        lambda at: {"path": saved(at / "folder", [0, 1, -1])},
+        ["folder", "train", "row 3", "'label'"],
+    ),
+    "header only": (
+        lambda at: {"train": csv(at / "a.csv", [])},
+        ["data.train", "a.csv", "has no rows"],
+    ),
+    "empty validation file": (
+        lambda at: {
+            "train": csv(at / "a.csv", GOOD),
+            "validation": raw(at / "b.jsonl", b""),
+        },
+        ["b.jsonl", "cannot be read as jsonl"],
+    ),
+    "damaged parquet": (
+        lambda at: {"train": raw(at / "a.parquet", b"PAR1 this is none PAR1")},
+        ["a.parquet", "cannot be read as parquet"],
+    ),
+    "cut json": (
+        lambda at: {"train": raw(at / "a.json", b'[{"text": "a", "la')},
+        ["a.json", "cannot be read as json"],
+    ),
+    "json of other things": (
+        lambda at: {"train": raw(at / "a.json", b"[1, 2]")},
+        ["a.json", "cannot be read as json"],
+    ),
+    "csv with a field too many": (
+        lambda at: {"train": raw(at / "a.csv", b"text,label\na,b,c\n")},
+        ["a.csv", "cannot be read as csv", "Expected 2 columns, got 3"],
+    ),
+    "csv that is not UTF-8": (
+        lambda at: {"train": raw(at / "a.csv", "text,label\ncafé,a\nx,b\n".encode("latin1"))},
+        ["a.csv", "'text' must hold texts"],
+    ),
+    "texts that are numbers": (
+        lambda at: {"train": csv(at / "a.csv", [(1, "a"), (2, "b")])},
+        ["data.train", "a.csv", "'text' must hold texts, got int64"],
+    ),
+    "too few rows to split": (
+        lambda at: {
+            "train": csv(at / "a.csv", GOOD[:6]),
+            "split": Split(validation=0.1, test=0.1),
+        },
+        ["data.split", "6 rows cannot be split"],
+    ),
+    "unknown slice": (
+        lambda at: {"path": saved(at / "folder", [0, 1]), "splits": Splits(train="trian[:50%]")},
+        ["data.splits.train", "'trian[:50%]'", "its splits: train, validation"],
+    ),
+    "malformed slice": (
+        lambda at: {"path": saved(at / "folder", [0, 1]), "splits": Splits(train="train[:5%")},
+        ["data.splits.train", "'train[:5%'", "its splits: train, validation"],
+    ),
+    "limit that leaves one class": (
+        lambda at: {"train": csv(at / "a.csv", GOOD), "limit": Limit(train=1)},
+        ["at least two labels", "'label'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_problem_is_a_data_error_that_names_it(tmp_path, tiny_bert, name: str) -> None:
+    section, fragments = CASES[name]
+    with pytest.raises(DataError) as refusal:
+        prepare(Data(**section(tmp_path)), str(tiny_bert), None, seed=17)
+    for fragment in fragments:
+        assert fragment in str(refusal.value)
+
+
+def test_all_problems_of_all_files_are_reported_together(tmp_path: Path, tiny_bert: Path) -> None:
+    train = csv(tmp_path / "a.csv", [(1, "a"), (2, "b")])
+    validation = csv(tmp_path / "b.csv", [("a", 0.5)])
+    with pytest.raises(DataError) as refusal:
+        prepare(Data(train=train, validation=validation), str(tiny_bert), None, seed=17)
+    assert [p.split(" ")[0] for p in refusal.value.problems] == ["data.train", "data.validation"]
+
+
+def test_a_model_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    train = csv(tmp_path / "a.csv", GOOD)
+    with pytest.raises(DataError, match=f"no tokenizer can be loaded from {tmp_path}"):
+        prepare(Data(train=train), str(tmp_path), None, seed=17)
+
+
+def test_nothing_is_cached_for_data_that_was_refused(tmp_path, tiny_bert, monkeypatch) -> None:
+    monkeypatch.setenv("SFT_RAY_CACHE", str(tmp_path / "cache"))
+    train = csv(tmp_path / "a.csv", [("a", "only")] * 20)
+    with pytest.raises(DataError):
+        prepare(Data(train=train), str(tiny_bert), None, seed=17)
+    assert not list(tmp_path.glob("cache/**/*.arrow"))
