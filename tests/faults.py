@@ -2,7 +2,7 @@
 
 Installed in every Ray worker process of the test cluster.  A fault is a JSON file in the folder
 that FAULT_FOLDER names; it strikes once, on the given rank, at the given step of a trial with the
-given learning rate.
+given learning rate.  While NO_LOADING exists no worker can load its model.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 FAULT_FOLDER = Path("/tmp") / f"sft_ray_faults_{os.getuid()}"
+NO_LOADING = FAULT_FOLDER / "no_loading"
 
 
 def order(name: str, *, learning_rate: float, step: int, rank: int, action: str) -> Path:
@@ -25,7 +26,16 @@ def order(name: str, *, learning_rate: float, step: int, rank: int, action: str)
 def install() -> None:
     """Wrap the training step of this process."""
     from sft_ray.training import fit as fit_module
+    from sft_ray.training import model as model_module
 
+    honest_load = model_module.load_pretrained
+
+    def load_pretrained(*arguments: Any, **options: Any) -> Any:
+        if NO_LOADING.exists():
+            raise OSError("injected: the weights are gone")
+        return honest_load(*arguments, **options)
+
+    model_module.load_pretrained = load_pretrained
     honest_fit, honest_loss = fit_module.fit, fit_module.forward_loss
 
     def fit(train: Any, **options: Any) -> None:
@@ -47,7 +57,10 @@ def strike(learning_rate: float, step: int, rank: int) -> None:
     if not FAULT_FOLDER.exists():
         return
     for path in FAULT_FOLDER.glob("*.json"):
-        fault = json.loads(path.read_text())
+        try:
+            fault = json.loads(path.read_text())
+        except FileNotFoundError:  # it has just struck another rank
+            continue
         if (learning_rate, step, rank) != (fault["learning_rate"], fault["step"], fault["rank"]):
             continue
         path.unlink()

@@ -1,11 +1,13 @@
 """The commands as a user types them: mistakes end with code 2 and plain lines, before any work."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,31 @@ def test_a_model_that_cannot_be_found_is_refused(
     toy_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, message: str
 ) -> None:
     path = write_experiment(tmp_path, Path(model), f"train: {toy_csv}")
+    assert message in "".join(refused(["search", str(path)], capsys))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(b"not weights"), "is damaged"),
+        (lambda f: os.truncate(f / "model.safetensors", 5000), "is damaged"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds no *.safetensors"),
+        (lambda f: (f / "config.json").write_text("{}"), "no model configuration"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "no tokenizer can be loaded"),
+    ],
+)
+def test_a_damaged_model_folder_is_refused(
+    tiny_model: Path,
+    toy_csv: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], object],
+    message: str,
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    damage(broken)
+    path = write_experiment(tmp_path, broken, f"train: {toy_csv}")
     assert message in "".join(refused(["search", str(path)], capsys))
 
 

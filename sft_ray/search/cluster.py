@@ -56,6 +56,8 @@ def connected(address: str | None) -> Iterator[None]:
     where = address or os.environ.get("RAY_ADDRESS") or "this machine"
     try:
         _knock(where)
+        # Ray prints every death of a worker, whatever log_to_driver says; ours name the trial.
+        ray._private.worker.print_to_stdstream = lambda *_, **__: None
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 from optuna.trial import TrialState
@@ -88,14 +89,12 @@ class Conductor:
         del self.planned[tune_id]
         self._log_error(planned.number, reason, "")
         self._failures_in_a_row += 1
-        first_line = reason.strip().splitlines()[0]
+        cause = reason.strip().splitlines()[-1]
         if self.study.restart(planned.number):
-            self.screen.event(
-                f"trial {planned.number:<3} lost its slot ({first_line}), starts over"
-            )
+            self.screen.event(f"trial {planned.number:<3} lost its slot ({cause}), starts over")
         else:
             last = self._last.get(planned.number, {})
-            self._end(planned.number, TrialState.FAIL, last, reason=f"slot lost: {first_line}")
+            self._end(planned.number, TrialState.FAIL, last, reason=f"slot lost: {cause}")
 
     def on_end(self, tune_id: str) -> None:
         self.planned.pop(tune_id, None)
@@ -220,5 +219,6 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
         return FIFOScheduler.CONTINUE if go_on else FIFOScheduler.STOP
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        error = trial.get_error()
-        self.conductor.on_slot_lost(trial.trial_id, str(error or "the slot died"))
+        error = Path(trial.error_file)  # Tune's local copy; the stored one comes later
+        reason = error.read_text(encoding="utf-8") if error.exists() else "the slot died"
+        self.conductor.on_slot_lost(trial.trial_id, reason)

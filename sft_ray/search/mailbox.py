@@ -30,6 +30,7 @@ class Mailbox:
         self._permitted = 0
         self._messages: list[dict[str, Any]] = []
         self._restarts = 0
+        self._begun = False  # rank 0 has taken the assignment up
         self._starts_in_a_row = 0
         self._ready: set[int] = set()
         self._broken: str | None = None
@@ -41,7 +42,7 @@ class Mailbox:
         """Replace the assignment; workers still on the previous one are told to stop."""
         self._generation += 1
         self._assignment, self._permitted = assignment, 0
-        self._messages, self._restarts = [], 0
+        self._messages, self._restarts, self._begun = [], 0, False
         await self._notify()
 
     async def advance(self, index: int) -> None:
@@ -76,11 +77,12 @@ class Mailbox:
         self._starts_in_a_row += 1
         if self._starts_in_a_row > MAX_STARTS_IN_A_ROW:
             await self.break_down(f"its workers died {MAX_STARTS_IN_A_ROW} times in a row")
-        if rank in self._ready and self._assignment is not None:
+        if self._begun and self._assignment is not None:
             self._restarts += 1
             if self._restarts > MAX_RESTARTS_PER_TRIAL:
                 reason = f"its workers died {self._restarts} times"
                 await self.post_failure(self._generation, reason, "")
+        self._begun = False
         self._ready.discard(rank)
 
     async def next_assignment(
@@ -94,6 +96,7 @@ class Mailbox:
             return "go home"
         if self._assignment is None or self._generation <= after:
             return None
+        self._begun |= rank == 0
         return self._generation, {**self._assignment, "restarts": self._restarts}
 
     async def post(self, generation: int, index: int, message: dict[str, Any]) -> None:
@@ -120,8 +123,8 @@ class Mailbox:
         return True if self._permitted > index else None
 
     async def break_down(self, reason: str) -> None:
-        """A worker cannot even start; the slot is of no use."""
-        self._broken = reason
+        """A worker cannot even start: the slot is of no use, and everybody goes home."""
+        self._broken, self._closed = reason, True
         await self._notify()
 
     # -- both --------------------------------------------------------------------------------

@@ -73,6 +73,7 @@ class Slot(tune.Trainable):  # type: ignore[misc]
         ray.get(self._mailbox.advance.remote(index))
         message = self._wait(self._mailbox.message.remote, (index,))
         if "broken" in message:
+            self.cleanup()  # Tune does not ask for it after an error
             raise RuntimeError(message["broken"])
         self._index += 1
         # A trial that is stopped here leaves its slot free from now on; what follows until the
@@ -93,6 +94,7 @@ class Slot(tune.Trainable):  # type: ignore[misc]
                 raise RuntimeError(f"the slot's worker group ended: {self._error}")
 
     def cleanup(self) -> None:
-        ray.get(self._mailbox.close.remote())
-        self._thread.join(JOIN_SECONDS)
-        ray.kill(self._mailbox)
+        """Send the workers home and wait until Train has given their resources back."""
+        if self._thread.is_alive():
+            ray.get(self._mailbox.close.remote())
+            self._thread.join(JOIN_SECONDS)

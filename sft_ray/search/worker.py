@@ -54,10 +54,9 @@ def run_worker(settings: dict[str, Any]) -> None:
     ray.get(mailbox.register.remote(rank))
     try:
         loaded = load(settings, rank, context.get_world_size())
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        ray.get(mailbox.break_down.remote(f"{reason}\n{traceback.format_exc()}"))
-        raise
+    except Exception:
+        ray.get(mailbox.break_down.remote(traceback.format_exc()))
+        return  # a raise would have Train start the group again
     # What lives for ever need not be looked at by every collection between trials.
     gc.collect()
     gc.freeze()

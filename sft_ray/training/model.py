@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import safetensors
 import torch
 import torch.nn.functional as F
 import transformers
@@ -128,8 +129,13 @@ def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
             f"model: {model!r} is of the type {config.model_type!r}, which has no separate encoder "
             f"layers to freeze; these work: {', '.join(FAMILIES)}"
         )
-    with torch.device("meta"):
-        skeleton = transformers.AutoModel.from_config(config, trust_remote_code=False)
+    if Path(folder).is_dir():
+        _check_weights(Path(folder))
+    try:
+        with torch.device("meta"):
+            skeleton = transformers.AutoModel.from_config(config, trust_remote_code=False)
+    except Exception as error:  # impossible sizes raise whatever the family's code meets first
+        raise ConfigError(f"model: {folder}/config.json describes no model: {error}") from None
     positions = getattr(config, "max_position_embeddings", None) or 2**31
     if FAMILIES[config.model_type].positions_after_padding:
         positions -= config.pad_token_id + 1
@@ -140,6 +146,23 @@ def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
         num_parameters=sum(p.numel() for p in skeleton.parameters()),
         max_length=positions,
     )
+
+
+def _check_weights(folder: Path) -> None:
+    """Look into the headers of a local folder's safetensors files.
+
+    Raises:
+        ConfigError: there are none, or one is damaged.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"model: {folder} holds no *.safetensors; other formats are not loaded")
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="pt"):
+                pass
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ConfigError(f"model: {file} is damaged: {error}") from None
 
 
 class UsedRowsEmbedding(nn.Module):
@@ -286,7 +309,7 @@ def load_pretrained(
                 ignore_mismatched_sizes=True,  # another task's head is replaced by ours
                 output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
                 f"model: no weights can be loaded from {folder}: {reason}; "

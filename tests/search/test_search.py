@@ -221,11 +221,9 @@ def test_two_slots_share_a_search(experiment: Experiment) -> None:
 def test_a_configuration_that_diverges_is_at_fault_and_the_search_goes_on(
     experiment: Experiment,
 ) -> None:
-    space = {
-        "train.learning_rate": 1.0,
-        "train.max_grad_norm": 1e38,
-        "train.regularization": {"kind": "l2", "strength": {"uniform": [900, 1000]}},
-    }
+    # Decay multiplies every weight by about -900 per step at the peak of the schedule.
+    decay = {"kind": "weight_decay", "strength": {"uniform": [900, 1000]}}
+    space = {"train.learning_rate": 1.0, "train.epochs": 3, "train.regularization": decay}
     experiment = with_search(experiment, space=space, trials=2)
     result = run_search(experiment, quiet=True)
     default, diverged = result.trials
@@ -245,16 +243,18 @@ def test_more_workers_than_there_are_are_refused_before_anything_is_written(
 
 
 def test_a_search_whose_slots_cannot_start_ends_with_the_cause(
-    experiment: Experiment, tiny_model: Path, tmp_path: Path
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny_model, broken)
-    (broken / "model.safetensors").write_bytes(b"not weights")
-    tree = {**experiment.to_tree(), "model": str(broken)}
-    with pytest.raises(TrialError, match="failures in a row"):
-        run_search(Experiment.from_tree(tree), quiet=True)
+    faults.FAULT_FOLDER.mkdir(exist_ok=True)
+    faults.NO_LOADING.touch()
+    try:
+        with pytest.raises(TrialError, match="failures in a row"):
+            run_search(experiment)
+    finally:
+        faults.NO_LOADING.unlink()
     log = (Path(experiment.storage) / "tiny" / "errors.log").read_text()
     assert "Traceback" in log
-    assert "broken" in log
+    assert "injected: the weights are gone" in log
+    said = capsys.readouterr().out
+    assert "lost its slot (OSError: injected: the weights are gone)" in said
+    assert "Traceback" not in said

@@ -1,0 +1,91 @@
+"""What only a GPU can show; skipped where there is none (`make test-gpu`)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sft_ray.config import Experiment, Train
+from sft_ray.search.cluster import plan_layout
+from sft_ray.training.fit import Progress, fit
+from sft_ray.training.model import load_pretrained
+from sft_ray.training.world import World, resolve_precision
+from tests.models import PAD, TASK, toy_dataset
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_gpu_computes_the_same_losses_as_a_cpu_in_fp32(tiny_model: Path, tmp_path: Path) -> None:
+    dataset = toy_dataset(tmp_path, tiny_model)
+    losses: dict[str, list[float]] = {}
+    for name in ("cpu", "cuda"):
+        device = torch.device(name)
+        pretrained = load_pretrained(
+            str(tiny_model),
+            TASK,
+            dataset.label_names,
+            seed=17,
+            device=device,
+            used_tokens=dataset.used_tokens,
+        )
+        for module in pretrained.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        found: list[float] = []
+
+        def report(progress: Progress, found: list[float] = found) -> bool:
+            found.append(progress.train_loss)
+            return True
+
+        fit(
+            Train(epochs=3, batch_size=16, learning_rate=1e-3, precision="fp32"),
+            pretrained=pretrained,
+            dataset=dataset,
+            task=TASK,
+            objective="accuracy",
+            rungs=[10, 33],
+            pad_token=PAD,
+            seed=17,
+            world=World(device=device),
+            report=report,
+        )
+        losses[name] = found
+    assert losses["cuda"] == pytest.approx(losses["cpu"], abs=1e-4)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_search_runs_on_the_gpu_in_bf16(experiment: Experiment) -> None:
+    from sft_ray.search.tuner import run_search
+
+    assert resolve_precision("auto", torch.device("cuda"))[0] == torch.bfloat16
+    tree = experiment.to_tree()
+    tree["resources"] = {"workers_per_trial": 1}
+    result = run_search(Experiment.from_tree(tree), quiet=True)
+    assert result.tree["environment"]["gpus_per_worker"] == 1
+    assert result.best["complete"]
+
+
+@pytest.mark.parametrize(
+    ("resources", "has", "expected"),
+    [
+        ({}, {"CPU": 8}, (8, 0)),
+        ({"workers_per_trial": 2}, {"CPU": 8}, (4, 0)),
+        ({"workers_per_trial": 2}, {"CPU": 32, "GPU": 4}, (2, 1)),
+        ({"trials_per_gpu": 3}, {"CPU": 32, "GPU": 2}, (6, pytest.approx(1 / 3))),
+        ({"gpus_per_worker": 0, "cpus_per_worker": 4}, {"CPU": 32, "GPU": 2}, (8, 0)),
+        ({"slots": 1}, {"CPU": 8}, (1, 0)),
+    ],
+)
+def test_slots_follow_from_what_the_cluster_has(
+    experiment: Experiment,
+    resources: dict[str, object],
+    has: dict[str, float],
+    expected: tuple[int, float],
+) -> None:
+    tree = experiment.to_tree()
+    tree["resources"], tree["search"]["trials"] = resources, 100
+    layout = plan_layout(Experiment.from_tree(tree), has)
+    assert (layout.slots, layout.gpus_per_worker) == expected
