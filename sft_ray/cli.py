@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = app(args=arguments, standalone_mode=False)
     except TyperException as error:  # a misspelt verb or option
-        error.show()
+        sys.stderr.write(f"error: {error.format_message()}; see sft-ray --help\n")
         sys.exit(2)
     except TrialError as error:
         sys.stderr.write(f"{error}\n")

@@ -169,7 +169,7 @@ class Conductor:
         self.store.append_text(ERROR_LOG, f"trial {number}: {reason}\n{traceback}\n")
 
 
-class StudySearcher(Searcher):  # type: ignore[misc]
+class StudySearcher(Searcher):
     """Tune asks it for trials; it answers while a slot is free."""
 
     def __init__(self, conductor: Conductor) -> None:
@@ -207,7 +207,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         """Nothing: the study is the state."""
 
 
-class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
+class StudyScheduler(FIFOScheduler):
     """Tune asks it at every mark whether the trial goes on."""
 
     def __init__(self, conductor: Conductor) -> None:

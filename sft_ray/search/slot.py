@@ -21,7 +21,7 @@ JOIN_SECONDS = 8.0  # Tune kills the actor at 10
 HEAD = {"node:__internal_head__": 0.001}
 
 
-class Slot(tune.Trainable):  # type: ignore[misc]
+class Slot(tune.Trainable):
     """Runs one trial after the other on the same workers.
 
     `step()` is the permission to go to the next mark and returns what was found there.  Trials

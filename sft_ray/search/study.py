@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import optuna
@@ -124,7 +124,7 @@ class SearchStudy:
         storage: BaseStorage,
         *,
         recipe: Mapping[str, Any],
-        direction: str,
+        direction: Literal["maximize", "minimize"],
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         search = experiment.search

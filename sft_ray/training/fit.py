@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from sft_ray.config import Train
 from sft_ray.training import batches, metrics
 from sft_ray.training.batches import Batch
-from sft_ray.training.data import Dataset, Examples
+from sft_ray.training.data import Dataset, Examples, IntArray
 from sft_ray.training.model import Pretrained
 from sft_ray.training.optim import build_optimizer, build_schedule
 from sft_ray.training.regularize import bind_penalty
@@ -115,98 +115,135 @@ def fit(
     """Train `pretrained` from its pristine weights, reporting at every mark.
 
     `report` is called on every rank with the same mark and must answer the same on all of them:
-    True goes on to the next mark, False ends the trial.  A fault of the configuration (a loss or
-    gradient that is not finite) is reported once and ends the trial.
+    True goes on to the next mark, False ends the trial.  A fault of the configuration (a gradient
+    or a prediction that is not finite) is reported once and ends the trial.
     """
     torch.manual_seed(derived_seed(seed, "dropout", world.rank))
-    clock = _Clock(world)
-    dtype, _ = resolve_precision(train.precision, world.device)
-    pretrained.reset(train.frozen_layers)
-    model = world.wrap(pretrained.model)
-    trainable = list(pretrained.trainable().values())
-    penalty = bind_penalty(train.regularization, pretrained)
-    steps_per_epoch = batches.steps_per_epoch(len(dataset.train), train.batch_size)
-    num_steps = steps_per_epoch * train.epochs
-    optimizer = build_optimizer(train, trainable)
-    schedule = build_schedule(train, optimizer, num_steps)
-    marks = schedule_marks(rungs, train.epochs, steps_per_epoch)
-    lengths = dataset.train.lengths
-
-    def evaluate_and_report(index: int, mark: Mark, fault: str | None = None) -> bool:
-        nonlocal best, loss_sum, examples_since
-        clock.enter("eval")
-        train_loss = float(world.sum(loss_sum)) / max(examples_since, 1)
-        found: dict[str, float] = {}
-        if fault is None:
-            logits = evaluate(pretrained, dataset.validation, pad_token, world, dtype)
-            # Every rank has the same logits, so all of them find a fault or none.
-            if not np.isfinite(logits).all():
-                fault = f"predictions not finite at step {step}"
-            elif world.rank == 0:
-                table = {name: metric for name, (metric, _) in task.metrics.items()}
-                found = metrics.score(table, logits, dataset.validation.labels)
-                sign = 1 if task.direction(objective) == "maximize" else -1
-                if best is None or sign * found[objective] > sign * best.score:
-                    weights = pretrained.trainable().items()
-                    copies = {n: p.detach().to("cpu", copy=True) for n, p in weights}
-                    best = Best(mark.percent, found[objective], found, copies)
-        clock.enter("other")
-        go_on = report(
-            Progress(
-                index=index,
-                percent=mark.percent,
-                step=step,
-                num_steps=num_steps,
-                epochs_run=step / steps_per_epoch,
-                metrics=found,
-                best=best,
-                train_loss=train_loss,
-                penalty=penalty.value(),
-                examples_seen=examples_seen,
-                train_seconds=clock.seconds["train"],
-                eval_seconds=clock.seconds["eval"],
-                fault=fault,
-            )
-        )
-        loss_sum, examples_since = torch.zeros_like(loss_sum), 0
-        pretrained.train()
-        clock.enter("train")
-        return go_on and fault is None
-
-    best: Best | None = None
-    step = next_mark = examples_seen = examples_since = 0
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    clock.enter("train")
+    trial = _Trial(train, pretrained, dataset, task, objective, pad_token, world)
+    marks = schedule_marks(rungs, train.epochs, trial.steps_per_epoch)
+    lengths, size = dataset.train.lengths, train.batch_size
+    next_mark = 0
+    trial.clock.enter("train")
     for epoch in range(train.epochs):
-        for indices in batches.global_batches(
-            lengths, batch_size=train.batch_size, seed=seed, epoch=epoch
-        ):
-            mine = batches.share(indices, world.rank, world.size)
-            batch = batches.collate(dataset.train, mine, pad_token=pad_token, device=world.device)
-            for group in optimizer.param_groups:
-                learning_rate = group["lr"]
-            loss = forward_loss(model, batch, task, dtype)
-            loss_sum += loss.detach()
-            # DDP averages gradients over workers; the step wants the sum over the global batch
-            # divided by its count.
-            (loss * (world.size / len(indices))).backward()
-            penalty.add_gradient()
-            norm = nn.utils.clip_grad_norm_(trainable, train.max_grad_norm)
-            step += 1
-            examples_seen += len(indices)
-            examples_since += len(indices)
-            # The norm is the same on every rank, so all of them stop here or none.
-            if not math.isfinite(float(norm)):
-                reason = f"gradient not finite at step {step}, learning rate {learning_rate:.3g}"
-                evaluate_and_report(next_mark, Mark(100 * step // num_steps, step), reason)
+        for indices in batches.global_batches(lengths, batch_size=size, seed=seed, epoch=epoch):
+            fault = trial.take_step(indices)
+            if fault is not None:
+                mark = Mark(100 * trial.step // trial.num_steps, trial.step)
+                report(trial.progress(next_mark, mark, fault))
                 return
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            while next_mark < len(marks) and marks[next_mark].step == step:
-                if not evaluate_and_report(next_mark, marks[next_mark]):
+            while next_mark < len(marks) and marks[next_mark].step == trial.step:
+                progress = trial.look(next_mark, marks[next_mark])
+                if not report(progress) or progress.fault is not None:
                     return
                 next_mark += 1
+                trial.clock.enter("train")
+
+
+class _Trial:
+    """What one trial trains with, and what it has done so far."""
+
+    def __init__(
+        self,
+        train: Train,
+        pretrained: Pretrained,
+        dataset: Dataset,
+        task: Task,
+        objective: str,
+        pad_token: int,
+        world: World,
+    ) -> None:
+        self.train, self.pretrained, self.dataset = train, pretrained, dataset
+        self.task, self.objective, self.pad_token, self.world = task, objective, pad_token, world
+        self.clock = _Clock(world)
+        self.dtype, _ = resolve_precision(train.precision, world.device)
+        pretrained.reset(train.frozen_layers)
+        self.model = world.wrap(pretrained.model)
+        self.trainable = list(pretrained.trainable().values())
+        self.penalty = bind_penalty(train.regularization, pretrained)
+        self.steps_per_epoch = batches.steps_per_epoch(len(dataset.train), train.batch_size)
+        self.num_steps = self.steps_per_epoch * train.epochs
+        self.optimizer = build_optimizer(train, self.trainable)
+        self.schedule = build_schedule(train, self.optimizer, self.num_steps)
+        self.step = self.examples_seen = 0
+        self.best: Best | None = None
+        self.last: Progress | None = None
+        # Since the previous mark:
+        self.examples = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+
+    def take_step(self, indices: IntArray) -> str | None:
+        """One optimiser step on a global batch; why the configuration cannot go on, or None."""
+        world = self.world
+        mine = batches.share(indices, world.rank, world.size)
+        batch = batches.collate(
+            self.dataset.train, mine, pad_token=self.pad_token, device=world.device
+        )
+        loss = forward_loss(self.model, batch, self.task, self.dtype)
+        # Gradients are averaged over workers; the step wants the sum over the global batch
+        # divided by its count.
+        (loss * (world.size / len(indices))).backward()
+        self.penalty.add_gradient()
+        norm = nn.utils.clip_grad_norm_(self.trainable, self.train.max_grad_norm)
+        self.step += 1
+        # The norm is the same on every rank, so all of them stop here or none.
+        if not math.isfinite(float(norm)):
+            rate = self.optimizer.param_groups[0]["lr"]
+            return f"gradient not finite at step {self.step}, learning rate {rate:.3g}"
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.loss_sum += loss.detach()
+        self.examples += len(indices)
+        self.examples_seen += len(indices)
+        return None
+
+    def look(self, index: int, mark: Mark) -> Progress:
+        """Evaluate on the validation split; the metrics are computed on rank 0."""
+        if self.examples == 0:  # a short schedule: the previous mark fell on this step too
+            assert self.last is not None  # no mark comes before the first step
+            return replace(self.last, index=index, percent=mark.percent)
+        self.clock.enter("eval")
+        validation, found = self.dataset.validation, {}
+        logits = evaluate(self.pretrained, validation, self.pad_token, self.world, self.dtype)
+        self.pretrained.train()
+        # Every rank has the same logits, so all of them find a fault or none.
+        if not np.isfinite(logits).all():
+            return self.progress(index, mark, f"predictions not finite at step {self.step}")
+        if self.world.rank == 0:
+            table = {name: metric for name, (metric, _) in self.task.metrics.items()}
+            found = metrics.score(table, logits, validation.labels)
+            score = found[self.objective]
+            sign = 1 if self.task.direction(self.objective) == "maximize" else -1
+            if self.best is None or sign * score > sign * self.best.score:
+                trained = self.pretrained.trainable().items()
+                weights = {name: p.detach().to("cpu", copy=True) for name, p in trained}
+                self.best = Best(mark.percent, score, found, weights)
+        return self.progress(index, mark, None, found)
+
+    def progress(
+        self, index: int, mark: Mark, fault: str | None, found: dict[str, float] | None = None
+    ) -> Progress:
+        """The report of a mark; what counts since the previous mark begins anew."""
+        train_loss = float(self.world.sum(self.loss_sum)) / max(self.examples, 1)
+        penalty = self.penalty.value()
+        self.loss_sum, self.examples = torch.zeros_like(self.loss_sum), 0
+        self.clock.enter("other")
+        self.last = Progress(
+            index=index,
+            percent=mark.percent,
+            step=self.step,
+            num_steps=self.num_steps,
+            epochs_run=self.step / self.steps_per_epoch,
+            metrics=found or {},
+            best=self.best,
+            train_loss=train_loss,
+            penalty=penalty,
+            examples_seen=self.examples_seen,
+            train_seconds=self.clock.seconds["train"],
+            eval_seconds=self.clock.seconds["eval"],
+            fault=fault,
+        )
+        return self.last
 
 
 def forward_loss(model: nn.Module, batch: Batch, task: Task, dtype: torch.dtype) -> torch.Tensor:

@@ -16,7 +16,7 @@ def build_optimizer(train: Train, parameters: list[nn.Parameter]) -> torch.optim
     """AdamW (Loshchilov and Hutter 2019), fused; decay on matrices only."""
     regularization = train.regularization
     decay = regularization.strength if regularization.kind == "weight_decay" else 0.0
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if is_penalized(p)], "weight_decay": decay},
         {"params": [p for p in parameters if not is_penalized(p)], "weight_decay": 0.0},
     ]
