@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tempfile
+import traceback
 import warnings
 from typing import Annotated
 
@@ -78,6 +80,15 @@ def main(arguments: list[str] | None = None) -> None:
     except SftError as error:
         sys.stderr.write("".join(f"error: {problem}\n" for problem in error.problems))
         sys.exit(2)
+    except Exception as error:  # ours to mend
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="sft-ray-error-", suffix=".log", delete=False, encoding="utf-8"
+        ) as log:
+            traceback.print_exc(file=log)
+        first_line = (str(error).splitlines() or [""])[0]
+        sys.stderr.write(f"internal error: {type(error).__name__}: {first_line}\n")
+        sys.stderr.write(f"the traceback is in {log.name}; what was finished is kept\n")
+        sys.exit(1)
     if code == INTERRUPTED:  # typer's answer to a KeyboardInterrupt
         sys.stderr.write("interrupted; the same command goes on where it stopped\n")
     sys.exit(code)

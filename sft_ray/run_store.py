@@ -145,10 +145,9 @@ class RunStore:
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.rmtree(outdated, ignore_errors=True)
 
-    def copy_folder(self, source: str, target: str) -> None:
-        """Put a copy of one folder of the run in place of another."""
-        with self.replacing_folder(target) as local:
-            fs.copy_files(source, str(local), source_filesystem=self._filesystem)
+    def fetch_folder(self, path: str, local: Path) -> None:
+        """Copy a folder of the run into a local one."""
+        fs.copy_files(path, str(local), source_filesystem=self._filesystem)
 
     def delete_folder(self, path: str) -> None:
         if self.exists(path):
@@ -269,7 +268,8 @@ def check_folder_rule(
         return "new"
     old = _flat(parse_yaml(text, store.path_of(EXPERIMENT)))
     new = _flat(experiment.to_tree())
-    changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+    keys = (old.keys() | new.keys()) - {"name", "storage"}  # a run folder may be moved
+    changed = {key for key in keys if old.get(key) != new.get(key)}
     differences = [
         f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"
         for key in sorted(changed)

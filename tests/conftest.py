@@ -39,7 +39,13 @@ def toy_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def experiment(tiny_model: Path, toy_csv: Path, tmp_path: Path) -> Experiment:
+def experiment(tiny_experiment: Experiment, tmp_path: Path) -> Experiment:
+    """The tiny experiment in a folder of its own."""
+    return tiny_experiment.model_copy(update={"storage": str(tmp_path / "runs")})
+
+
+@pytest.fixture(scope="session")
+def tiny_experiment(tiny_model: Path, toy_csv: Path) -> Experiment:
     """A search of seconds: four trials of the tiny model, two workers each."""
     return Experiment.from_tree(
         {
@@ -63,7 +69,6 @@ def experiment(tiny_model: Path, toy_csv: Path, tmp_path: Path) -> Experiment:
                 "trials": 4,
             },
             "resources": {"workers_per_trial": 2, "slots": 1},
-            "storage": str(tmp_path / "runs"),
         }
     )
 

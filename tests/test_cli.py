@@ -177,6 +177,23 @@ def test_an_unreachable_cluster_is_refused_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_internal_error_keeps_its_traceback_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug of ours")
+
+    monkeypatch.setattr("sft_ray.yaml_text.read_tree", broken)
+    with pytest.raises(SystemExit) as caught:
+        main(["search", "x.yaml"])
+    first, second = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 1
+    assert first == "internal error: ZeroDivisionError: a bug of ours"
+    log = Path(second.split(" is in ")[1].split(";")[0])
+    assert "Traceback" in log.read_text()
+    log.unlink()
+
+
 @pytest.mark.parametrize(
     "arguments", [["serch"], ["search"], ["search", "x.yaml", "--adress", "a"]]
 )

@@ -45,7 +45,8 @@ def test_a_folder_appears_whole_or_not_at_all(store: RunStore) -> None:
         (folder / "other").write_text("third")
     assert sorted(p.name for p in Path(store.location).iterdir()) == ["best"]
     assert store.read_text("best/weights") is None
-    store.copy_folder("best", "copy")
+    with store.replacing_folder("copy") as folder:
+        store.fetch_folder("best", folder)
     assert store.read_text("copy/other") == "third"
 
 
@@ -94,6 +95,7 @@ def test_an_old_folder_is_set_aside_never_deleted(store: RunStore) -> None:
         ({}, "same"),
         ({"search": {"trials": 9}}, "extended"),
         ({"search": {"trials": 4, "budget": {"wall_minutes": None}}}, "same"),
+        ({"storage": "elsewhere", "name": "renamed"}, "same"),
     ],
 )
 def test_the_same_experiment_goes_on(

@@ -152,6 +152,8 @@ class Conductor:
             if self._best is None or sign * outcome.score > sign * self._best:
                 self._best, star = outcome.score, "  best so far"
         why = f"({outcome.reason})  " if outcome.reason else ""
+        if state == TrialState.FAIL:
+            why = f"({outcome.reason}; see {self.store.path_of(ERROR_LOG)})  "
         self.screen.event(
             f"trial {number:<3} {state.name:<8} {score}{why}"
             f"{outcome.slot_seconds:.1f} s, {outcome.overhead_seconds:.2f} s overhead{star}"

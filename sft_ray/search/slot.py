@@ -14,11 +14,17 @@ from ray import tune
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from sft_ray.search.mailbox import Mailbox
-from sft_ray.search.worker import run_worker
 
 JOIN_SECONDS = 8.0  # Tune kills the actor at 10
 # Any node has this resource of its head: it keeps slots off machines that come and go.
 HEAD = {"node:__internal_head__": 0.001}
+
+
+def _serve(settings: dict[str, Any]) -> None:
+    """The train function; the worker's heavy imports stay out of the slot's own process."""
+    from sft_ray.search.worker import run_worker
+
+    run_worker(settings)
 
 
 class Slot(tune.Trainable):
@@ -35,7 +41,7 @@ class Slot(tune.Trainable):
         # Without resources it lands in this actor's placement group, on the same node.
         self._mailbox = ray.remote(Mailbox).options(num_cpus=0).remote(workers)
         trainer = TorchTrainer(
-            run_worker,
+            _serve,
             train_loop_config={**settings["worker"], "mailbox": self._mailbox},
             torch_config=TorchConfig(backend="nccl" if resources.get("GPU") else "gloo"),
             scaling_config=ray.train.ScalingConfig(

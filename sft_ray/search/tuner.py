@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_ray import __version__
+from sft_ray.analysis.model_card import model_card
 from sft_ray.analysis.results import SearchResult, best_row, trial_row, winner
 from sft_ray.config import Experiment
 from sft_ray.errors import TrialError
@@ -181,7 +182,6 @@ def _conclude(
             f"none of {len(study.trials)} trials left a model; their reasons are in "
             f"{store.path_of('trials')}"
         )
-    store.copy_folder(f"{trial_folder(best.number)}/best", BEST)
     tree = {
         "name": prepared.experiment.name,
         "metric": prepared.objective,
@@ -192,6 +192,10 @@ def _conclude(
         "trials": [trial_row(trial, prepared.experiment.seed) for trial in study.trials],
         "environment": environment,
     }
+    card = model_card(tree, prepared.experiment.to_tree(), prepared.dataset.label_names)
+    with store.replacing_folder(BEST) as folder:
+        store.fetch_folder(f"{trial_folder(best.number)}/best", folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     store.write_json(RESULTS, tree)
     return SearchResult(store.location, tree)
 

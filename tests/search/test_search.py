@@ -1,9 +1,12 @@
 """Whole searches on a real Ray cluster with real workers."""
 
+import io
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +75,25 @@ def seconds_between_ends(run: Path) -> float:
     return (max(ends) - min(ends)).total_seconds()
 
 
+@pytest.fixture(scope="module")
+def finished(
+    ray_cluster: None, tiny_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Experiment, SearchResult, str]:
+    """One undisturbed search of four trials and what it printed."""
+    storage = str(tmp_path_factory.mktemp("finished") / "runs")
+    experiment = tiny_experiment.model_copy(update={"storage": storage})
+    with redirect_stdout(io.StringIO()) as printed:
+        result = run_search(experiment)
+    return experiment, result, printed.getvalue()
+
+
 def test_a_search_ends_with_the_best_checkpoint_and_the_same_command_only_shows_it(
-    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: tuple[Experiment, SearchResult, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    result = run_search(experiment)
+    experiment, result, printed = finished
     run = Path(result.location)
-    printed = capsys.readouterr().out
 
     tree = json.loads((run / "results.json").read_text())
     assert tree == result.tree
@@ -101,6 +117,9 @@ def test_a_search_ends_with_the_best_checkpoint_and_the_same_command_only_shows_
     accuracy, labels = rescore(result, experiment, tmp_path)
     assert accuracy == pytest.approx(top, abs=0.003)
     assert labels == ["animal", "plant", "tool"]
+    card = (run / "best" / "README.md").read_text()
+    assert f"| accuracy | {top:.4f} |" in card
+    assert "animal, plant, tool" in card
     assert not list(run.rglob("*.pkl"))
     assert not (run.parent / ".ray").exists() or not list((run.parent / ".ray").iterdir())
 
@@ -121,18 +140,15 @@ def test_a_search_ends_with_the_best_checkpoint_and_the_same_command_only_shows_
 
 
 def test_more_trials_extend_a_finished_search_and_nothing_runs_twice(
-    experiment: Experiment,
+    finished: tuple[Experiment, SearchResult, str], experiment: Experiment
 ) -> None:
-    experiment = with_search(experiment, trials=1)
-    first = run_search(experiment, quiet=True)
-    longer = run_search(with_search(experiment, trials=2), quiet=True)
-    assert longer.trials[:1] == first.trials
-    assert len(longer.trials) == 2
+    _, straight, _ = finished
+    shutil.copytree(Path(straight.location).parent, experiment.storage)
+    longer = run_search(with_search(experiment, trials=5), quiet=True)
+    assert longer.trials[:4] == straight.trials
+    assert len(longer.trials) == 5
     with pytest.raises(ConfigError, match="another experiment"):
-        run_search(with_search(experiment, trials=2, sampler="random"), quiet=True)
-    fresh = run_search(with_search(experiment, trials=1, sampler="random"), fresh=True, quiet=True)
-    assert len(fresh.trials) == 1
-    assert (Path(f"{fresh.location}.old-1") / "results.json").exists()
+        run_search(with_search(experiment, trials=5, sampler="random"), quiet=True)
 
 
 def test_a_trial_that_raises_fails_alone_and_a_dead_worker_costs_a_restart(
@@ -148,7 +164,9 @@ def test_a_trial_that_raises_fails_alone_and_a_dead_worker_costs_a_restart(
     )
     raising = faults.order("a", learning_rate=rates[0], step=12, rank=1, action="raise")
     dying = faults.order("b", learning_rate=rates[1], step=14, rank=1, action="die")
-    result = run_search(experiment, quiet=True)
+    (Path(experiment.storage) / "tiny").mkdir(parents=True)
+    result = run_search(experiment, quiet=True, fresh=True)
+    assert (Path(experiment.storage) / "tiny.old-1").is_dir()
     assert not raising.exists()
     assert not dying.exists()
     failed, restarted, calm = result.trials
@@ -162,10 +180,9 @@ def test_a_trial_that_raises_fails_alone_and_a_dead_worker_costs_a_restart(
 
 
 def test_a_killed_driver_loses_no_finished_trial_and_doubles_none(
-    experiment: Experiment,
+    finished: tuple[Experiment, SearchResult, str], experiment: Experiment
 ) -> None:
-    experiment = with_search(experiment, trials=3)
-    straight = run_search(experiment.model_copy(update={"name": "straight"}), quiet=True)
+    _, straight, _ = finished
     interrupted = experiment.model_copy(update={"name": "interrupted"})
     script = textwrap.dedent(
         """
@@ -189,6 +206,7 @@ def test_a_killed_driver_loses_no_finished_trial_and_doubles_none(
         """
     )
     folder = Path(experiment.storage)
+    folder.mkdir()
     (folder / "tree.json").write_text(json.dumps(interrupted.to_tree()))
     (folder / "driver.py").write_text(script)
     address = ray.get_runtime_context().gcs_address
@@ -201,7 +219,7 @@ def test_a_killed_driver_loses_no_finished_trial_and_doubles_none(
     assert died.returncode == 9, died.stderr
     assert not (folder / "interrupted" / "results.json").exists()
     resumed = run_search(interrupted, quiet=True)
-    assert [t["number"] for t in resumed.trials] == [0, 1, 2]
+    assert [t["number"] for t in resumed.trials] == [0, 1, 2, 3]
     for mine, theirs in zip(resumed.trials, straight.trials, strict=True):
         assert (mine["params"], mine["state"]) == (theirs["params"], theirs["state"])
         assert mine["curve"] == theirs["curve"]
