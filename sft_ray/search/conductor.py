@@ -42,7 +42,7 @@ class Conductor:
         self._last: dict[int, dict[str, Any]] = {}  # last message by our number
         self._lines: dict[int, list[str]] = {}  # of metrics.jsonl
         self._failures_in_a_row = 0
-        self._best: float | None = None
+        self._best = study.best_score()
 
     def next_trial(self, tune_id: str) -> PlannedTrial | None:
         planned = self.study.next_trial()
@@ -122,7 +122,7 @@ class Conductor:
             score_percent=message.get("score_percent"),
             metrics=message.get("best_metrics", {}),
             has_checkpoint=message.get("has_checkpoint", False),
-            restarts=message.get("restarts", 0),
+            restarts=message.get("restarts", 0) + self.study.restarts.get(number, 0),
             schedule_percent=message.get("percent", 0),
             epochs_run=message.get("epochs_run", 0.0),
             examples_seen=message.get("examples_seen", 0),

@@ -6,7 +6,6 @@ Knows nothing of Ray, so that a recorded search can be replayed through the same
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -46,7 +45,6 @@ class PlannedTrial:
     number: int
     train: Train
     params: dict[str, Any]
-    restarts: int
     save_above: float | None
     save_unfinished: bool
 
@@ -139,7 +137,7 @@ class SearchStudy:
         self._wall_seconds_before = self.study.user_attrs.get("wall_seconds", 0.0)
         self._running_seconds: dict[int, float] = {}
         self._live: dict[int, optuna.Trial] = {}
-        self._restarts: dict[int, int] = {}
+        self.restarts: dict[int, int] = {}  # of slots that died under a trial, this session
         self._interrupted = [t.number for t in self.trials if t.state == TrialState.RUNNING]
         if not self.study.get_trials(deepcopy=False):
             self._enqueue_first_trials()
@@ -183,7 +181,6 @@ class SearchStudy:
             number=trial.number,
             train=train,
             params=params,
-            restarts=self._restarts.get(trial.number, 0),
             save_above=self.sign * complete[keep - 1] if len(complete) >= keep else None,
             save_unfinished=not complete,
         )
@@ -248,12 +245,11 @@ class SearchStudy:
 
     def restart(self, number: int) -> bool:
         """Put a trial that lost its slot back in line; False once it has been too often."""
-        self._live.pop(number)
-        self._running_seconds.pop(number, None)
-        self._restarts[number] = self._restarts.get(number, 0) + 1
-        if self._restarts[number] > MAX_RESTARTS:
-            self._live[number] = optuna.Trial(self.study, self._frozen(number)._trial_id)
+        if self.restarts.get(number, 0) >= MAX_RESTARTS:
             return False
+        self.restarts[number] = self.restarts.get(number, 0) + 1
+        del self._live[number]
+        self._running_seconds.pop(number, None)
         self._interrupted.append(number)
         return True
 
@@ -265,8 +261,8 @@ class SearchStudy:
         if budget.worker_hours is not None and self.worker_hours() >= budget.worker_hours:
             return f"{budget.worker_hours:g} worker hours"
         if budget.target is not None:
-            best = max((self.sign * t.value for t in self._complete()), default=-math.inf)
-            if best >= self.sign * budget.target:
+            best = self.best_score()
+            if best is not None and self.sign * best >= self.sign * budget.target:
                 return f"target {budget.target:g} reached"
         return None
 
@@ -298,6 +294,11 @@ class SearchStudy:
         if not ranked:
             return {t.number for t in self.trials}
         return {t.number for t in ranked[: self.experiment.checkpoint.keep]} | set(self._live)
+
+    def best_score(self) -> float | None:
+        """The best value of the COMPLETE trials."""
+        values = [t.value for t in self._complete()]
+        return max(values, key=lambda value: self.sign * value, default=None)
 
     def _complete(self) -> list[Any]:
         return [t for t in self.trials if t.state == TrialState.COMPLETE]

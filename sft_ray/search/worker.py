@@ -162,7 +162,12 @@ class Keeper:
 
 
 def _as_message(progress: Progress, saved_percent: int | None, restarts: int) -> dict[str, Any]:
-    fields = {k: v for k, v in vars(progress).items() if k != "best"}
+    # After a fault the last loss and penalty need not be finite, which JSON cannot say.
+    fields = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in vars(progress).items()
+        if name != "best"
+    }
     best = progress.best
     return {
         **fields,

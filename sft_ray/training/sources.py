@@ -242,11 +242,14 @@ def _cut(table: pa.Table, split: Split, label: str, seed: int) -> dict[str, pa.T
     try:
         if split.test > 0:
             order, _ = train_test_split(
-                order, test_size=split.test, random_state=random_state, stratify=stratify
+                order,
+                test_size=round(split.test * table.num_rows),
+                random_state=random_state,
+                stratify=stratify,
             )
         train, validation = train_test_split(
             order,
-            test_size=split.validation / (1 - split.test),
+            test_size=round(split.validation * table.num_rows),
             random_state=random_state,
             stratify=None if stratify is None else labels[order],
         )

@@ -248,6 +248,9 @@ def test_a_configuration_that_diverges_is_at_fault_and_the_search_goes_on(
     assert default["state"] == "COMPLETE"
     assert diverged["state"] == "PRUNED"
     assert "not finite" in diverged["reason"]
+    metrics = Path(result.location) / "trials" / "1" / "metrics.jsonl"
+    assert "NaN" not in metrics.read_text()
+    assert "Infinity" not in metrics.read_text()
 
 
 def test_more_workers_than_there_are_are_refused_before_anything_is_written(
@@ -273,6 +276,10 @@ def test_a_search_whose_slots_cannot_start_ends_with_the_cause(
     log = (Path(experiment.storage) / "tiny" / "errors.log").read_text()
     assert "Traceback" in log
     assert "injected: the weights are gone" in log
+    trial = json.loads(
+        (Path(experiment.storage) / "tiny" / "trials" / "0" / "trial.json").read_text()
+    )
+    assert (trial["state"], trial["restarts"]) == ("FAIL", 2)
     said = capsys.readouterr().out
     assert "lost its slot (OSError: injected: the weights are gone)" in said
     assert "Traceback" not in said

@@ -1,0 +1,82 @@
+"""The shipped experiments resolve: model, data, splits, space and layout, without a search."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+
+from sft_ray.config import Experiment
+from sft_ray.search.cluster import plan_layout
+from sft_ray.search.preflight import prepare_experiment
+from tests.models import toy_rows
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def test_the_quickstart_resolves_as_it_is() -> None:
+    prepared = prepare_experiment(Experiment.load(EXPERIMENTS / "quickstart.yaml"))
+    assert (prepared.model.num_layers, prepared.model.model_type) == (6, "bert")
+    assert (len(prepared.dataset.train), len(prepared.dataset.validation)) == (800, 300)
+    assert prepared.dataset.label_names[0] == "numpy"
+    assert set(prepared.experiment.search.domains) == {
+        "train.learning_rate",
+        "train.batch_size",
+        "train.epochs",
+        "train.regularization",
+        "train.frozen_layers",
+    }
+    assert prepared.objective == "accuracy"
+
+
+def test_local_files_resolve_with_a_default_space_for_the_models_depth(
+    tiny_model: Path, toy_csv: Path
+) -> None:
+    experiment = Experiment.load(
+        EXPERIMENTS / "local_files.yaml",
+        [f"model={tiny_model}", f"data.train={toy_csv}", "data.columns={}", "data.max_length=32"],
+    )
+    prepared = prepare_experiment(experiment)
+    assert (len(prepared.dataset.train), len(prepared.dataset.validation)) == (280, 60)
+    assert prepared.experiment.search.space is not None
+    assert prepared.experiment.search.space["train.frozen_layers"] == {"int": [0, 2]}
+
+
+def test_sst2_resolves_on_a_local_copy_of_the_same_shape(tiny_model: Path, tmp_path: Path) -> None:
+    features = datasets.Features(
+        sentence=datasets.Value("string"), label=datasets.ClassLabel(names=["negative", "positive"])
+    )
+    sizes = {"train": 200, "validation": 40}
+    splits = {
+        name: datasets.Dataset.from_dict(
+            {
+                "sentence": [text for text, _ in toy_rows(size, seed=size)],
+                "label": [i % 2 for i in range(size)],
+            },
+            features=features,
+        )
+        for name, size in sizes.items()
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "glue")
+    experiment = Experiment.load(
+        EXPERIMENTS / "sst2.yaml",
+        [
+            f"model={tiny_model}",
+            f"data.path={tmp_path / 'glue'}",
+            "data.max_length=64",
+            "search.space.train.frozen_layers={int: [0, 2]}",
+        ],
+    )
+    prepared = prepare_experiment(experiment)
+    assert (len(prepared.dataset.train), len(prepared.dataset.validation)) == (190, 10)
+    assert prepared.dataset.label_names == ("negative", "positive")
+    layout = plan_layout(experiment, {"CPU": 16, "GPU": 4})
+    assert (layout.slots, layout.workers_per_trial, layout.gpus_per_worker) == (2, 2, 1)
+
+
+@pytest.mark.parametrize("size", [22_000_000, 110_000_000])
+def test_the_default_recipe_depends_on_the_size_of_the_encoder(size: int) -> None:
+    from sft_ray.search.study import default_recipe
+
+    recipe = default_recipe(size)
+    assert recipe["train.learning_rate"] == (1e-4 if size < 50_000_000 else 2e-5)
+    assert (recipe["train.epochs"], recipe["train.batch_size"]) == (3, 32)
