@@ -59,6 +59,11 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def count(number: float, noun: str) -> str:
+    """`1 slot`, `2 slots`."""
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """`48 s`, `3 min 12 s`, `2 h 5 min`."""
     if seconds < 60:

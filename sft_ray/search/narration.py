@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sft_ray import space as spaces
 from sft_ray.analysis.results import SearchResult
-from sft_ray.screen import Screen, duration, short_params
+from sft_ray.screen import Screen, count, duration, short_params
 from sft_ray.search.cluster import Layout
 from sft_ray.search.preflight import Prepared
 from sft_ray.search.study import SearchStudy
@@ -19,8 +19,7 @@ def say_truth(
     resumed = f", going on with {finished} trials finished" if study.trials else ""
     truncated = sum(dataset.num_truncated.values())
     device = "GPU" if layout.gpus_per_worker else "CPU"
-    gpus = f" and {layout.gpus_per_worker:g} GPUs" if layout.gpus_per_worker else ""
-    plural = "s" if layout.slots > 1 else ""
+    gpus = f" and {count(layout.gpus_per_worker, 'GPU')}" if layout.gpus_per_worker else ""
     screen.facts(
         {
             "search": f"{experiment.name} in {location}{resumed}",
@@ -31,8 +30,9 @@ def say_truth(
             f"tokens on average, {truncated} cut at {experiment.data.max_length} tokens; the "
             f"majority class is {dataset.majority_share:.3f} of the validation split",
             "device": f"{device}, {prepared.precision(device)}",
-            "layout": f"{layout.slots} slot{plural} x {layout.workers_per_trial} workers x "
-            f"{layout.cpus_per_worker:g} CPUs{gpus}",
+            "layout": f"{count(layout.slots, 'slot')} x "
+            f"{count(layout.workers_per_trial, 'worker')} x "
+            f"{count(layout.cpus_per_worker, 'CPU')}{gpus}",
             "objective": f"{prepared.objective}, {prepared.direction}",
             "search by": search_rules(prepared),
             "budget": budget(prepared),

@@ -27,7 +27,7 @@ from sft_ray.run_store import (
     trial_folder,
     write_experiment,
 )
-from sft_ray.screen import Screen
+from sft_ray.screen import Screen, count
 from sft_ray.search.cluster import Layout, capacity, connected, plan_layout
 from sft_ray.search.narration import say_outcome, say_truth
 from sft_ray.search.preflight import Prepared, prepare_experiment
@@ -137,7 +137,7 @@ def _run_trials(
     )
     # Tune prints the traceback of every lost slot; ours are in the run's error log.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    screen.event(f"starting {layout.slots} slot{'s' * (layout.slots > 1)}: processes, model, data")
+    screen.event(f"starting {count(layout.slots, 'slot')}: processes, model, data")
     try:
         tune.Tuner(
             slot,
