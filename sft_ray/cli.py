@@ -55,10 +55,12 @@ def search(
     try:
         parsed = Experiment.from_tree(tree, source=experiment)
     except ConfigError as error:
+        from sft_ray.search.cluster import capacity_here
         from sft_ray.search.preflight import find_problems
 
         rest = Experiment.what_is_valid(tree)
-        raise ConfigError(*error.problems, *(find_problems(rest) if rest else [])) from None
+        more = find_problems(rest, capacity_here(address)) if rest else []
+        raise ConfigError(*error.problems, *more) from None
     from sft_ray.search.tuner import run_search
 
     source = shlex.join([experiment, *(overrides or [])])

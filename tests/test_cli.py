@@ -56,18 +56,20 @@ def test_all_kinds_of_problems_are_reported_together(
         tmp_path,
         tiny_model,
         f"train: {toy_csv}, columns: {{text: sentence}}",
-        "train: {epocs: 3, frozen_layers: 7}\nsearch: {objective: acuracy, trials: 0}",
+        "train: {epocs: 3, frozen_layers: 7}\nsearch: {objective: acuracy, trials: 0}\n"
+        "resources: {workers_per_trial: 512}",
     )
-    lines = refused(["search", str(path)], capsys)
+    lines = refused(["search", str(path), "--address", "local"], capsys)
     for part in (
         "train.epocs: unknown key; did you mean 'epochs'?",
         "search.trials: ",
         "search.objective: text-classification has no metric 'acuracy'; did you mean 'accuracy'?",
         "train.frozen_layers: ",
         "no column 'sentence'",
+        "resources: 1 x 512 workers need 512 CPUs, the cluster has",
     ):
         assert any(part in line for line in lines), (part, lines)
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert not (tmp_path / "runs").exists()
 
 

@@ -7,6 +7,8 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from sft_ray.config import Experiment
 from sft_ray.errors import ResourceError
@@ -19,6 +21,7 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how fast a dead worker is noticed
 }
 KNOCK_SECONDS = 10.0
+CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where Ray notes its address
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,7 @@ def connected(address: str | None) -> Iterator[None]:
     Raises:
         ResourceError: the cluster cannot be reached.
     """
-    for name, value in RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import ray
-
+    ray = _import_ray()
     if ray.is_initialized():
         yield
         return
@@ -71,11 +71,35 @@ def connected(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def _import_ray() -> Any:
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    return ray
+
+
 def _knock(address: str) -> None:
     """Open and close a connection: Ray itself takes minutes to find that nobody answers."""
     host, _, port = address.rpartition(":")
     if port.isdigit() and "/" not in host:
         socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+
+
+def capacity_here(address: str | None) -> dict[str, float] | None:
+    """At most what a Ray that would be started on this machine has; None where one runs already.
+
+    Lets an impossible layout be refused together with all other problems, before Ray starts.
+    """
+    import torch
+
+    ray = _import_ray()
+    running = ray.is_initialized() or CURRENT_CLUSTER.exists()
+    if (address or os.environ.get("RAY_ADDRESS") or "local") != "local" or (
+        running and address != "local"
+    ):
+        return None
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
 
 
 def capacity() -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from sft_ray import space as spaces
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, SftError, did_you_mean
+from sft_ray.search.cluster import plan_layout
 from sft_ray.search.study import default_recipe
 from sft_ray.training.data import Dataset, open_dataset, prepare
 from sft_ray.training.model import ModelFacts, inspect_model, quiet_transformers
@@ -38,8 +40,12 @@ class Prepared:
         return f"{str(dtype).removeprefix('torch.')} ({reason})"
 
 
-def prepare_experiment(experiment: Experiment) -> Prepared:
-    """Check model, data and space, encode the data, fill in the default space.
+def prepare_experiment(experiment: Experiment, has: Mapping[str, float] | None = None) -> Prepared:
+    """Check model, data, space and layout, encode the data, fill in the default space.
+
+    Args:
+        experiment: as it was read.
+        has: what the cluster has, if that is known already.
 
     Raises:
         SftError: every problem found, one line each.
@@ -61,6 +67,8 @@ def prepare_experiment(experiment: Experiment) -> Prepared:
         problems += _depth_problems(experiment, model)
         problems += _length_problems(experiment, model)
     problems += _enqueue_problems(experiment)
+    if has is not None:
+        _collect(problems, plan_layout, experiment, has)
     folder = None
     if model is not None:
         folder = _collect(
@@ -82,10 +90,10 @@ def prepare_experiment(experiment: Experiment) -> Prepared:
     )
 
 
-def find_problems(experiment: Experiment) -> list[str]:
+def find_problems(experiment: Experiment, has: Mapping[str, float] | None) -> list[str]:
     """Further problems of an experiment some of whose keys were already refused."""
     try:
-        prepare_experiment(experiment)
+        prepare_experiment(experiment, has)
     except SftError as error:
         return list(error.problems)
     return []

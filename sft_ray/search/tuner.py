@@ -28,7 +28,7 @@ from sft_ray.run_store import (
     write_experiment,
 )
 from sft_ray.screen import Screen, count
-from sft_ray.search.cluster import Layout, capacity, connected, plan_layout
+from sft_ray.search.cluster import Layout, capacity, capacity_here, connected, plan_layout
 from sft_ray.search.narration import say_outcome, say_truth
 from sft_ray.search.preflight import Prepared, prepare_experiment
 from sft_ray.search.study import SearchStudy, default_recipe, open_storage
@@ -60,7 +60,7 @@ def run_search(
         KeyboardInterrupt: interrupted; the same call goes on where it stopped.
     """
     screen, started = Screen(quiet), time.monotonic()
-    prepared = prepare_experiment(experiment)
+    prepared = prepare_experiment(experiment, capacity_here(address))
     experiment = prepared.experiment
     store = RunStore(experiment.storage, experiment.name)
     finished = None if fresh else _finished(store, experiment)
