@@ -94,10 +94,9 @@ def capacity_here(address: str | None) -> dict[str, float] | None:
     import torch
 
     ray = _import_ray()
-    running = ray.is_initialized() or CURRENT_CLUSTER.exists()
-    if (address or os.environ.get("RAY_ADDRESS") or "local") != "local" or (
-        running and address != "local"
-    ):
+    chosen = address or os.environ.get("RAY_ADDRESS")
+    starts_here = chosen == "local" or (chosen is None and not CURRENT_CLUSTER.exists())
+    if ray.is_initialized() or not starts_here:
         return None
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
 
