@@ -74,7 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = app(args=arguments, standalone_mode=False)
     except TyperException as error:  # a misspelt verb or option
-        sys.stderr.write(f"error: {error.format_message()}; see sft-ray --help\n")
+        message = error.format_message()
+        asked_for_nothing = message.startswith("Usage:")  # typer's answer is the help itself
+        sys.stderr.write(message if asked_for_nothing else f"error: {message}; see sft-ray --help")
+        sys.stderr.write("\n")
         sys.exit(2)
     except TrialError as error:
         sys.stderr.write(f"{error}\n")

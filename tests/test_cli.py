@@ -183,6 +183,10 @@ def test_an_unreachable_cluster_is_refused_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
+def test_no_command_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused([], capsys)[0].startswith("Usage: ")
+
+
 def test_an_internal_error_keeps_its_traceback_in_a_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
