@@ -21,6 +21,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pyarrow import fs
 
+from sft_ray.cache import cache_root
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, ResourceError
 from sft_ray.yaml_text import dump_yaml, parse_yaml
@@ -175,8 +176,7 @@ class RunStore:
         if self.local_root is not None:
             return self.local_root / JOURNAL
         key = hashlib.sha256(self.location.encode()).hexdigest()[:16]
-        root = Path(os.environ.get("SFT_RAY_CACHE") or Path.home() / ".cache" / "sft_ray")
-        return root / "live" / key / JOURNAL
+        return cache_root() / "live" / key / JOURNAL
 
     def pull_journal(self) -> None:
         """Bring the stored study to this machine, and cut off a torn end.

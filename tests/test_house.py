@@ -16,7 +16,7 @@ MODULES = sorted((ROOT / "sft_ray").rglob("*.py"))
 # From the ground up: a module may import from its own layer and those before it.
 LAYERS = [
     {"errors"},
-    {"space", "yaml_text", "screen"},
+    {"cache", "space", "yaml_text", "screen"},
     {"config"},
     {"run_store"},
     {"training", "analysis"},

@@ -19,7 +19,7 @@ base_model: {model}
 {scores}
 
 The figures are of exactly these weights. They are the best of {num_trials} trials on the same
-split, so expect somewhat less on new data; the test split was not read. Gain over the default
+split, so expect somewhat less on new data; the test split was not scored. Gain over the default
 recipe: {gain}.
 
 | parameter | value |

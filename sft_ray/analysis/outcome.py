@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from optuna.trial import FrozenTrial
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -45,5 +47,6 @@ class Outcome:
         return asdict(self)
 
     @classmethod
-    def from_tree(cls, tree: dict[str, Any]) -> Self:
-        return cls(**tree)
+    def of(cls, trial: FrozenTrial) -> Self:
+        """What the study keeps of a trial that has ended."""
+        return cls(**trial.user_attrs["outcome"])

@@ -39,13 +39,13 @@ class SearchResult:
 
 def trial_row(trial: FrozenTrial, seed: int) -> dict[str, Any]:
     """One trial as results.json and trial.json hold it."""
-    outcome = Outcome.from_tree(trial.user_attrs.get("outcome", {}))
+    outcome = Outcome.of(trial)
     return {
         "number": trial.number,
         "state": trial.state.name,
         "role": trial.user_attrs.get("role", "sampled"),
         "reason": outcome.reason,
-        "params": trial.user_attrs.get("params", trial.params),
+        "params": trial.user_attrs["params"],
         "value": outcome.score,
         "metrics": outcome.metrics,
         "seed": seed,
@@ -64,7 +64,7 @@ def winner(trials: Sequence[FrozenTrial], sign: int) -> FrozenTrial | None:
     """The best COMPLETE trial; with none, the one furthest along whose weights were kept."""
 
     def rank(trial: FrozenTrial) -> tuple[bool, int, float, int]:
-        outcome = Outcome.from_tree(trial.user_attrs["outcome"])
+        outcome = Outcome.of(trial)
         complete = trial.state == TrialState.COMPLETE
         assert outcome.score is not None  # a checkpoint has a score
         progress = 0 if complete else outcome.schedule_percent
@@ -74,7 +74,7 @@ def winner(trials: Sequence[FrozenTrial], sign: int) -> FrozenTrial | None:
         trial
         for trial in trials
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-        and Outcome.from_tree(trial.user_attrs["outcome"]).has_checkpoint
+        and Outcome.of(trial).has_checkpoint
     ]
     return max(candidates, key=rank, default=None)
 
@@ -94,7 +94,7 @@ def best_row(
     trials: Sequence[FrozenTrial], best: FrozenTrial, sign: int, checkpoint: str
 ) -> dict[str, Any]:
     """The `best` entry of results.json."""
-    outcome = Outcome.from_tree(best.user_attrs["outcome"])
+    outcome = Outcome.of(best)
     return {
         "trial": best.number,
         "complete": best.state == TrialState.COMPLETE,

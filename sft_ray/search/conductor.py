@@ -48,7 +48,6 @@ class Conductor:
         planned = self.study.next_trial()
         if planned is not None:
             self.planned[tune_id] = planned
-            self._lines[planned.number] = []
             self.screen.event(f"trial {planned.number:<3} starts   {short_params(planned.params)}")
         return planned
 

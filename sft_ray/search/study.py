@@ -272,11 +272,7 @@ class SearchStudy:
 
     def worker_hours(self) -> float:
         """Slot time of all trials, running ones included, times the workers of a slot."""
-        finished = sum(
-            Outcome.from_tree(t.user_attrs["outcome"]).slot_seconds
-            for t in self.trials
-            if t.state.is_finished()
-        )
+        finished = sum(Outcome.of(t).slot_seconds for t in self.trials if t.state.is_finished())
         workers = self.experiment.resources.workers_per_trial
         return (finished + sum(self._running_seconds.values())) * workers / 3600
 

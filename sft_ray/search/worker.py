@@ -113,7 +113,7 @@ def run_trial(
 ) -> None:
     """Fit one configuration, posting every mark and asking leave to go on."""
     task = TASKS[loaded.experiment.task]
-    keep = Keeper(assignment, loaded, 1 if task.direction(objective) == "maximize" else -1)
+    keep = Keeper(assignment, loaded, task.sign(objective))
 
     def report(progress: Progress) -> bool:
         if loaded.world.rank == 0:

@@ -20,8 +20,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sft_ray.cache import build_once, cache_root
 from sft_ray.errors import DataError
-from sft_ray.training.cache import build_once, cache_root
 
 PACKAGES = ("numpy", "pandas", "python", "ray", "torch", "transformers")
 EXAMPLES_PER_CLASS = 500

@@ -1,7 +1,7 @@
 """From files, folders, the hub or a built-in set to encoded examples on disk.
 
 `prepare` reads, checks and tokenises once per machine into a folder of Arrow files; `open_dataset`
-maps that folder into memory.  The test split is sealed: a search neither reads nor encodes it.
+maps that folder into memory.  The test split is sealed: a search neither encodes nor scores it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 from transformers import AutoTokenizer
 
+from sft_ray.cache import build_once, cache_root
 from sft_ray.config import Columns, Data
 from sft_ray.errors import DataError
 from sft_ray.training import sources
-from sft_ray.training.cache import build_once, cache_root
 from sft_ray.training.seeds import derived_seed
 
 ENCODING_VERSION = 1  # change when the files below change their meaning

@@ -213,7 +213,7 @@ class _Trial:
             table = {name: metric for name, (metric, _) in self.task.metrics.items()}
             found = metrics.score(table, logits, validation.labels)
             score = found[self.objective]
-            sign = 1 if self.task.direction(self.objective) == "maximize" else -1
+            sign = self.task.sign(self.objective)
             if self.best is None or sign * score > sign * self.best.score:
                 trained = self.pretrained.trainable().items()
                 weights = {name: p.detach().to("cpu", copy=True) for name, p in trained}

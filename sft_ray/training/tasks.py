@@ -38,6 +38,10 @@ class Task:
     def direction(self, objective: str) -> Direction:
         return self.metrics[objective][1]
 
+    def sign(self, objective: str) -> int:
+        """1 where a larger value is better, else -1."""
+        return 1 if self.direction(objective) == "maximize" else -1
+
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of each example's label, [n]."""

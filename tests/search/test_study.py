@@ -95,7 +95,7 @@ def test_states_values_and_reasons_are_true(tmp_path: Path) -> None:
     assert TrialState.COMPLETE in states
     assert TrialState.PRUNED in states
     for trial in study.trials:
-        outcome = Outcome.from_tree(trial.user_attrs["outcome"])
+        outcome = Outcome.of(trial)
         if trial.state == TrialState.COMPLETE:
             assert trial.value == max(trial.intermediate_values.values())
             assert set(trial.intermediate_values) == set(MARKS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_ray.training.cache import build_once, cache_root
+from sft_ray.cache import build_once, cache_root
 
 
 def test_a_folder_is_built_once_by_concurrent_callers(tmp_path: Path) -> None:

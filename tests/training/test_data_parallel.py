@@ -82,7 +82,7 @@ def pair(request, seen_by, precision: str, trial: str) -> tuple[dict[str, Any], 
     return seen_by[1, 0][precision, trial], seen_by[request.param, 0][precision, trial]
 
 
-def close(first: Any, second: Any, precision: str) -> None:
+def assert_close(first: Any, second: Any, precision: str) -> None:
     np.testing.assert_allclose(second, first, atol=TOLERANCE[precision], rtol=0)
 
 
@@ -101,15 +101,17 @@ def test_all_worlds_report_the_same_marks_and_counts(pair) -> None:
 
 def test_losses_are_equal(pair, precision: str) -> None:
     one, many = pair
-    close(one["train_loss"], many["train_loss"], precision)
-    close(one["penalty"], many["penalty"], precision)
+    assert_close(one["train_loss"], many["train_loss"], precision)
+    assert_close(one["penalty"], many["penalty"], precision)
 
 
 def test_validation_metrics_are_equal(pair, precision: str) -> None:
     one, many = pair
     for name in ("accuracy", "macro_f1", "mcc", "loss"):
-        close([m[name] for m in one["metrics"]], [m[name] for m in many["metrics"]], precision)
-    close(one["best"], many["best"], precision)
+        assert_close(
+            [m[name] for m in one["metrics"]], [m[name] for m in many["metrics"]], precision
+        )
+    assert_close(one["best"], many["best"], precision)
 
 
 def test_final_weights_are_equal(pair, precision: str) -> None:
@@ -124,7 +126,7 @@ def test_final_weights_are_equal(pair, precision: str) -> None:
 
 def test_evaluation_logits_are_equal(pair, precision: str) -> None:
     one, many = pair
-    close(one["logits"], many["logits"], precision)
+    assert_close(one["logits"], many["logits"], precision)
 
 
 @pytest.mark.parametrize("size", [2, 3])
