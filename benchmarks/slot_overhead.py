@@ -66,7 +66,10 @@ def measure(overrides: list[str]) -> dict[str, Any]:
 def _majority_share(experiment: Experiment) -> float:
     from sft_ray.search.preflight import prepare_experiment
 
-    return prepare_experiment(experiment).dataset.majority_share
+    prepared = prepare_experiment(experiment)
+    data = prepared.dataset
+    scores = prepared.task.constant_scores(data.train, data.validation, data.label_set)
+    return float(scores["accuracy"])
 
 
 def main() -> None:

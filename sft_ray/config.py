@@ -46,27 +46,14 @@ def expand_environment(value: Any) -> Any:
 
 Location = Annotated[str, BeforeValidator(expand_environment), Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+# One column, or [start, end] columns of a span; null leaves an optional field out.
+Column = Annotated[str, Field(min_length=1)] | list[str] | None
 
 
 class Section(BaseModel):
     """Base of every part of the tree: unknown keys and silent conversions are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Columns(Section):
-    """Names of the columns that hold the task's fields."""
-
-    text: str = "text"
-    text_pair: str | None = None
-    label: str = "label"
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Self:
-        used = [name for name in (self.text, self.text_pair, self.label) if name is not None]
-        if len(set(used)) < len(used):
-            raise ValueError(f"each field needs a column of its own, got {used}")
-        return self
 
 
 class Limit(Section):
@@ -102,9 +89,34 @@ class Data(Section):
     validation: Location | None = None
     test: Location | None = None
     split: Split | None = None
-    columns: Columns = Columns()
-    max_length: Annotated[int, Field(ge=4, le=8192)] = 128
+    columns: dict[str, Column] = {}  # field of the task -> column; default: the same name
+    label_names: list[str] | None = None  # of labels that are whole numbers, in their order
+    negative_label: str | None = None  # relation-extraction: the label that says "no relation"
+    max_length: Annotated[int, Field(ge=4, le=8192)] = 128  # tokens
+    doc_stride: Annotated[int, Field(ge=0)] = 64  # question-answering: tokens windows share
     limit: Limit = Limit()
+
+    @field_validator("columns")
+    @classmethod
+    def _distinct(cls, columns: dict[str, Column]) -> dict[str, Column]:
+        used: list[str] = []
+        for field, column in columns.items():
+            if isinstance(column, list) and len(column) != 2:
+                raise ValueError(f"{field} takes one column or [start, end], got {column}")
+            used += column if isinstance(column, list) else [column] if column else []
+        if twice := [name for name in dict.fromkeys(used) if used.count(name) > 1]:
+            fields = [f for f, c in columns.items() if c == twice[0] or twice[0] in (c or "")]
+            raise ValueError(
+                f"each field needs a column of its own, got {twice[0]!r} for {' and '.join(fields)}"
+            )
+        return columns
+
+    @field_validator("label_names")
+    @classmethod
+    def _named_once(cls, names: list[str] | None) -> list[str] | None:
+        if names is not None and (len(names) < 2 or len(set(names)) < len(names)):
+            raise ValueError(f"at least two different names are needed, got {names}")
+        return names
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -144,16 +156,34 @@ class Regularization(Section):
 class Train(Section):
     """One configuration of fine-tuning; every field can be searched."""
 
-    optimizer: Literal["adamw"] = "adamw"
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    momentum: Fraction = 0.9  # of sgd
+    schedule: Literal["linear", "cosine", "constant", "constant_with_cooldown"] = "linear"
     warmup: Fraction = 0.06  # fraction of all optimiser steps
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    cooldown: Fraction = 0.2  # fraction of all steps, of constant_with_cooldown
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-5
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # learning rate, per layer downwards
+    head_learning_rate_multiplier: Annotated[float, Field(gt=0, le=1000)] = 1.0
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 32  # global: over all workers
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # per worker and pass
     epochs: Annotated[int, Field(ge=1, le=1000)] = 3
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     regularization: Regularization = Regularization(kind="weight_decay", strength=0.01)
     frozen_layers: Annotated[int, Field(ge=0)] | Literal["all"] = 0
+    dropout: Fraction | None = None  # every dropout of the model; null keeps the model's own
+    reinit_layers: Annotated[int, Field(ge=0)] = 0  # top layers, and the pooler, begun anew
+    label_smoothing: Fraction = 0.0
+    class_weights: dict[str, Annotated[float, Field(ge=0)]] | Literal["balanced"] | None = None
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.schedule == "constant_with_cooldown" and self.warmup + self.cooldown > 1:
+            raise ValueError(
+                "warmup and cooldown together must not exceed 1, got "
+                f"{self.warmup} + {self.cooldown}"
+            )
+        return self
 
 
 class Budget(Section):
@@ -232,7 +262,7 @@ class Experiment(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     model: Location
     revision: str | None = None
-    task: Literal["text-classification"] = "text-classification"
+    task: str = "text-classification"  # one of training/tasks.py
     data: Data
     train: Train = Train()
     search: Search = Search()

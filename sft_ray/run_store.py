@@ -30,6 +30,8 @@ EXPERIMENT = "experiment.yaml"
 ENVIRONMENT = "environment.json"
 JOURNAL = "study.journal"
 RESULTS = "results.json"
+PREDICTIONS = "predictions.parquet"
+TEST_ACCESS = "test_access.jsonl"
 BEST = "best"
 ERROR_LOG = "errors.log"
 # Keys that may grow on a finished or interrupted run; everything else must stay as it was.
@@ -79,7 +81,7 @@ class RunStore:
 
     def write_text(self, path: str, text: str) -> None:
         """Replace a file as a whole: a reader sees the old text or the new one."""
-        self._write(path, text.encode("utf-8"))
+        self.write_bytes(path, text.encode("utf-8"))
 
     def write_json(self, path: str, value: Any) -> None:
         self.write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
@@ -96,7 +98,8 @@ class RunStore:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{self.location}/{path}: damaged JSON: {error}") from None
 
-    def _write(self, path: str, content: bytes) -> None:
+    def write_bytes(self, path: str, content: bytes) -> None:
+        """Replace a file as a whole, on disk before its name changes."""
         if self.local_root is None:  # an object appears when its upload is complete
             with self._filesystem.open_output_stream(path) as stream:
                 stream.write(content)
@@ -205,8 +208,8 @@ class RunStore:
         """Copy the live study to object storage, with its sha256; nothing to do on a disk."""
         if self.local_root is None:
             content = self.journal.read_bytes()
-            self._write(JOURNAL, content)
-            self._write(f"{JOURNAL}.sha256", hashlib.sha256(content).hexdigest().encode())
+            self.write_bytes(JOURNAL, content)
+            self.write_bytes(f"{JOURNAL}.sha256", hashlib.sha256(content).hexdigest().encode())
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,13 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from sft_ray.config import Data, Train
-from sft_ray.training.data import Dataset, open_dataset, prepare
+from sft_ray.training.checkpoint import ResumeState
+from sft_ray.training.data import open_dataset, prepare
+from sft_ray.training.examples import Dataset
 from sft_ray.training.fit import Progress, fit
 from sft_ray.training.model import Pretrained, load_pretrained, quiet_transformers
-from sft_ray.training.tasks import TASKS
+from sft_ray.training.setup import Setup
+from sft_ray.training.tasks import TASKS, Task
 from sft_ray.training.world import World
 
 TASK = TASKS["text-classification"]
@@ -173,7 +177,7 @@ def toy_dataset(folder: Path, model: Path, *, train: int = 300, validation: int 
         validation=str(write_csv(folder / "validation.csv", toy_rows(validation, seed=2))),
         max_length=32,
     )
-    return open_dataset(prepare(data, str(model), None, seed=17))
+    return open_dataset(prepare(data, TASK, str(model), None, seed=17))
 
 
 def load_tiny(
@@ -182,7 +186,7 @@ def load_tiny(
     """The model with a head for the data set; `rows` of the vocabulary: "used" or "all"."""
     used = dataset.used_tokens if rows == "used" else None
     loaded = load_pretrained(
-        str(model), TASK, dataset.label_names, seed=seed, device=CPU, used_tokens=None
+        str(model), TASK, dataset.label_set, seed=seed, device=CPU, used_tokens=None
     )
     whole = loaded.model.double() if double else loaded.model
     return Pretrained(whole, loaded.from_scratch, used)
@@ -192,11 +196,13 @@ def run_fit(
     pretrained: Pretrained,
     dataset: Dataset,
     *,
+    task: Task = TASK,
     seed: int = 17,
-    objective: str = "accuracy",
+    objective: str | None = None,
     rungs: tuple[int, ...] = (10, 33),
     world: World | None = None,
     stop_after: int | None = None,
+    resume: ResumeState | None = None,
     **train: Any,
 ) -> list[Progress]:
     """Every report of one `fit` in fp32 (or the model's own float64)."""
@@ -209,14 +215,11 @@ def run_fit(
     fit(
         # Not validated, so that tests can ask for what no experiment may.
         Train().model_copy(update={"precision": "fp32", **train}),
-        pretrained=pretrained,
-        dataset=dataset,
-        task=TASK,
-        objective=objective,
+        Setup(task, dataset, pretrained, SimpleNamespace(pad_token_id=PAD), world or World()),
+        objective=objective or task.default_objective,
         rungs=list(rungs),
-        pad_token=PAD,
         seed=seed,
-        world=world or World(),
         report=report,
+        resume=resume,
     )
     return reports

@@ -30,9 +30,39 @@ class Outcome:
     schedule_percent: int = 0
     epochs_run: float = 0.0
     examples_seen: int = 0
+    micro_batch: int = 0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     overhead_seconds: float = 0.0
+
+    @classmethod
+    def from_message(
+        cls,
+        message: dict[str, Any],
+        *,
+        reason: str | None = None,
+        fault: bool = False,
+        restarts: int = 0,
+        seconds: float = 0.0,
+    ) -> Self:
+        """From the last message of a trial; `seconds` is everything it took its slot."""
+        train, evaluation = message.get("train_seconds", 0.0), message.get("eval_seconds", 0.0)
+        return cls(
+            reason=reason,
+            fault=fault,
+            score=message.get("score"),
+            score_percent=message.get("score_percent"),
+            metrics=message.get("best_metrics", {}),
+            has_checkpoint=message.get("has_checkpoint", False),
+            restarts=message.get("restarts", 0) + restarts,
+            schedule_percent=message.get("percent", 0),
+            epochs_run=message.get("epochs_run", 0.0),
+            examples_seen=message.get("examples_seen", 0),
+            micro_batch=message.get("micro_batch", 0),
+            train_seconds=train,
+            eval_seconds=evaluation,
+            overhead_seconds=seconds - train - evaluation,
+        )
 
     @property
     def slot_seconds(self) -> float:

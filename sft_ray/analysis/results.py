@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,27 +37,54 @@ class SearchResult:
         return Path(self.best["checkpoint"])
 
 
-def trial_row(trial: FrozenTrial, seed: int) -> dict[str, Any]:
-    """One trial as results.json and trial.json hold it."""
-    outcome = Outcome.of(trial)
+def trial_row(
+    *,
+    number: int,
+    state: str,
+    role: str,
+    params: dict[str, Any],
+    outcome: Outcome,
+    curve: Mapping[int, float],
+    seed: int,
+) -> dict[str, Any]:
+    """One trial as results.json and trial.json hold it.
+
+    Args:
+        role: why it ran: sampled, default recipe, enqueued, single.
+        curve: percent of the schedule -> objective.
+    """
     return {
-        "number": trial.number,
-        "state": trial.state.name,
-        "role": trial.user_attrs.get("role", "sampled"),
+        "number": number,
+        "state": state,
+        "role": role,
         "reason": outcome.reason,
-        "params": trial.user_attrs["params"],
+        "params": params,
         "value": outcome.score,
         "metrics": outcome.metrics,
         "seed": seed,
         "restarts": outcome.restarts,
         "schedule_percent": outcome.schedule_percent,
         "epochs_run": round(outcome.epochs_run, 4),
-        "curve": [[step, value] for step, value in sorted(trial.intermediate_values.items())],
+        "curve": [[percent, value] for percent, value in sorted(curve.items())],
         "examples_per_second": outcome.examples_per_second,
+        "micro_batch": outcome.micro_batch,
         "train_seconds": outcome.train_seconds,
         "eval_seconds": outcome.eval_seconds,
         "overhead_seconds": outcome.overhead_seconds,
     }
+
+
+def row_of(trial: FrozenTrial, seed: int) -> dict[str, Any]:
+    """The row of a trial of a study."""
+    return trial_row(
+        number=trial.number,
+        state=trial.state.name,
+        role=trial.user_attrs.get("role", "sampled"),
+        params=trial.user_attrs["params"],
+        outcome=Outcome.of(trial),
+        curve=trial.intermediate_values,
+        seed=seed,
+    )
 
 
 def winner(trials: Sequence[FrozenTrial], sign: int) -> FrozenTrial | None:
@@ -90,16 +117,13 @@ def gain_over_default(trials: Sequence[FrozenTrial], best: FrozenTrial, sign: in
     return None
 
 
-def best_row(
-    trials: Sequence[FrozenTrial], best: FrozenTrial, sign: int, checkpoint: str
-) -> dict[str, Any]:
-    """The `best` entry of results.json."""
-    outcome = Outcome.of(best)
+def best_row(row: dict[str, Any], gain: float | None, checkpoint: str) -> dict[str, Any]:
+    """The `best` entry of results.json, from the winner's row."""
     return {
-        "trial": best.number,
-        "complete": best.state == TrialState.COMPLETE,
-        "params": best.user_attrs["params"],
-        "validation": outcome.metrics,
-        "gain_over_default": gain_over_default(trials, best, sign),
+        "trial": row["number"],
+        "complete": row["state"] == TrialState.COMPLETE.name,
+        "params": row["params"],
+        "validation": row["metrics"],
+        "gain_over_default": gain,
         "checkpoint": checkpoint,
     }

@@ -16,7 +16,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from sft_ray.analysis.outcome import Outcome
-from sft_ray.analysis.results import trial_row
+from sft_ray.analysis.results import row_of
 from sft_ray.run_store import ERROR_LOG, RunStore, trial_folder
 from sft_ray.screen import Screen, short_params
 from sft_ray.search.study import PlannedTrial, SearchStudy
@@ -113,24 +113,15 @@ class Conductor:
         reason: str | None = None,
         fault: bool = False,
     ) -> None:
-        train, evaluation = message.get("train_seconds", 0.0), message.get("eval_seconds", 0.0)
-        outcome = Outcome(
+        outcome = Outcome.from_message(
+            message,
             reason=reason,
             fault=fault,
-            score=message.get("score"),
-            score_percent=message.get("score_percent"),
-            metrics=message.get("best_metrics", {}),
-            has_checkpoint=message.get("has_checkpoint", False),
-            restarts=message.get("restarts", 0) + self.study.restarts.get(number, 0),
-            schedule_percent=message.get("percent", 0),
-            epochs_run=message.get("epochs_run", 0.0),
-            examples_seen=message.get("examples_seen", 0),
-            train_seconds=train,
-            eval_seconds=evaluation,
-            overhead_seconds=message.get("slot_seconds", 0.0) - train - evaluation,
+            restarts=self.study.restarts.get(number, 0),
+            seconds=message.get("slot_seconds", 0.0),
         )
         self.study.finish(number, state, outcome)
-        row = trial_row(self.study.trials[number], self.study.experiment.seed)
+        row = row_of(self.study.trials[number], self.study.experiment.seed)
         self.store.write_json(f"{trial_folder(number)}/trial.json", row)
         self.store.push_journal()
         self._retain()

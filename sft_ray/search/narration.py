@@ -6,29 +6,23 @@ from sft_ray import space as spaces
 from sft_ray.analysis.results import SearchResult
 from sft_ray.screen import Screen, count, duration, short_params
 from sft_ray.search.cluster import Layout
-from sft_ray.search.preflight import Prepared
 from sft_ray.search.study import SearchStudy
+from sft_ray.training.preparation import Prepared
 
 
 def say_truth(
     screen: Screen, prepared: Prepared, layout: Layout, location: str, study: SearchStudy
 ) -> None:
     """Everything that was resolved: device and why, layout, data, marks, budget, space."""
-    experiment, model, dataset = prepared.experiment, prepared.model, prepared.dataset
+    experiment = prepared.experiment
     finished = sum(trial.state.is_finished() for trial in study.trials)
     resumed = f", going on with {finished} trials finished" if study.trials else ""
-    truncated = sum(dataset.num_truncated.values())
     device = "GPU" if layout.gpus_per_worker else "CPU"
     gpus = f" and {count(layout.gpus_per_worker, 'GPU')}" if layout.gpus_per_worker else ""
     screen.facts(
         {
             "search": f"{experiment.name} in {location}{resumed}",
-            "model": f"{experiment.model} ({model.model_type}, {model.num_layers} layers, "
-            f"{model.num_parameters / 1e6:.1f} M parameters)",
-            "data": f"{len(dataset.train)} training and {len(dataset.validation)} validation "
-            f"examples, {len(dataset.label_names)} labels, {dataset.train.lengths.mean():.1f} "
-            f"tokens on average, {truncated} cut at {experiment.data.max_length} tokens; the "
-            f"majority class is {dataset.majority_share:.3f} of the validation split",
+            **prepared.described(),
             "device": f"{device}, {prepared.precision(device)}",
             "layout": f"{count(layout.slots, 'slot')} x "
             f"{count(layout.workers_per_trial, 'worker')} x "
@@ -87,10 +81,8 @@ def say_outcome(screen: Screen, result: SearchResult, source: str | None) -> Non
         }
     )
     screen.say()
-    screen.say("next, try the model, or search longer with the same command:")
-    screen.say(
-        '  python -c "from transformers import pipeline; '
-        f"print(pipeline('text-classification', '{best['checkpoint']}')('your text'))\""
-    )
+    screen.say("next, try the model, score its test split once, or search longer:")
+    screen.say(f"  echo 'your text' | sft-ray predict {best['checkpoint']}")
+    screen.say(f"  sft-ray evaluate {result.location} --split test")
     if source is not None:
         screen.say(f"  sft-ray search {source} search.trials={2 * len(states)}")

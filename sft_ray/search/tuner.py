@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
-import shutil
-import subprocess
 import time
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from sft_ray import __version__
 from sft_ray.analysis.model_card import model_card
-from sft_ray.analysis.results import SearchResult, best_row, trial_row, winner
+from sft_ray.analysis.results import SearchResult, best_row, gain_over_default, row_of, winner
 from sft_ray.config import Experiment
+from sft_ray.environment import describe_environment
 from sft_ray.errors import TrialError
 from sft_ray.run_store import (
     BEST,
     ENVIRONMENT,
     ERROR_LOG,
+    PREDICTIONS,
     RESULTS,
     RunStore,
     check_folder_rule,
@@ -30,10 +26,9 @@ from sft_ray.run_store import (
 from sft_ray.screen import Screen, count
 from sft_ray.search.cluster import Layout, capacity, capacity_here, connected, plan_layout
 from sft_ray.search.narration import say_outcome, say_truth
-from sft_ray.search.preflight import Prepared, prepare_experiment
+from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.study import SearchStudy, default_recipe, open_storage
-
-REPORTED_PACKAGES = ("ray", "torch", "transformers", "optuna", "datasets", "pyarrow", "numpy")
+from sft_ray.training.preparation import Prepared
 
 
 def run_search(
@@ -76,7 +71,14 @@ def run_search(
             study = _open_study(prepared, store)
             store.delete_file(RESULTS)
             write_experiment(store, experiment)
-            environment = describe_environment(prepared, layout)
+            environment = describe_environment(
+                {
+                    "slots": layout.slots,
+                    "workers_per_trial": layout.workers_per_trial,
+                    "gpus_per_worker": layout.gpus_per_worker,
+                    **prepared.facts(),
+                }
+            )
             store.write_json(ENVIRONMENT, environment)
             say_truth(screen, prepared, layout, store.location, study)
             startup_seconds = None
@@ -188,46 +190,19 @@ def _conclude(
         "direction": prepared.direction,
         "wall_seconds": study.wall_seconds(),
         "startup_seconds": startup_seconds,
-        "best": best_row(study.trials, best, study.sign, store.path_of(BEST)),
-        "trials": [trial_row(trial, prepared.experiment.seed) for trial in study.trials],
+        "best": best_row(
+            row_of(best, prepared.experiment.seed),
+            gain_over_default(study.trials, best, study.sign),
+            store.path_of(BEST),
+        ),
+        "trials": [row_of(trial, prepared.experiment.seed) for trial in study.trials],
         "environment": environment,
     }
     card = model_card(tree, prepared.experiment.to_tree(), prepared.dataset.label_names)
     with store.replacing_folder(BEST) as folder:
         store.fetch_folder(f"{trial_folder(best.number)}/best", folder)
+        store.write_bytes(PREDICTIONS, (folder / PREDICTIONS).read_bytes())
+        (folder / PREDICTIONS).unlink()  # texts of others do not belong into a model folder
         (folder / "README.md").write_text(card, encoding="utf-8")
     store.write_json(RESULTS, tree)
     return SearchResult(store.location, tree)
-
-
-def describe_environment(prepared: Prepared, layout: Layout) -> dict[str, Any]:
-    """Versions, hardware and fingerprints; no names of machines, no variables."""
-    return {
-        "sft_ray": __version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in REPORTED_PACKAGES},
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "slots": layout.slots,
-        "workers_per_trial": layout.workers_per_trial,
-        "gpus_per_worker": layout.gpus_per_worker,
-        "model": prepared.experiment.model,
-        "model_type": prepared.model.model_type,
-        "num_parameters": prepared.model.num_parameters,
-        "data_fingerprint": prepared.dataset.fingerprint,
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the source checkout this package runs from, if it does."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    found = subprocess.run(  # noqa: S603 - fixed arguments
-        [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or None

@@ -20,12 +20,13 @@ import ray.train.torch
 import torch
 
 from sft_ray.config import Experiment, Train
-from sft_ray.run_store import RunStore, trial_folder
-from sft_ray.training.checkpoint import save_model
-from sft_ray.training.data import Dataset, load_tokenizer, open_dataset, prepare
+from sft_ray.run_store import PREDICTIONS, RunStore, trial_folder
+from sft_ray.training.checkpoint import save_model, save_predictions
+from sft_ray.training.data import prepare_here
 from sft_ray.training.fit import Progress, fit
-from sft_ray.training.model import Pretrained, load_pretrained, resolve_model
-from sft_ray.training.tasks import TASKS
+from sft_ray.training.model import resolve_model
+from sft_ray.training.setup import Setup, load_setup
+from sft_ray.training.tasks import find_task
 from sft_ray.training.world import World
 
 
@@ -34,10 +35,7 @@ class Loaded:
     """What a worker keeps between trials."""
 
     experiment: Experiment
-    world: World
-    dataset: Dataset
-    pretrained: Pretrained
-    tokenizer: Any
+    setup: Setup
     store: RunStore
 
 
@@ -75,7 +73,7 @@ def run_worker(settings: dict[str, Any]) -> None:
                 ray.get(mailbox.post_failure.remote(generation, reason, traceback.format_exc()))
             raise
         gc.collect()
-        if loaded.world.device.type == "cuda":
+        if loaded.setup.world.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
@@ -83,27 +81,18 @@ def load(settings: dict[str, Any], rank: int, size: int) -> Loaded:
     """Model, data and tokenizer of the experiment; encodes the data if this node lacks it."""
     experiment = Experiment.model_validate(settings["experiment"])
     torch.set_num_threads(max(1, math.floor(experiment.resources.cpus_per_worker)))
-    device = ray.train.torch.get_device()
-    folder = Path(settings["dataset_folder"])
-    model_folder = resolve_model(experiment.model)
-    if not folder.exists():
-        folder = prepare(experiment.data, model_folder, experiment.revision, experiment.seed)
-    dataset = open_dataset(folder)
-    pretrained = load_pretrained(
-        model_folder,
-        TASKS[experiment.task],
-        dataset.label_names,
-        seed=experiment.seed,
-        device=device,
-        used_tokens=dataset.used_tokens,
-        revision=experiment.revision,
+    world = World(rank, size, ray.train.torch.get_device())
+    dataset_folder = prepare_here(
+        Path(settings["dataset_folder"]),
+        experiment.data,
+        find_task(experiment.task),
+        resolve_model(experiment.model),
+        experiment.revision,
+        experiment.seed,
     )
     return Loaded(
         experiment=experiment,
-        world=World(rank, size, device),
-        dataset=dataset,
-        pretrained=pretrained,
-        tokenizer=load_tokenizer(model_folder, experiment.revision),
+        setup=load_setup(experiment, dataset_folder, world),
         store=RunStore(experiment.storage, experiment.name),
     )
 
@@ -112,27 +101,23 @@ def run_trial(
     assignment: dict[str, Any], generation: int, loaded: Loaded, objective: str, mailbox: Any
 ) -> None:
     """Fit one configuration, posting every mark and asking leave to go on."""
-    task = TASKS[loaded.experiment.task]
-    keep = Keeper(assignment, loaded, task.sign(objective))
+    setup = loaded.setup
+    keep = Keeper(assignment, loaded, setup.task.sign(objective))
 
     def report(progress: Progress) -> bool:
-        if loaded.world.rank == 0:
+        if setup.world.rank == 0:
             keep.consider(progress)
-            message = _as_message(progress, keep.saved_percent, assignment["restarts"])
+            message = progress.message(keep.saved_percent, assignment["restarts"])
             ray.get(mailbox.post.remote(generation, progress.index, message))
         return bool(_poll(mailbox.may_continue, generation, progress.index + 1))
 
     if _poll(mailbox.may_continue, generation, 0):
         fit(
             Train.model_validate(assignment["train"]),
-            pretrained=loaded.pretrained,
-            dataset=loaded.dataset,
-            task=task,
+            setup,
             objective=objective,
             rungs=loaded.experiment.search.rungs,
-            pad_token=loaded.tokenizer.pad_token_id,
             seed=loaded.experiment.seed,
-            world=loaded.world,
             report=report,
         )
 
@@ -157,27 +142,9 @@ class Keeper:
         if self._assignment["save_unfinished"] or (progress.finished and beats):
             target = f"{trial_folder(self._assignment['number'])}/best"
             with self._loaded.store.replacing_folder(target) as folder:
-                save_model(folder, self._loaded.pretrained, best.weights, self._loaded.tokenizer)
+                save_model(folder, self._loaded.setup, best.weights, self._loaded.experiment.data)
+                save_predictions(folder / PREDICTIONS, self._loaded.setup, best.outputs)
             self.saved_percent = best.percent
-
-
-def _as_message(progress: Progress, saved_percent: int | None, restarts: int) -> dict[str, Any]:
-    # After a fault the last loss and penalty need not be finite, which JSON cannot say.
-    fields = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in vars(progress).items()
-        if name != "best"
-    }
-    best = progress.best
-    return {
-        **fields,
-        "finished": progress.finished,
-        "score": None if best is None else best.score,
-        "score_percent": None if best is None else best.percent,
-        "best_metrics": {} if best is None else best.metrics,
-        "has_checkpoint": best is not None and best.percent == saved_percent,
-        "restarts": restarts,
-    }
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -1,1 +1,24 @@
-"""Fine-tuning of encoders in plain torch and transformers: usable without Ray."""
+"""Fine-tuning in pure torch and transformers; usable without Ray.
+
+`fit` is the function, whatever was imported before: importing the module of that name would
+otherwise hide it.
+"""
+
+from sft_ray.training.data import open_dataset, prepare
+from sft_ray.training.fit import Progress, evaluate, fit
+from sft_ray.training.setup import Setup, load_setup
+from sft_ray.training.tasks import TASKS, find_task
+from sft_ray.training.world import World
+
+__all__ = [
+    "TASKS",
+    "Progress",
+    "Setup",
+    "World",
+    "evaluate",
+    "find_task",
+    "fit",
+    "load_setup",
+    "open_dataset",
+    "prepare",
+]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sft_ray.training.data import Examples, IntArray
+from sft_ray.training.encoding import IntArray
+from sft_ray.training.examples import IGNORED, Examples
 from sft_ray.training.seeds import derived_seed
 
 BUCKET_BATCHES = 50  # batches that are sorted by length together
@@ -25,7 +26,7 @@ class Batch:
 
     Attributes:
         inputs: what the model takes; tensors [share, length].
-        labels: class ids, [share].
+        labels: of every item, [share, ...], or of every token, [share, length].
         weights: 1 for an example that counts, 0 for the stand-in of an empty share, [share].
     """
 
@@ -60,6 +61,18 @@ def share(indices: IntArray, rank: int, size: int) -> IntArray:
     return indices[rank::size]
 
 
+def micro_batches(mine: IntArray, size: int | None) -> list[IntArray]:
+    """A share in parts of at most `size` examples, at least one part; None leaves it whole."""
+    if size is None or len(mine) <= size:
+        return [mine]
+    return [mine[start : start + size] for start in range(0, len(mine), size)]
+
+
+def token_positions(examples: Examples, indices: IntArray) -> IntArray:
+    """Where the tokens of some items lie in `examples.tokens`, item by item."""
+    return np.concatenate([np.arange(*examples.offsets[i : i + 2]) for i in indices])
+
+
 def evaluation_shares(lengths: IntArray, rank: int, size: int) -> Iterator[IntArray]:
     """This worker's evaluation batches; over all workers every example occurs exactly once."""
     mine = np.argsort(lengths, kind="stable")[rank::size]
@@ -74,7 +87,12 @@ def evaluation_shares(lengths: IntArray, rank: int, size: int) -> Iterator[IntAr
 
 
 def collate(
-    examples: Examples, indices: IntArray, *, pad_token: int, device: torch.device
+    examples: Examples,
+    indices: IntArray,
+    *,
+    pad_token: int,
+    device: torch.device,
+    with_labels: bool = True,
 ) -> Batch:
     """Pad and move one share; an empty share becomes one example of weight 0.
 
@@ -93,6 +111,12 @@ def collate(
     }
     if examples.segments is not None:
         inputs["token_type_ids"] = np.where(mask_BL, examples.segments[source_BL], 0)
+    if not with_labels:
+        labels = np.zeros(len(indices))
+    elif examples.labels_per_token:
+        labels = np.where(mask_BL, examples.labels[source_BL], IGNORED)
+    else:
+        labels = examples.labels[indices]
 
     def to_device(tensor: torch.Tensor) -> torch.Tensor:
         if device.type == "cuda":
@@ -101,6 +125,6 @@ def collate(
 
     return Batch(
         inputs={k: to_device(torch.from_numpy(v.astype(np.int64))) for k, v in inputs.items()},
-        labels=to_device(torch.from_numpy(examples.labels[indices])),
+        labels=to_device(torch.from_numpy(labels)),
         weights=to_device(weights),
     )

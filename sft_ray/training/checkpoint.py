@@ -1,19 +1,91 @@
-"""A trained model as a Hugging Face folder: safetensors, tokenizer, label names."""
+"""A trained model as a Hugging Face folder, and the state a trial can be taken up from."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
 import torch
 
-from sft_ray.training.model import Pretrained
+from sft_ray.config import Data
+from sft_ray.errors import DataError
+from sft_ray.training.metrics import Floats
+from sft_ray.training.setup import Setup
+
+MODEL_FACTS = "sft_ray.json"  # how to feed the model: task, length, stride
+TENSORS, FACTS = "state.safetensors", "state.json"
 
 
-def save_model(
-    folder: Path, pretrained: Pretrained, trained: dict[str, torch.Tensor], tokenizer: Any
-) -> None:
+def save_model(folder: Path, setup: Setup, trained: dict[str, torch.Tensor], data: Data) -> None:
     """Write the whole model with `trained` weights; `from_pretrained(folder)` reads it back."""
-    state = pretrained.full_state(trained)
-    pretrained.model.save_pretrained(folder, state_dict=state)
-    tokenizer.save_pretrained(folder)
+    state = setup.pretrained.full_state(trained)
+    setup.pretrained.model.save_pretrained(folder, state_dict=state)
+    setup.tokenizer.save_pretrained(folder)
+    facts = {
+        "task": setup.task.name,
+        "max_length": data.max_length,
+        "doc_stride": data.doc_stride,
+        "negative_label": setup.dataset.label_set.negative,
+        "data_fingerprint": setup.dataset.fingerprint,
+    }
+    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    (folder / MODEL_FACTS).write_text(text + "\n", encoding="utf-8")
+
+
+def save_predictions(path: Path, setup: Setup, outputs: Floats) -> None:
+    """Parquet: every validation row with its answer; list columns and texts as they were read."""
+    validation = setup.dataset.validation
+    assert validation.raw is not None  # a validation split keeps its rows
+    answers = setup.task.answer(outputs, validation, setup.dataset.label_set)
+    table = validation.raw
+    for name, column in _as_columns(answers).items():
+        table = table.append_column(f"predicted_{name}", column)
+    pq.write_table(table, path)
+
+
+def _as_columns(answers: list[dict[str, Any]]) -> dict[str, pa.Array]:
+    table = pa.Table.from_pylist(answers)
+    return {name: table.column(name) for name in table.column_names}
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """Everything that a trial needs to go on as if it had not stopped.
+
+    Attributes:
+        tensors: trained weights, optimiser state, best weights and outputs, by prefixed name.
+        facts: step, mark, seconds, scores: plain values.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any]
+
+    def part(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Tensors whose name begins with `prefix`, without it."""
+        return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+
+
+def save_resume_state(folder: Path, state: ResumeState) -> None:
+    """Write a state into an empty folder; safetensors and JSON, nothing that executes."""
+    tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
+    safetensors.torch.save_file(tensors, folder / TENSORS)
+    (folder / FACTS).write_text(json.dumps(state.facts), encoding="utf-8")
+
+
+def load_resume_state(folder: Path) -> ResumeState:
+    """Read what `save_resume_state` wrote.
+
+    Raises:
+        DataError: the folder is incomplete or damaged.
+    """
+    try:
+        tensors = safetensors.torch.load_file(folder / TENSORS)
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise DataError(f"{folder}: the checkpoint cannot be read: {error}") from None
+    return ResumeState(tensors, facts)

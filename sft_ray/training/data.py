@@ -1,132 +1,188 @@
 """From files, folders, the hub or a built-in set to encoded examples on disk.
 
 `prepare` reads, checks and tokenises once per machine into a folder of Arrow files; `open_dataset`
-maps that folder into memory.  The test split is sealed: a search neither encodes nor scores it.
+maps that folder into memory.  The test split is sealed: a search counts its duplicates in the
+other splits, and neither encodes nor scores it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+from filelock import FileLock
 from transformers import AutoTokenizer
 
 from sft_ray.cache import build_once, cache_root
-from sft_ray.config import Columns, Data
+from sft_ray.config import Data
 from sft_ray.errors import DataError
-from sft_ray.training import sources
+from sft_ray.training import labels, sources
+from sft_ray.training.columns import answer_pairs, is_unlabelled
+from sft_ray.training.encoding import Encoder
+from sft_ray.training.examples import Dataset, Examples, LabelSet
 from sft_ray.training.seeds import derived_seed
+from sft_ray.training.sources import Source
+from sft_ray.training.tasks import Task
 
-ENCODING_VERSION = 1  # change when the files below change their meaning
-SPLITS = ("train", "validation")
+ENCODING_VERSION = 2  # change when the files below change their meaning
+RARE = 0.01  # share of validation rows whose labels training may lack
 META = "meta.json"
-
-IntArray = npt.NDArray[np.integer[Any]]
-
-
-@dataclass(frozen=True)
-class Examples:
-    """One encoded split; token sequences lie end to end.
-
-    Attributes:
-        tokens: token ids of all examples, [total].
-        offsets: start of each example in `tokens` and the end of the last, [n + 1].
-        segments: token type ids, [total], for pairs of texts; else None.
-        labels: class ids, [n].
-    """
-
-    tokens: IntArray
-    offsets: IntArray
-    segments: IntArray | None
-    labels: IntArray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def lengths(self) -> IntArray:
-        """Tokens per example, [n]."""
-        return np.diff(self.offsets)
+RAW = "validation.raw.arrow"
+PER_TOKEN = ("tokens", "segments", "words", "starts", "ends")
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Encoded splits, the names of the classes, and what is worth saying about them."""
-
-    train: Examples
-    validation: Examples
-    label_names: tuple[str, ...]
-    fingerprint: str
-    num_truncated: dict[str, int]
-
-    @property
-    def used_tokens(self) -> IntArray:
-        """Ascending ids of the vocabulary that occurs in any split."""
-        return np.union1d(np.unique(self.train.tokens), np.unique(self.validation.tokens))
-
-    @property
-    def majority_share(self) -> float:
-        """Validation accuracy of always answering the most frequent training label."""
-        majority = np.bincount(self.train.labels).argmax()
-        return float((self.validation.labels == majority).mean())
-
-
-def prepare(data: Data, model_folder: str, revision: str | None, seed: int) -> Path:
+def prepare(data: Data, task: Task, model_folder: str, revision: str | None, seed: int) -> Path:
     """Read, check and encode a data set; return the folder that holds it.
 
     Raises:
         DataError: what is wrong, naming file, column, row or label.
     """
-    tables = {
-        split: _limited(table, getattr(data.limit, split), seed, split)
-        for split, table in sources.read_splits(data, seed).items()
-    }
-    tokenizer = load_tokenizer(model_folder, revision)
-    max_length = min(data.max_length, tokenizer.model_max_length)
+    source = sources.read_splits(data, task.fields, seed)
+    tables, label_set = with_classes(source, data, task)
+    for split in ("train", "validation"):
+        tables[split] = _limited(tables[split], getattr(data.limit, split), seed, split)
+    duplicates = count_duplicates(tables, task)
+    test = tables.pop("test", None)
+    test_is_unlabelled = test is not None and is_unlabelled(test, task.fields.target_name)
+    encoder = build_encoder(data, model_folder, revision)
     recipe = {
         "version": ENCODING_VERSION,
+        "task": task.name,
         "tables": {split: _content_hash(table) for split, table in tables.items()},
-        "tokenizer": _content_hash_text(tokenizer.backend_tokenizer.to_str()),
-        "columns": data.columns.model_dump(),
-        "max_length": max_length,
+        "labels": [label_set.names, label_set.negative],
+        "tokenizer": _content_hash_text(encoder.tokenizer.backend_tokenizer.to_str()),
+        "max_length": encoder.max_length,
+        "doc_stride": encoder.doc_stride,
+        "told": [duplicates, test_is_unlabelled],
     }
     key = _content_hash_text(json.dumps(recipe, sort_keys=True))
-    label_names, label_ids = sources.encode_labels(tables, data.columns.label)
 
     def build(folder: Path) -> None:
         truncated = {}
         for split, table in tables.items():
-            encoded, truncated[split] = _encode(
-                table, data.columns, tokenizer, max_length, label_ids[split]
-            )
-            with (
-                pa.OSFile(str(folder / f"{split}.arrow"), "wb") as sink,
-                pa.ipc.new_file(sink, encoded.schema) as writer,
-            ):
-                writer.write_table(encoded)
-        meta = {"label_names": label_names, "fingerprint": key, "num_truncated": truncated}
+            examples = encode_split(table, task, encoder, label_set)
+            truncated[split] = examples.num_truncated
+            _write_arrow(folder / f"{split}.arrow", _as_table(examples))
+        _write_arrow(folder / RAW, tables["validation"])
+        meta = {
+            "label_names": label_set.names,
+            "negative": label_set.negative,
+            "fingerprint": key,
+            "num_truncated": truncated,
+            "num_duplicates": duplicates,
+            "test_is_unlabelled": test_is_unlabelled,
+        }
         (folder / META).write_text(json.dumps(meta), encoding="utf-8")
 
     return build_once(cache_root() / "encoded" / key, build)
 
 
+def prepare_here(
+    folder: Path, data: Data, task: Task, model_folder: str, revision: str | None, seed: int
+) -> Path:
+    """`folder`, or the same data read and encoded on this machine, once for all its workers.
+
+    Raises:
+        DataError: this machine sees other data than the one that named the folder.
+    """
+    mine = cache_root() / "encoded" / folder.name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{mine}.fetch"):
+        if folder.exists():
+            return folder
+        found = mine if mine.exists() else prepare(data, task, model_folder, revision, seed)
+    if found.name != folder.name:
+        raise DataError(
+            f"data: this machine encodes to {found.name}, the driver's to {folder.name}; give all "
+            "machines the same files and versions"
+        )
+    return found
+
+
 def open_dataset(folder: Path) -> Dataset:
     """Map a folder written by `prepare` into memory."""
     meta = json.loads((folder / META).read_text(encoding="utf-8"))
-    splits = {split: _open_examples(folder / f"{split}.arrow") for split in SPLITS}
     return Dataset(
-        train=splits["train"],
-        validation=splits["validation"],
-        label_names=tuple(meta["label_names"]),
+        train=_open_examples(folder / "train.arrow"),
+        validation=_open_examples(folder / "validation.arrow", folder / RAW),
+        label_set=LabelSet(tuple(meta["label_names"]), meta["negative"]),
         fingerprint=meta["fingerprint"],
         num_truncated=meta["num_truncated"],
+        num_duplicates=meta["num_duplicates"],
+        test_is_unlabelled=meta["test_is_unlabelled"],
     )
+
+
+def build_encoder(data: Data, model_folder: str, revision: str | None) -> Encoder:
+    """The model's tokenizer with the experiment's limits."""
+    tokenizer = load_tokenizer(model_folder, revision)
+    return Encoder(tokenizer, min(data.max_length, tokenizer.model_max_length), data.doc_stride)
+
+
+def with_classes(source: Source, data: Data, task: Task) -> tuple[dict[str, pa.Table], LabelSet]:
+    """Tables whose class labels are names, and what there is to answer.
+
+    The training split defines the classes; a label that only a few validation rows have is one
+    too, for a rare class can miss training by chance.
+
+    Raises:
+        DataError: labels that do not fit each other or the experiment.
+    """
+    tables, target = source.tables, task.fields.target_name
+    if not task.classes:
+        rows = tables["train"].column(target).to_pylist() if target == "answers" else []
+        return dict(tables), LabelSet((), "" if any(not answer_pairs(v) for v in rows) else None)
+    classes = labels.choose_classes(tables["train"], target, source.names)
+    named = {
+        split: table
+        if is_unlabelled(table, target)
+        else labels.with_names(table, target, source.names, f"data, {split}")
+        for split, table in tables.items()
+    }
+    rare = labels.unknown_names(named["validation"], target, classes)
+    if source.names is None and rare.total() <= RARE * named["validation"].num_rows:
+        classes += tuple(sorted(rare))
+    for split in ("train", "validation"):  # the test split is sealed: told when it is scored
+        labels.check_names(named[split], target, classes, f"data, {split}")
+    if data.negative_label is not None and data.negative_label not in classes:
+        raise DataError(
+            f"data.negative_label: {data.negative_label!r} is no label; there are "
+            f"{', '.join(map(repr, classes[:10]))}"
+        )
+    return named, LabelSet(classes, data.negative_label)
+
+
+def count_duplicates(tables: dict[str, pa.Table], task: Task) -> dict[str, int]:
+    """Rows of one split whose inputs occur in another; a leak if there are many."""
+    inputs = {**task.fields.inputs, **task.fields.optional}
+    seen = {
+        split: [
+            json.dumps(row)
+            for row in table.select(
+                [name for name in inputs if name in table.column_names and name != "group"]
+            ).to_pylist()
+        ]
+        for split, table in tables.items()
+    }
+    pairs = [("validation", "train"), ("test", "train"), ("test", "validation")]
+    counts = {}
+    for later, earlier in pairs:
+        if later in seen:
+            known = set(seen[earlier])
+            counts[f"{later} in {earlier}"] = sum(row in known for row in seen[later])
+    return {name: count for name, count in counts.items() if count}
+
+
+def encode_split(table: pa.Table, task: Task, encoder: Encoder, label_set: LabelSet) -> Examples:
+    """Tokens and labels of checked rows; rows without labels get none."""
+    encoded = task.encode(table, encoder)
+    unlabelled = is_unlabelled(table, task.fields.target_name)
+    found = np.zeros(0) if unlabelled else task.label(table, encoded, label_set)
+    return Examples(**vars(encoded), labels=found, raw=table)
 
 
 def load_tokenizer(model_folder: str, revision: str | None = None) -> Any:
@@ -156,45 +212,69 @@ def _limited(table: pa.Table, limit: int | None, seed: int, split: str) -> pa.Ta
     return table.take(pa.array(np.sort(order[:limit])))
 
 
-def _encode(
-    table: pa.Table, columns: Columns, tokenizer: Any, max_length: int, labels: IntArray
-) -> tuple[pa.Table, int]:
-    texts = [table.column(columns.text).to_pylist()]
-    if columns.text_pair is not None:
-        texts.append(table.column(columns.text_pair).to_pylist())
-    encoded = tokenizer(
-        *texts,
-        truncation=True,
-        max_length=max_length,
-        return_attention_mask=False,
-        return_token_type_ids=len(texts) == 2,
-    )
-    arrays = {
-        "tokens": pa.array(encoded["input_ids"], pa.large_list(pa.int32())),
-        "label": pa.array(labels, pa.int64()),
-    }
-    if "token_type_ids" in encoded:
-        arrays["segments"] = pa.array(encoded["token_type_ids"], pa.large_list(pa.int8()))
-    truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
-    return pa.table(arrays).combine_chunks(), truncated
+def _as_table(examples: Examples) -> pa.Table:
+    """One row per item; what is per token lies in lists."""
+
+    def lists(values: Any) -> pa.Array:
+        return pa.LargeListArray.from_arrays(pa.array(examples.offsets), pa.array(values))
+
+    columns: dict[str, Any] = {"tokens": lists(examples.tokens), "rows": pa.array(examples.rows)}
+    if examples.segments is not None:
+        columns["segments"] = lists(examples.segments)
+    if examples.words is not None:
+        columns["words"] = lists(examples.words)
+    if examples.spans is not None:
+        columns["starts"] = lists(np.ascontiguousarray(examples.spans[:, 0]))
+        columns["ends"] = lists(np.ascontiguousarray(examples.spans[:, 1]))
+    if examples.labels_per_token:
+        columns["labels"] = lists(examples.labels)
+    elif examples.labels.ndim == 2:
+        width = examples.labels.shape[1]
+        columns["labels"] = pa.FixedSizeListArray.from_arrays(
+            pa.array(examples.labels.reshape(-1)), width
+        )
+    else:
+        columns["labels"] = pa.array(examples.labels)
+    return pa.table(columns)
 
 
-def _open_examples(path: Path) -> Examples:
-    with pa.memory_map(str(path)) as source:
-        table = pa.ipc.open_file(source).read_all().combine_chunks()
-    tokens = table.column("tokens").chunk(0)
-    segments = table.column("segments").chunk(0) if "segments" in table.column_names else None
+def _open_examples(path: Path, raw: Path | None = None) -> Examples:
+    table = _read_arrow(path)
+    values = {name: table.column(name).chunk(0) for name in table.column_names}
+    offsets = values["tokens"].offsets.to_numpy()
+    flat = {n: values[n].values.to_numpy() for n in PER_TOKEN if n in values}
+    labels_ = values["labels"]
+    if pa.types.is_large_list(labels_.type):
+        found = labels_.values.to_numpy()
+    elif pa.types.is_fixed_size_list(labels_.type):
+        found = labels_.values.to_numpy().reshape(-1, labels_.type.list_size)
+    else:
+        found = labels_.to_numpy()
     return Examples(
-        tokens=tokens.values.to_numpy(),
-        offsets=tokens.offsets.to_numpy(),
-        segments=None if segments is None else segments.values.to_numpy(),
-        labels=table.column("label").chunk(0).to_numpy(),
+        tokens=flat["tokens"],
+        offsets=offsets,
+        segments=flat.get("segments"),
+        rows=values["rows"].to_numpy(),
+        words=flat.get("words"),
+        spans=np.stack([flat["starts"], flat["ends"]], axis=1) if "starts" in flat else None,
+        labels=found,
+        raw=None if raw is None else _read_arrow(raw),
     )
+
+
+def _write_arrow(path: Path, table: pa.Table) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+
+
+def _read_arrow(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all().combine_chunks()
 
 
 def _content_hash(table: pa.Table) -> str:
     sink = pa.BufferOutputStream()
-    table = table.replace_schema_metadata(None).combine_chunks()
+    table = table.combine_chunks()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return hashlib.sha256(sink.getvalue()).hexdigest()

@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from sft_ray.config import Train
-from sft_ray.training import batches, metrics
+from sft_ray.training import batches, micro_batch
 from sft_ray.training.batches import Batch
-from sft_ray.training.data import Dataset, Examples, IntArray
-from sft_ray.training.model import Pretrained
+from sft_ray.training.checkpoint import ResumeState
+from sft_ray.training.encoding import IntArray
+from sft_ray.training.examples import IGNORED, Examples
+from sft_ray.training.metrics import Floats
 from sft_ray.training.optim import build_optimizer, build_schedule
 from sft_ray.training.regularize import bind_penalty
 from sft_ray.training.seeds import derived_seed
-from sft_ray.training.tasks import Task
+from sft_ray.training.setup import Setup
+from sft_ray.training.tasks import LossOptions, Task
 from sft_ray.training.world import World, resolve_precision
 
 
@@ -36,12 +40,18 @@ class Mark:
 
 @dataclass(frozen=True)
 class Best:
-    """The best evaluation so far; `weights` are the trained weights it was made with (CPU)."""
+    """The best evaluation so far.
+
+    Attributes:
+        weights: the trained weights it was made with (CPU).
+        outputs: of the whole validation split.
+    """
 
     percent: int
     score: float
     metrics: dict[str, float]
-    weights: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor] = field(repr=False)
+    outputs: Floats = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -53,9 +63,11 @@ class Progress:
         metrics: of the validation split; empty after a fault and on ranks above 0.
         best: of this trial, this mark included; None after a first-mark fault and on ranks
             above 0.
-        train_loss: mean task loss since the previous mark, nats per example.
+        train_loss: mean task loss since the previous mark, nats per example or labelled token.
         penalty: lambda R(theta) at this mark.
+        micro_batch: most examples that one worker puts through the model at once.
         fault: why the configuration cannot go on, if so.
+        resume_state: a call that copies what the trial needs to go on from here; rank 0 only.
     """
 
     index: int
@@ -70,11 +82,41 @@ class Progress:
     examples_seen: int
     train_seconds: float
     eval_seconds: float
+    micro_batch: int
     fault: str | None = None
+    resume_state: Callable[[], ResumeState] | None = field(default=None, compare=False, repr=False)
 
     @property
     def finished(self) -> bool:
         return self.percent == 100 and self.fault is None
+
+    def facts(self) -> dict[str, Any]:
+        """Every field that is a plain value."""
+        skipped = ("best", "resume_state")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skipped}
+
+    def message(self, saved_percent: int | None, restarts: int = 0) -> dict[str, Any]:
+        """What is known at this mark as plain values that JSON can say.
+
+        Args:
+            saved_percent: mark whose weights lie in the run folder.
+            restarts: of the trial so far.
+        """
+        # After a fault the last loss and penalty need not be finite.
+        plain = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in self.facts().items()
+        }
+        best = self.best
+        return {
+            **plain,
+            "finished": self.finished,
+            "score": None if best is None else best.score,
+            "score_percent": None if best is None else best.percent,
+            "best_metrics": {} if best is None else best.metrics,
+            "has_checkpoint": best is not None and best.percent == saved_percent,
+            "restarts": restarts,
+        }
 
 
 Report = Callable[[Progress], bool]
@@ -101,132 +143,185 @@ def schedule_marks(rungs: list[int], epochs: int, steps_per_epoch: int) -> list[
 
 def fit(
     train: Train,
+    setup: Setup,
     *,
-    pretrained: Pretrained,
-    dataset: Dataset,
-    task: Task,
     objective: str,
     rungs: list[int],
-    pad_token: int,
     seed: int,
-    world: World,
     report: Report,
+    resume: ResumeState | None = None,
+    most_per_pass: int | None = None,
 ) -> None:
-    """Train `pretrained` from its pristine weights, reporting at every mark.
+    """Train `setup.pretrained` from its pristine weights, reporting at every mark.
 
-    `report` is called on every rank with the same mark and must answer the same on all of them:
-    True goes on to the next mark, False ends the trial.  A fault of the configuration (a gradient
-    or a prediction that is not finite) is reported once and ends the trial.
+    A fault of the configuration (a gradient or prediction that is not finite, one example that
+    does not fit into memory) is reported once and ends the trial.
+
+    Args:
+        train: the configuration.
+        objective: the metric that decides which weights are best.
+        rungs: percents of the schedule to evaluate at, beside the ends of epochs.
+        seed: of order, dropout and re-initialisation.
+        report: called on every rank with the same mark; must answer the same on all of them:
+            True goes on to the next mark, False ends the trial.
+        resume: state of a mark of this very configuration; the trial goes on behind it, with the
+            same numbers as if it had never stopped.
+        most_per_pass: upper bound of the micro-batch, after running out of memory.
+
+    Raises:
+        ConfigError: the configuration does not fit the model.
+        torch.OutOfMemoryError: later than at the probe; the caller may try again with half of
+            `most_per_pass`, from its last state.
     """
-    torch.manual_seed(derived_seed(seed, "dropout", world.rank))
-    trial = _Trial(train, pretrained, dataset, task, objective, pad_token, world)
-    marks = schedule_marks(rungs, train.epochs, trial.steps_per_epoch)
-    lengths, size = dataset.train.lengths, train.batch_size
-    next_mark = 0
-    trial.clock.enter("train")
-    for epoch in range(train.epochs):
-        for indices in batches.global_batches(lengths, batch_size=size, seed=seed, epoch=epoch):
-            fault = trial.take_step(indices)
+    marks = schedule_marks(
+        rungs, train.epochs, batches.steps_per_epoch(len(setup.dataset.train), train.batch_size)
+    )
+    try:
+        trial = _Trial(train, setup, objective, seed, most_per_pass)
+    except micro_batch.NothingFitsError as error:
+        report(_never_began(str(error)))
+        return
+    first_mark = 0 if resume is None else trial.restore(resume)
+    steps = trial.batches_from(trial.step)
+    for index in range(first_mark, len(marks)):
+        mark = marks[index]
+        trial.clock.enter("train")
+        while trial.step < mark.step:
+            fault = trial.take_step(next(steps))
             if fault is not None:
-                mark = Mark(100 * trial.step // trial.num_steps, trial.step)
-                report(trial.progress(next_mark, mark, fault))
+                here = Mark(100 * trial.step // trial.num_steps, trial.step)
+                report(trial.progress(index, here, fault))
                 return
-            while next_mark < len(marks) and marks[next_mark].step == trial.step:
-                progress = trial.look(next_mark, marks[next_mark])
-                if not report(progress) or progress.fault is not None:
-                    return
-                next_mark += 1
-                trial.clock.enter("train")
+        progress = trial.look(index, mark)
+        if not report(progress) or progress.fault is not None:
+            return
 
 
 class _Trial:
     """What one trial trains with, and what it has done so far."""
 
     def __init__(
-        self,
-        train: Train,
-        pretrained: Pretrained,
-        dataset: Dataset,
-        task: Task,
-        objective: str,
-        pad_token: int,
-        world: World,
+        self, train: Train, setup: Setup, objective: str, seed: int, most_per_pass: int | None
     ) -> None:
-        self.train, self.pretrained, self.dataset = train, pretrained, dataset
-        self.task, self.objective, self.pad_token, self.world = task, objective, pad_token, world
-        self.clock = _Clock(world)
-        self.dtype, _ = resolve_precision(train.precision, world.device)
-        pretrained.reset(train.frozen_layers)
-        self.model = world.wrap(pretrained.model)
-        self.trainable = list(pretrained.trainable().values())
-        self.penalty = bind_penalty(train.regularization, pretrained)
-        self.steps_per_epoch = batches.steps_per_epoch(len(dataset.train), train.batch_size)
+        self.train, self.task, self.world = train, setup.task, setup.world
+        self.pretrained, self.dataset = setup.pretrained, setup.dataset
+        self.objective, self.seed, self.pad_token = objective, seed, setup.tokenizer.pad_token_id
+        self.clock = _Clock(self.world)
+        self.dtype, _ = resolve_precision(train.precision, self.world.device)
+        self.loss_options = loss_options(train, setup)
+        self.pretrained.reset(
+            train.frozen_layers,
+            dropout=train.dropout,
+            reinit_layers=train.reinit_layers,
+            seed=seed,
+        )
+        self.most_per_pass = self.choose_micro_batch(most_per_pass)
+        self.model = self.world.wrap(self.pretrained.model)
+        self.trainable = list(self.pretrained.trainable().values())
+        self.penalty = bind_penalty(train.regularization, self.pretrained)
+        self.steps_per_epoch = batches.steps_per_epoch(len(self.dataset.train), train.batch_size)
         self.num_steps = self.steps_per_epoch * train.epochs
-        self.optimizer = build_optimizer(train, self.trainable)
+        self.optimizer = build_optimizer(train, self.pretrained)
         self.schedule = build_schedule(train, self.optimizer, self.num_steps)
+        self.scaler = torch.amp.GradScaler(
+            self.world.device.type, enabled=self.dtype == torch.float16
+        )
         self.step = self.examples_seen = 0
         self.best: Best | None = None
         self.last: Progress | None = None
         # Since the previous mark:
-        self.examples = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        self.count = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+
+    def batches_from(self, step: int) -> Iterator[IntArray]:
+        """The global batches of the whole schedule, without those of the first `step` steps."""
+        lengths, size = self.dataset.train.lengths, self.train.batch_size
+        first, skipped = divmod(step, self.steps_per_epoch)
+        for epoch in range(first, self.train.epochs):
+            found = batches.global_batches(lengths, batch_size=size, seed=self.seed, epoch=epoch)
+            yield from found[skipped:]
+            skipped = 0
 
     def take_step(self, indices: IntArray) -> str | None:
         """One optimiser step on a global batch; why the configuration cannot go on, or None."""
-        world = self.world
+        world, examples = self.world, self.dataset.train
+        self.step += 1
+        # A generator that follows from the step makes every step one that can be resumed at.
+        torch.manual_seed(derived_seed(self.seed, "dropout", self.step, world.rank))
         mine = batches.share(indices, world.rank, world.size)
-        batch = batches.collate(
-            self.dataset.train, mine, pad_token=self.pad_token, device=world.device
-        )
-        loss = forward_loss(self.model, batch, self.task, self.dtype)
-        # Gradients are averaged over workers; the step wants the sum over the global batch
-        # divided by its count.
-        (loss * (world.size / len(indices))).backward()
+        count = max(1, int(examples.counts[indices].sum()))
+        parts = batches.micro_batches(mine, self.most_per_pass)
+        for part in parts[:-1]:
+            with world.accumulating(self.model):
+                self.backward(part, count)
+        self.backward(parts[-1], count)
+        self.scaler.unscale_(self.optimizer)
         self.penalty.add_gradient()
         norm = nn.utils.clip_grad_norm_(self.trainable, self.train.max_grad_norm)
-        self.step += 1
         # The norm is the same on every rank, so all of them stop here or none.
-        if not math.isfinite(float(norm)):
+        if math.isfinite(float(norm)):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif not self.lower_loss_scale():
             rate = self.optimizer.param_groups[0]["lr"]
-            return f"gradient not finite at step {self.step}, learning rate {rate:.3g}"
-        self.optimizer.step()
+            return f"loss or gradient not finite at step {self.step}, learning rate {rate:.3g}"
         self.optimizer.zero_grad()
         self.schedule.step()
-        self.loss_sum += loss.detach()
-        self.examples += len(indices)
+        self.count += count
         self.examples_seen += len(indices)
         return None
 
+    def backward(self, part: IntArray, count: int) -> None:
+        """Gradients of one micro-batch; `count` is what the whole global batch is divided by."""
+        batch = batches.collate(
+            self.dataset.train, part, pad_token=self.pad_token, device=self.world.device
+        )
+        loss = forward_loss(self.model, batch, self.task, self.loss_options, self.dtype)
+        # Gradients are averaged over workers; the step wants the sum over the global batch
+        # divided by its count.
+        self.scaler.scale(loss * (self.world.size / count)).backward()
+        self.loss_sum += loss.detach()
+
+    def lower_loss_scale(self) -> bool:
+        """After fp16 gradients overflowed: leave the step out, go on at half the loss scale."""
+        scale = self.scaler.get_scale()
+        loss = float(self.world.sum(self.loss_sum.clone()))
+        if not self.scaler.is_enabled() or scale <= 1 or not math.isfinite(loss):
+            return False
+        self.scaler.update(scale / 2)
+        return True
+
     def look(self, index: int, mark: Mark) -> Progress:
         """Evaluate on the validation split; the metrics are computed on rank 0."""
-        if self.examples == 0:  # a short schedule: the previous mark fell on this step too
+        if self.count == 0:  # a short schedule: the previous mark fell on this step too
             assert self.last is not None  # no mark comes before the first step
             return replace(self.last, index=index, percent=mark.percent)
         self.clock.enter("eval")
         validation, found = self.dataset.validation, {}
-        logits = evaluate(self.pretrained, validation, self.pad_token, self.world, self.dtype)
+        outputs = evaluate(
+            self.pretrained.model, self.task, validation, self.pad_token, self.world, self.dtype
+        )
         self.pretrained.train()
-        # Every rank has the same logits, so all of them find a fault or none.
-        if not np.isfinite(logits).all():
+        # Every rank has the same outputs, so all of them find a fault or none.
+        if not np.isfinite(outputs).all():
             return self.progress(index, mark, f"predictions not finite at step {self.step}")
         if self.world.rank == 0:
-            table = {name: metric for name, (metric, _) in self.task.metrics.items()}
-            found = metrics.score(table, logits, validation.labels)
+            found = self.task.score(outputs, validation, self.dataset.label_set)
             score = found[self.objective]
             sign = self.task.sign(self.objective)
             if self.best is None or sign * score > sign * self.best.score:
                 trained = self.pretrained.trainable().items()
                 weights = {name: p.detach().to("cpu", copy=True) for name, p in trained}
-                self.best = Best(mark.percent, score, found, weights)
+                self.best = Best(mark.percent, score, found, weights, outputs)
         return self.progress(index, mark, None, found)
 
     def progress(
         self, index: int, mark: Mark, fault: str | None, found: dict[str, float] | None = None
     ) -> Progress:
         """The report of a mark; what counts since the previous mark begins anew."""
-        train_loss = float(self.world.sum(self.loss_sum)) / max(self.examples, 1)
+        train_loss = float(self.world.sum(self.loss_sum)) / max(self.count, 1)
         penalty = self.penalty.value()
-        self.loss_sum, self.examples = torch.zeros_like(self.loss_sum), 0
+        self.loss_sum, self.count = torch.zeros_like(self.loss_sum), 0
         self.clock.enter("other")
         self.last = Progress(
             index=index,
@@ -241,40 +336,182 @@ class _Trial:
             examples_seen=self.examples_seen,
             train_seconds=self.clock.seconds["train"],
             eval_seconds=self.clock.seconds["eval"],
+            micro_batch=self.most_per_pass,
             fault=fault,
+            resume_state=None if fault or self.world.rank else self.state,
         )
         return self.last
 
+    def state(self) -> ResumeState:
+        """A copy of all that changes during a trial; equal on all ranks but for what rank 0 keeps.
 
-def forward_loss(model: nn.Module, batch: Batch, task: Task, dtype: torch.dtype) -> torch.Tensor:
-    """Sum of the task's loss over the examples of one share."""
+        Random numbers follow from (seed, step, rank) and need no state.
+        """
+        assert self.last is not None  # it is asked for at a mark
+        assert self.best is not None
+        tensors: dict[str, torch.Tensor] = {}
+        tensors |= {f"weight/{name}": p for name, p in self.pretrained.trainable().items()}
+        for i, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{i}/{k}": t for k, t in slots.items() if t is not None}
+        tensors = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+        tensors |= {f"best/{name}": t for name, t in self.best.weights.items()}
+        tensors["best_outputs"] = torch.from_numpy(self.best.outputs)
+        best = {k: getattr(self.best, k) for k in ("percent", "score", "metrics")}
+        facts = {"last": self.last.facts(), "best": best, "loss_scale": self.scaler.get_scale()}
+        return ResumeState(tensors, facts)
+
+    def restore(self, state: ResumeState) -> int:
+        """Take up a state; the index of the mark that comes next."""
+        last = state.facts["last"]
+        with torch.no_grad():
+            weights = state.part("weight/")
+            for name, parameter in self.pretrained.trainable().items():
+                parameter.copy_(weights[name])
+        slots: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in state.part("optimizer/").items():
+            i, key = name.split("/")
+            slots.setdefault(int(i), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        self.step, self.examples_seen = last["step"], last["examples_seen"]
+        self.schedule.last_epoch = self.step
+        for group, base, factor in zip(
+            self.optimizer.param_groups,
+            self.schedule.base_lrs,
+            self.schedule.lr_lambdas,
+            strict=True,
+        ):
+            group["lr"] = base * factor(self.step)
+        if self.scaler.is_enabled():
+            self.scaler = torch.amp.GradScaler(
+                self.world.device.type, init_scale=state.facts["loss_scale"]
+            )
+        outputs = state.tensors["best_outputs"].numpy()
+        if self.world.rank == 0:
+            self.best = Best(**state.facts["best"], weights=state.part("best/"), outputs=outputs)
+        self.clock.seconds |= {"train": last["train_seconds"], "eval": last["eval_seconds"]}
+        self.last = Progress(**last, best=self.best, resume_state=self.state)
+        return int(last["index"]) + 1
+
+    def choose_micro_batch(self, most: int | None) -> int:
+        """The most examples per pass: as configured, or as many of the longest as fit."""
+        share = -(-self.train.batch_size // self.world.size)
+        most = min(share, most or share)
+        if self.train.micro_batch != "auto":
+            return min(most, self.train.micro_batch)
+        longest = np.argsort(-self.dataset.train.lengths, kind="stable")
+
+        def attempt(size: int) -> None:
+            batch = batches.collate(
+                self.dataset.train,
+                longest[:size],
+                pad_token=self.pad_token,
+                device=self.world.device,
+            )
+            model = self.pretrained.model
+            forward_loss(model, batch, self.task, self.loss_options, self.dtype).backward()
+            model.zero_grad()
+
+        on_gpu = self.world.device.type == "cuda"
+        probe = micro_batch.largest_that_fits if on_gpu else micro_batch.by_measured_bytes
+        try:
+            fits = probe(attempt, most)
+        except micro_batch.NothingFitsError:
+            fits = 0
+        fits = self.world.minimum(fits)
+        if fits == 0:
+            raise micro_batch.NothingFitsError("out of memory at micro-batch 1")
+        return fits
+
+
+def _never_began(fault: str) -> Progress:
+    return Progress(
+        index=0,
+        percent=0,
+        step=0,
+        num_steps=0,
+        epochs_run=0.0,
+        metrics={},
+        best=None,
+        train_loss=0.0,
+        penalty=0.0,
+        examples_seen=0,
+        train_seconds=0.0,
+        eval_seconds=0.0,
+        micro_batch=0,
+        fault=fault,
+    )
+
+
+def loss_options(train: Train, setup: Setup) -> LossOptions:
+    """Label smoothing and class weights; `balanced` weighs a class by 1 / its training share.
+
+    Balanced weights average 1 over the training labels, so the size of the loss stays.
+
+    Raises:
+        ConfigError: weights for classes that the data does not have, or lacks.
+    """
+    names, chosen = setup.dataset.label_names, train.class_weights
+    if chosen is None or not setup.task.label_options:
+        return LossOptions(train.label_smoothing)
+    if chosen == "balanced":
+        truth = setup.dataset.train.labels
+        ids = truth.argmax(axis=1) if truth.ndim == 2 else truth[truth != IGNORED]
+        counts = np.bincount(ids, minlength=len(names))
+        weights = len(ids) / np.maximum(counts, 1) / np.count_nonzero(counts)
+    else:
+        weights = np.array([chosen[name] for name in names])
+    found = torch.tensor(weights, dtype=torch.float32, device=setup.world.device)
+    return LossOptions(train.label_smoothing, found)
+
+
+def model_outputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits [n, classes], or per token [n, length, classes]; start and end count as classes."""
+    found = model(**inputs)
+    if "start_logits" in found:
+        return torch.stack([found.start_logits, found.end_logits], dim=-1)
+    return found.logits
+
+
+def forward_loss(
+    model: nn.Module, batch: Batch, task: Task, options: LossOptions, dtype: torch.dtype
+) -> torch.Tensor:
+    """Sum of the task's loss over the examples of one micro-batch."""
     autocast = torch.autocast(batch.labels.device.type, dtype, enabled=dtype != torch.float32)
     with autocast:
-        logits = model(**batch.inputs).logits
+        logits = model_outputs(model, batch.inputs)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (task.loss(logits, batch.labels) * batch.weights.to(logits.dtype)).sum()
+    mask = batch.inputs["attention_mask"].bool()
+    losses = task.loss(logits, batch.labels, mask, options)
+    return (losses * batch.weights.to(logits.dtype)).sum()
 
 
 @torch.no_grad()
 def evaluate(
-    pretrained: Pretrained,
+    model: Any,
+    task: Task,
     examples: Examples,
     pad_token: int,
     world: World,
     dtype: torch.dtype = torch.float32,
-) -> metrics.Logits:
-    """Logits of every example in order, [n, classes], the same for any number of workers."""
-    model = pretrained.model
+) -> Floats:
+    """Outputs of every item or token in order, [n or total, classes], for any number of workers."""
     model.eval()
-    shape = (len(examples), model.config.num_labels)
+    rows = len(examples.tokens) if task.per_token else len(examples)
     weight_dtype = next(model.parameters()).dtype
-    logits_NC = torch.zeros(shape, dtype=weight_dtype, device=world.device)
+    outputs = torch.zeros((rows, model.config.num_labels), dtype=weight_dtype, device=world.device)
     for indices in batches.evaluation_shares(examples.lengths, world.rank, world.size):
-        batch = batches.collate(examples, indices, pad_token=pad_token, device=world.device)
+        inputs = batches.collate(
+            examples, indices, pad_token=pad_token, device=world.device, with_labels=False
+        ).inputs
         with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(**batch.inputs).logits
-        logits_NC[torch.from_numpy(indices).to(world.device)] = logits.to(weight_dtype)
-    gathered: metrics.Logits = np.asarray(world.sum(logits_NC).cpu().numpy())
+            found = model_outputs(model, inputs)
+        places = indices
+        if task.per_token:
+            found = found[inputs["attention_mask"].bool()]
+            places = batches.token_positions(examples, indices)
+        outputs[torch.from_numpy(places).to(world.device)] = found.to(weight_dtype)
+    gathered: Floats = np.asarray(world.sum(outputs).cpu().numpy())
     return gathered
 
 

@@ -1,44 +1,203 @@
-"""Metrics: arrays in, floats out.  `logits` are [n, classes], `labels` are [n]."""
+"""Metrics: arrays in, floats out.
+
+Shapes: `logits` are [n, classes]; `labels` are class ids [n], or probabilities or 0/1 [n, classes]
+where a function says so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Logits = npt.NDArray[np.floating[Any]]
-Labels = npt.NDArray[np.integer[Any]]
-Metric = Callable[[Logits, Labels], float]
+Floats = npt.NDArray[np.floating[Any]]
+Integers = npt.NDArray[np.integer[Any]]
+Numbers = npt.NDArray[np.number[Any]]
 
 
-def accuracy(logits: Logits, labels: Labels) -> float:
+def accuracy(logits: Floats, labels: Integers) -> float:
     """Share of examples whose largest logit is the label's."""
     return float((logits.argmax(axis=1) == labels).mean())
 
 
-def macro_f1(logits: Logits, labels: Labels) -> float:
+def macro_f1(logits: Floats, labels: Integers) -> float:
     """Unweighted mean of the F1 of every class that occurs in labels or predictions."""
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, logits.argmax(axis=1), average="macro", zero_division=0))
 
 
-def mcc(logits: Logits, labels: Labels) -> float:
+def mcc(logits: Floats, labels: Integers) -> float:
     """Matthews correlation coefficient; 0 is chance, whatever the class balance."""
     from sklearn.metrics import matthews_corrcoef
 
     return float(matthews_corrcoef(labels, logits.argmax(axis=1)))
 
 
-def log_loss(logits: Logits, labels: Labels) -> float:
-    """Mean cross-entropy in nats."""
+def log_loss(logits: Floats, labels: Integers | Floats) -> float:
+    """Mean cross-entropy in nats; labels are ids [n] or probabilities [n, classes]."""
     from scipy.special import log_softmax
 
-    return float(-log_softmax(logits, axis=1)[np.arange(len(labels)), labels].mean())
+    log_probabilities = log_softmax(logits.astype(np.float64), axis=1)
+    if labels.ndim == 2:
+        return float(-(labels * log_probabilities).sum(axis=1).mean())
+    return float(-log_probabilities[np.arange(len(labels)), labels].mean())
 
 
-def score(metrics: Mapping[str, Metric], logits: Logits, labels: Labels) -> dict[str, float]:
-    """Every metric of a table by name."""
-    return {name: metric(logits, labels) for name, metric in metrics.items()}
+def precision_recall_f1(
+    logits: Floats, labels: Integers, *, average: str, classes: Sequence[int] | None = None
+) -> tuple[float, float, float]:
+    """Precision, recall and F1 as scikit-learn averages them, over some classes or all."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    found = precision_recall_fscore_support(
+        labels, logits.argmax(axis=1), average=average, labels=classes, zero_division=0
+    )
+    return float(found[0]), float(found[1]), float(found[2])
+
+
+def mean_reciprocal_rank(scores: Numbers, gains: Numbers, groups: Sequence[Any]) -> float:
+    """Mean over groups of 1 / rank of the first candidate with a gain above 0.
+
+    Groups without one count as 0; candidates of equal score rank in the order they come.
+    """
+    found = []
+    for rows in _by_group(groups):
+        order = np.argsort(-scores[rows], kind="stable")
+        relevant = np.flatnonzero(gains[rows][order] > 0)
+        found.append(1 / (relevant[0] + 1) if len(relevant) else 0.0)
+    return float(np.mean(found))
+
+
+def mean_ndcg(scores: Numbers, gains: Numbers, groups: Sequence[Any]) -> float:
+    """Mean over groups of the normalised discounted cumulative gain (Järvelin, Kekäläinen 2002).
+
+    Groups whose candidates all have gain 0 are left out; 0 if all groups are.
+    """
+    from sklearn.metrics import dcg_score
+
+    found = []
+    for rows in _by_group(groups):
+        ideal = dcg_score([gains[rows]], [gains[rows]]) if len(rows) > 1 else float(gains[rows][0])
+        if ideal > 0:
+            own = dcg_score([gains[rows]], [scores[rows]]) if len(rows) > 1 else ideal
+            found.append(own / ideal)
+    return float(np.mean(found)) if found else 0.0
+
+
+def multi_label(logits: Floats, labels: Floats) -> dict[str, float]:
+    """Micro-F1, macro-F1, subset accuracy, mean average precision and mean binary cross-entropy.
+
+    Labels are 0/1 [n, classes]; a class is predicted above a probability of 0.5.  The mean of
+    average precisions is over the classes that occur.
+    """
+    from sklearn.metrics import average_precision_score, f1_score
+
+    predicted, truth = logits > 0, labels > 0.5
+    occurs = truth.any(axis=0)
+    return {
+        "micro_f1": float(f1_score(truth, predicted, average="micro", zero_division=0)),
+        "macro_f1": float(f1_score(truth, predicted, average="macro", zero_division=0)),
+        "subset_accuracy": float((predicted == truth).all(axis=1).mean()),
+        "map": float(average_precision_score(truth[:, occurs], logits[:, occurs], average="macro"))
+        if occurs.any()
+        else 0.0,
+        "loss": float(np.mean(np.logaddexp(0, logits) - labels * logits)),
+    }
+
+
+def regression(predictions: Floats, values: Floats) -> dict[str, float]:
+    """Spearman, Pearson, mean squared and mean absolute error; both arguments are [n].
+
+    A correlation that is undefined, because one side is constant, is 0.
+    """
+    from scipy.stats import pearsonr, spearmanr
+
+    predictions, values = predictions.astype(np.float64), values.astype(np.float64)
+    errors = predictions - values
+    varied = len(values) > 1 and np.ptp(predictions) > 0 and np.ptp(values) > 0
+    return {
+        "spearman": float(spearmanr(predictions, values).statistic) if varied else 0.0,
+        "pearson": float(pearsonr(predictions, values).statistic) if varied else 0.0,
+        "mse": float(np.mean(errors**2)),
+        "mae": float(np.mean(np.abs(errors))),
+    }
+
+
+def entities(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
+    """Entity F1, precision and recall (seqeval, as conlleval counts) and accuracy per word.
+
+    Tags without a prefix (part-of-speech tags) count every word as an entity of its own.
+    """
+    from seqeval.metrics import f1_score, precision_score, recall_score
+
+    words = [
+        pair
+        for row, guess in zip(truth, predicted, strict=True)
+        for pair in zip(row, guess, strict=True)
+    ]
+    if not any(re.match(r"[BIESLU]-|O$", tag) for tag, _ in words):
+        truth = [[f"B-{tag}" for tag in row] for row in truth]
+        predicted = [[f"B-{tag}" for tag in row] for row in predicted]
+    return {
+        "f1": float(f1_score(truth, predicted, zero_division=0)),
+        "precision": float(precision_score(truth, predicted, zero_division=0)),
+        "recall": float(recall_score(truth, predicted, zero_division=0)),
+        "accuracy": sum(t == p for t, p in words) / max(len(words), 1),
+    }
+
+
+ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
+CJK_PUNCTUATION = "。，、；：？！“”‘’（）《》〈〉「」『』·…—"
+PUNCTUATION = str.maketrans("", "", string.punctuation + CJK_PUNCTUATION)
+# Chinese characters, kana and hangul: scripts whose answers are compared character by character.
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af\U00020000-\U0003ffff"
+CJK_OR_WORD = re.compile(f"[{CJK}]|[^{CJK}\\s]+")
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's rules: lower case, no punctuation, no articles, single blanks."""
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
+
+
+def answer_words(text: str) -> list[str]:
+    """Words of a normalised answer; in CJK scripts its characters."""
+    return CJK_OR_WORD.findall(normalize_answer(text))
+
+
+def answer_f1(predicted: str, truth: str) -> float:
+    """Harmonic mean of precision and recall over shared words (characters for CJK)."""
+    guess, words = answer_words(predicted), answer_words(truth)
+    if not guess or not words:
+        return float(guess == words)
+    shared = sum((Counter(guess) & Counter(words)).values())
+    return 2 * shared / (len(guess) + len(words))
+
+
+def question_answering(predicted: list[str], truths: list[list[str]]) -> dict[str, float]:
+    """F1 and exact match against the best of each question's answers; [""] if it has none.
+
+    Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", EMNLP 2016.
+    """
+    f1 = [
+        max(answer_f1(guess, truth) for truth in answers)
+        for guess, answers in zip(predicted, truths, strict=True)
+    ]
+    exact = [
+        any(normalize_answer(guess) == normalize_answer(truth) for truth in answers)
+        for guess, answers in zip(predicted, truths, strict=True)
+    ]
+    return {"f1": float(np.mean(f1)), "exact_match": float(np.mean(exact))}
+
+
+def _by_group(groups: Sequence[Any]) -> list[Integers]:
+    """Row numbers of each group."""
+    rows: dict[Any, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(group, []).append(row)
+    return [np.array(numbers) for numbers in rows.values()]

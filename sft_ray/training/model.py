@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -21,7 +22,8 @@ import transformers
 from torch import nn
 
 from sft_ray.errors import ConfigError
-from sft_ray.training.data import IntArray
+from sft_ray.training.encoding import IntArray
+from sft_ray.training.examples import LabelSet
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.tasks import Task
 
@@ -203,6 +205,7 @@ class Pretrained:
     ) -> None:
         self.model = model
         self.from_scratch = from_scratch
+        self.reinitialized: frozenset[str] = frozenset()  # in the current trial
         self.family = FAMILIES[model.config.model_type]
         self.full_embedding: torch.Tensor | None = None
         if used_tokens is not None:
@@ -214,32 +217,88 @@ class Pretrained:
             model.set_input_embeddings(UsedRowsEmbedding(full, used).to(full.weight.device))
         self.pristine = {name: p.detach().clone() for name, p in model.named_parameters()}
         self._frozen: list[nn.Module] = []
+        self._dropouts = list(_dropouts(model))
 
     @property
     def num_layers(self) -> int:
         return len(_module(self.model.base_model, self.family.layers))
 
-    def reset(self, frozen_layers: int | Literal["all"]) -> None:
+    def reset(
+        self,
+        frozen_layers: int | Literal["all"],
+        *,
+        dropout: float | None = None,
+        reinit_layers: int = 0,
+        seed: int = 0,
+    ) -> None:
         """Pristine weights again, the first `frozen_layers` layers and their inputs frozen.
 
         0 trains everything; k >= 1 freezes the embeddings, all that feeds the layers and the
         first k layers; "all" leaves the pooler and the head.
+
+        Args:
+            dropout: probability of every dropout in the model; None takes the model's own.
+            reinit_layers: layers from the top, and the pooler, that start anew (Zhang et al.,
+                "Revisiting Few-sample BERT Fine-tuning", ICLR 2021), drawn from (seed, "reinit").
+
+        Raises:
+            ConfigError: more layers are frozen or begun anew than there are.
         """
         depth = self.num_layers if frozen_layers == "all" else frozen_layers
-        if depth > self.num_layers:
+        if depth + reinit_layers > self.num_layers:
             raise ConfigError(
-                f"train.frozen_layers: at most {self.num_layers} layers can be frozen, got {depth}"
+                f"train.frozen_layers and train.reinit_layers: the model has {self.num_layers} "
+                f"layers, got {depth} + {reinit_layers}"
             )
         parameters = list(self.model.parameters())
         with torch.no_grad():
             torch._foreach_copy_(parameters, list(self.pristine.values()))
+        self._reinitialize(reinit_layers, seed)
         for parameter in parameters:
             parameter.requires_grad_(True)
             parameter.grad = None
+        for module, attribute, own in self._dropouts:
+            setattr(module, attribute, own if dropout is None else dropout)
         self._frozen = self._trunk(depth)
         for module in self._frozen:
             module.requires_grad_(False)
         self.train()
+
+    def _reinitialize(self, num_layers: int, seed: int) -> None:
+        """Draw the top layers and the pooler anew, by the model's own rules."""
+        self.reinitialized = frozenset()
+        if num_layers == 0:
+            return
+        base = self.model.base_model
+        parts = list(_module(base, self.family.layers)[-num_layers:])
+        # Some families keep the pooler beside the base model.
+        poolers = (getattr(owner, "pooler", None) for owner in (base, self.model))
+        parts += [pooler for pooler in poolers if pooler is not None]
+        fresh = {parameter for part in parts for parameter in part.parameters()}
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(derived_seed(seed, "reinit"))
+            for parameter in fresh:
+                parameter._is_hf_initialized = False
+            for part in parts:
+                for module in part.modules():
+                    self.model._init_weights(module)
+        self.reinitialized = frozenset(
+            name for name, parameter in self.model.named_parameters() if parameter in fresh
+        )
+
+    def depths(self) -> dict[str, int]:
+        """Parameter name -> 0 for what feeds the layers, i + 1 for layer i, else one more."""
+        layers = _module(self.model.base_model, self.family.layers)
+        depth_of = {p: 0 for module in self._trunk(0, inputs=True) for p in module.parameters()}
+        for i, layer in enumerate(layers):
+            depth_of |= dict.fromkeys(layer.parameters(), i + 1)
+        top = len(layers) + 1
+        return {name: depth_of.get(p, top) for name, p in self.model.named_parameters()}
+
+    def head(self) -> frozenset[str]:
+        """Names of the parameters that the task put on the encoder."""
+        base = set(self.model.base_model.parameters())
+        return frozenset(n for n, p in self.model.named_parameters() if p not in base)
 
     def train(self) -> None:
         """Training mode; frozen modules stay in evaluation mode (no dropout)."""
@@ -263,29 +322,28 @@ class Pretrained:
             state[name] = full
         return state
 
-    def _trunk(self, depth: int) -> list[nn.Module]:
-        if depth == 0:
-            return []
+    def _trunk(self, depth: int, *, inputs: bool = False) -> list[nn.Module]:
+        """The first `depth` layers and, from one layer on or if asked, what feeds them."""
         base = self.model.base_model
         fed_by = [
             _module(base, path)
             for path in (*self.family.embeddings, *self.family.shared)
             if _has(base, path)
         ]
-        return [*fed_by, *_module(base, self.family.layers)[:depth]]
+        return [*(fed_by if depth or inputs else []), *_module(base, self.family.layers)[:depth]]
 
 
 def load_pretrained(
     folder: str,
     task: Task,
-    label_names: tuple[str, ...],
+    label_set: LabelSet,
     *,
     seed: int,
     device: torch.device,
     used_tokens: IntArray | None = None,
     revision: str | None = None,
 ) -> Pretrained:
-    """Load weights (safetensors only) and put a head for `label_names` on them.
+    """Load weights (safetensors only) and put a head for the task's answers on them.
 
     The head is initialised from (seed, "init"), the same on every worker and for every trial.
 
@@ -294,15 +352,19 @@ def load_pretrained(
     """
     quiet_transformers()
     auto_model = getattr(transformers, task.auto_model)
+    head: dict[str, Any] = {"num_labels": task.outputs_of(label_set)}
+    if task.classes:
+        head["id2label"] = dict(enumerate(label_set.names))
+        head["label2id"] = {name: i for i, name in enumerate(label_set.names)}
+    if task.problem_type is not None:
+        head["problem_type"] = task.problem_type
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "init"))
         try:
             model, info = auto_model.from_pretrained(
                 folder,
                 revision=revision,
-                num_labels=len(label_names),
-                id2label=dict(enumerate(label_names)),
-                label2id={name: i for i, name in enumerate(label_names)},
+                **head,
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -335,3 +397,16 @@ def _has(base: nn.Module, path: str) -> bool:
         return isinstance(_module(base, path), nn.Module)
     except AttributeError:
         return False
+
+
+def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """Where a model keeps its dropout probabilities, and what they are."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            yield module, "p", module.p
+        else:
+            # Fused attention takes a number instead of a module.
+            for attribute in ("attention_dropout", "dropout_prob"):
+                own = getattr(module, attribute, None)
+                if isinstance(own, float):
+                    yield module, attribute, own

@@ -1,8 +1,9 @@
 """Penalties lambda R(theta) on trained weights, added as gradients without a second graph.
 
 R(theta) is sum |theta| for l1, sum theta^2 / 2 for l2 and sum (theta - theta_0)^2 / 2 for l2_sp
-with theta_0 the pretrained value, 0 for weights the checkpoint lacks (Li, Grandvalet and Davoine,
-"Explicit Inductive Bias for Transfer Learning with Convolutional Networks", ICML 2018).
+with theta_0 the pretrained value, 0 for weights the checkpoint lacks or that begin anew (Li,
+Grandvalet and Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional
+Networks", ICML 2018).
 Decoupled weight decay is the optimiser's and no penalty here.
 """
 
@@ -71,8 +72,9 @@ def bind_penalty(regularization: Regularization, pretrained: Pretrained) -> Pena
     named = {n: p for n, p in pretrained.trainable().items() if is_penalized(p)}
     anchors = []
     if kind == "l2_sp":
+        unlearned = pretrained.from_scratch | pretrained.reinitialized
         anchors = [
-            torch.zeros_like(p) if n in pretrained.from_scratch else pretrained.pristine[n]
+            torch.zeros_like(p) if n in unlearned else pretrained.pristine[n]
             for n, p in named.items()
         ]
     return Penalty(kind, strength, list(named.values()), anchors)

@@ -8,54 +8,61 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
 from sft_ray.config import Data, Split, Splits
 from sft_ray.errors import DataError, did_you_mean
+from sft_ray.training.columns import Fields, is_name, select_fields
 from sft_ray.training.seeds import derived_seed
 
 FILE_TYPES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-UNLABELLED = -1  # GLUE and others mark hidden labels so
+SPLITS = ("train", "validation", "test")
 
 
-def read_splits(data: Data, seed: int) -> dict[str, pa.Table]:
-    """The training and validation tables, reduced to the columns in use and checked.
+@dataclass(frozen=True)
+class Source:
+    """Checked examples under their fields' names.
+
+    Attributes:
+        tables: by split; `test` only where the experiment names one that is at hand.
+        names: of labels that are whole numbers, where the data set knows them.
+    """
+
+    tables: dict[str, pa.Table]
+    names: tuple[str, ...] | None
+
+
+def read_splits(data: Data, fields: Fields, seed: int, splits: tuple[str, ...] = SPLITS) -> Source:
+    """The data set's splits, reduced to the fields of a task and checked.
 
     Raises:
         DataError: every problem found.
     """
+    names: dict[str, tuple[str, ...]] = {}
     if data.train is not None:
-        tables = {"train": read_file(data.train)}
-        if data.validation is not None:
-            tables["validation"] = read_file(data.validation)
+        files = {split: getattr(data, split) for split in SPLITS}
+        tables = {split: read_file(file) for split, file in files.items() if file}
     elif data.path is not None and data.path.startswith("builtin:"):
         tables = _read_builtin(data.path, data.splits or Splits())
     else:
-        assert data.path is not None  # the configuration has exactly one source
-        tables = _read_dataset(data)
-    columns = [data.columns.text, data.columns.label]
-    if data.columns.text_pair is not None:
-        columns.insert(1, data.columns.text_pair)
-    problems = [
-        problem
-        for split, table in tables.items()
-        for problem in _table_problems(table, columns, _name_of(data, split))
-    ]
+        tables, names = _read_dataset(data, splits)
+    where = {split: _name_of(data, split) for split in SPLITS}
+    selected, problems = select_fields(tables, fields, data.columns, where)
     if problems:
         raise DataError(*problems)
-    tables = {split: table.select(columns) for split, table in tables.items()}
-    if "validation" not in tables:
-        tables = _cut(tables["train"], data.split or Split(), data.columns.label, seed)
-    return tables
+    if "validation" not in selected:
+        selected |= _cut(selected["train"], data.split or Split(), fields.target_name, seed)
+    target = data.columns.get(fields.target_name) or fields.target_name
+    known = names.get(str(target))
+    return Source(selected, tuple(data.label_names) if data.label_names else known)
 
 
 def _name_of(data: Data, split: str) -> str:
@@ -108,12 +115,14 @@ def _read_builtin(path: str, splits: Splits) -> dict[str, pa.Table]:
     return _sliced(builtin[path](), splits, path)
 
 
-def _read_dataset(data: Data) -> dict[str, pa.Table]:
-    """A hub data set or a local folder, through `datasets`."""
+def _read_dataset(
+    data: Data, wanted: tuple[str, ...]
+) -> tuple[dict[str, pa.Table], dict[str, tuple[str, ...]]]:
+    """A hub data set or a local folder, through `datasets`; and the names of its classes."""
     import datasets
 
     datasets.disable_progress_bars()
-    assert data.path is not None  # the caller has looked
+    assert data.path is not None  # the configuration has exactly one source
     splits = data.splits or Splits()
     folder = Path(data.path)
     on_disk = [folder / name for name in ("dataset_dict.json", "state.json")]
@@ -121,18 +130,17 @@ def _read_dataset(data: Data) -> dict[str, pa.Table]:
         if any(marker.is_file() for marker in on_disk):
             loaded = datasets.load_from_disk(data.path)
             named = loaded if isinstance(loaded, dict) else {"train": loaded}
-            tables = {name: _with_label_names(ds, data.columns.label) for name, ds in named.items()}
+            names = _class_names(next(iter(named.values())))
+            tables = {name: part.with_format("arrow")[:] for name, part in named.items()}
             if "validation" not in tables and data.splits is None and "train" in tables:
-                return {"train": tables["train"]}
-            return _sliced(tables, splits, data.path)
-        return {
-            split: _with_label_names(
-                datasets.load_dataset(
-                    data.path, data.config, revision=data.revision, split=getattr(splits, split)
-                ),
-                data.columns.label,
+                return {"train": tables["train"]}, names
+            return _sliced(tables, splits, data.path), names
+        parts = {
+            split: datasets.load_dataset(
+                data.path, data.config, revision=data.revision, split=getattr(splits, split)
             )
-            for split in ("train", "validation")
+            for split in wanted
+            if getattr(splits, split) is not None
         }
     except DataError:
         raise
@@ -143,20 +151,20 @@ def _read_dataset(data: Data) -> dict[str, pa.Table]:
             f"{reason}; "
             "give a hub id, a save_to_disk folder, or data.train with a file"
         ) from None
+    tables = {split: part.with_format("arrow")[:] for split, part in parts.items()}
+    return tables, _class_names(parts["train"])
 
 
-def _with_label_names(dataset: Any, label: str) -> pa.Table:
-    """The Arrow table of a `datasets.Dataset`, class ids replaced by the names it knows."""
+def _class_names(dataset: Any) -> dict[str, tuple[str, ...]]:
+    """Column -> names of its class ids, for columns of ids or of lists of ids."""
     import datasets
 
-    table = dataset.with_format("arrow")[:]
-    feature = dataset.features.get(label)
-    if isinstance(feature, datasets.ClassLabel):
-        ids = table.column(label).to_pylist()
-        names = [None if i is None or i == UNLABELLED else feature.int2str(i) for i in ids]
-        position = table.column_names.index(label)
-        table = table.set_column(position, label, pa.array(names, pa.string()))
-    return table
+    found = {}
+    for column, feature in dataset.features.items():
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, datasets.ClassLabel):
+            found[column] = tuple(inner.names)
+    return found
 
 
 def _sliced(tables: dict[str, pa.Table], splits: Splits, source: str) -> dict[str, pa.Table]:
@@ -165,8 +173,12 @@ def _sliced(tables: dict[str, pa.Table], splits: Splits, source: str) -> dict[st
 
     lengths = {name: table.num_rows for name, table in tables.items()}
     found = {}
-    for split in ("train", "validation"):
+    for split in SPLITS:
         spec = getattr(splits, split)
+        if spec is None and split in tables:
+            spec = split
+        if spec is None:
+            continue
         try:
             parts = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
         except (ValueError, AssertionError) as error:
@@ -180,115 +192,32 @@ def _sliced(tables: dict[str, pa.Table], splits: Splits, source: str) -> dict[st
     return found
 
 
-def _table_problems(table: pa.Table, columns: list[str], name: str) -> list[str]:
-    problems = []
-    for column in columns:
-        if table.column_names.count(column) > 1:
-            problems.append(f"{name}: the column {column!r} stands twice; rename one of them")
-        elif column not in table.column_names:
-            known = f"; {did_you_mean(column, table.column_names)}" if table.column_names else ""
-            problems.append(f"{name}: no column {column!r}{known}; set data.columns")
-    if table.num_rows == 0:
-        problems.append(f"{name}: has no rows")
-    if problems:
-        return problems
-    label = columns[-1]
-    for column in columns:
-        values = table.column(column)
-        missing = pc.is_null(values)
-        if column == label and _is_text(values.type):
-            missing = pc.or_kleene(missing, pc.equal(values, ""))
-        if rows := pc.sum(missing).as_py():
-            row = pc.index(missing, True).as_py()
-            problems.append(
-                f"{name}: column {column!r} is empty in {rows} rows, first in row {row + 1}; fill "
-                "or remove them"
-            )
-        elif column == label:
-            problems += _label_type_problems(values, column, name)
-        elif not _is_text(values.type):
-            mend = "; save the file as UTF-8" if pa.types.is_binary(values.type) else ""
-            problems.append(f"{name}: column {column!r} must hold texts, got {values.type}{mend}")
-    return problems
-
-
-def _label_type_problems(values: pa.ChunkedArray, column: str, name: str) -> list[str]:
-    kind = values.type
-    if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        return [f"{name}: labels in column {column!r} must be texts or whole numbers, got {kind}"]
-    if (
-        pa.types.is_signed_integer(kind)
-        and (row := pc.index(values, pa.scalar(UNLABELLED, kind)).as_py()) >= 0
-    ):
-        return [f"{name}: row {row + 1} is unlabelled ({column} = -1); choose another split"]
-    return []
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _cut(table: pa.Table, split: Split, label: str, seed: int) -> dict[str, pa.Table]:
-    """Stratified parts of one table; the sealed test part is cut off and left alone."""
+def _cut(table: pa.Table, split: Split, target: str, seed: int) -> dict[str, pa.Table]:
+    """Seeded parts of one table, stratified by label; the sealed test part is cut off first."""
     from sklearn.model_selection import train_test_split
 
-    labels = np.array(table.column(label).to_pylist())
-    counts = Counter(labels.tolist())
-    stratify = labels if min(counts.values()) >= 2 else None
+    stratify = None
+    if is_name(table.column(target).type):
+        labels = np.array(table.column(target).to_pylist())
+        if min(Counter(labels.tolist()).values()) >= 2:
+            stratify = labels
     order = np.arange(table.num_rows)
     random_state = derived_seed(seed, "split")
+    parts = {}
     try:
         if split.test > 0:
-            order, _ = train_test_split(
+            order, parts["test"] = train_test_split(
                 order,
                 test_size=round(split.test * table.num_rows),
                 random_state=random_state,
                 stratify=stratify,
             )
-        train, validation = train_test_split(
+        parts["train"], parts["validation"] = train_test_split(
             order,
             test_size=round(split.validation * table.num_rows),
             random_state=random_state,
-            stratify=None if stratify is None else labels[order],
+            stratify=None if stratify is None else stratify[order],
         )
     except ValueError as error:
         raise DataError(f"data.split: {table.num_rows} rows cannot be split: {error}") from None
-    return {
-        "train": table.take(pa.array(np.sort(train))),
-        "validation": table.take(pa.array(np.sort(validation))),
-    }
-
-
-def encode_labels(
-    tables: dict[str, pa.Table], column: str
-) -> tuple[list[str], dict[str, npt.NDArray[np.int64]]]:
-    """Class names in their order and class ids of each split; the training split defines them.
-
-    Raises:
-        DataError: fewer than two classes, or a validation label that training lacks.
-    """
-    values = {split: table.column(column).to_pylist() for split, table in tables.items()}
-    if len({type(value) for column_values in values.values() for value in column_values}) > 1:
-        # A csv whose labels all look like numbers beside one whose labels do not.
-        values = {split: [str(v) for v in column_values] for split, column_values in values.items()}
-    classes = sorted(set(values["train"]))
-    if len(classes) < 2:
-        raise DataError(
-            f"data: classification needs at least two labels in the training split, got only "
-            f"{classes[0]!r} in column {column!r}"
-        )
-    id_of = {value: i for i, value in enumerate(classes)}
-    unknown = Counter(value for value in values["validation"] if value not in id_of)
-    if unknown:
-        label, count = unknown.most_common(1)[0]
-        raise DataError(
-            f"data: the validation label {label!r} ({count} rows) does not occur in training, "
-            f"which has {', '.join(map(repr, classes[:10]))}; mend the label or the split"
-        )
-    ids = {
-        split: np.array([id_of[value] for value in column_values], dtype=np.int64)
-        for split, column_values in values.items()
-    }
-    return [str(value) for value in classes], ids
+    return {name: table.take(pa.array(np.sort(rows))) for name, rows in parts.items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def minimum(self, value: int) -> int:
+        """The smallest of all workers' values."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        return int(found)
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over all workers during backward.
 
@@ -36,6 +46,12 @@ class World:
         return nn.parallel.DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
         )
+
+    def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Gradients stay on each worker; the first backward outside averages what has come up."""
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            return model.no_sync()
+        return nullcontext()
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read afterwards is true."""
@@ -51,6 +67,8 @@ def resolve_precision(precision: str, device: torch.device) -> tuple[torch.dtype
     """
     if precision == "bf16":
         return torch.bfloat16, "as configured"
+    if precision == "fp16":
+        return torch.float16, "as configured, with loss scaling"
     if precision == "fp32":
         return torch.float32, "as configured"
     if device.type == "cuda":

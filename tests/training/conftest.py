@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sft_ray.config import Data
-from sft_ray.training.data import Dataset, open_dataset, prepare
+from sft_ray.training.data import open_dataset, prepare
+from sft_ray.training.examples import Dataset
 from tests.models import tiny_model_folder, toy_dataset
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sft_ray.config import Columns, Data, Limit, Split, Splits
+from sft_ray.config import Data, Limit, Split, Splits
 from sft_ray.errors import DataError
 from sft_ray.training.data import prepare
 from tests.models import toy_rows, write_csv
@@ -59,7 +59,7 @@ CASES: dict[str, Case] = {
         ["book.xlsx", "'.xlsx'", ".csv, .tsv, .json, .jsonl, .parquet"],
     ),
     "missing column": (
-        lambda at: {"train": csv(at / "a.csv", GOOD), "columns": Columns(text="txt")},
+        lambda at: {"train": csv(at / "a.csv", GOOD), "columns": dict(text="txt")},
         ["data.train", "a.csv", "no column 'txt'", "did you mean 'text'?"],
     ),
     "column given twice": (

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sft_ray.config import Columns, Data, Limit
+from sft_ray.config import Data, Limit
 from sft_ray.training.data import open_dataset, prepare
 from tests.models import TOKEN_ID, VOCABULARY, tiny_tokenizer, toy_rows, write_csv
 
@@ -20,7 +20,7 @@ ROWS = toy_rows(90, seed=4)
 def test_pairs_of_texts_give_segments(tmp_path: Path, load) -> None:
     rows = [("cat dog", "oak", "a"), ("saw", "rose fern moss", "b")]
     path = str(write_csv(tmp_path / "pairs.csv", rows, ("one", "two", "label")))
-    columns = Columns(text="one", text_pair="two")
+    columns = dict(text="one", text_pair="two")
     examples = load(train=path, validation=path, columns=columns).train
     first = ["[CLS]", "cat", "dog", "[SEP]", "oak", "[SEP]"]
     second = ["[CLS]", "saw", "[SEP]", "rose", "fern", "moss", "[SEP]"]

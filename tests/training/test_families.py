@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from sft_ray.config import Columns, Data, Regularization
+from sft_ray.config import Data, Regularization
 from sft_ray.errors import ConfigError
 from sft_ray.training.checkpoint import save_model
 from sft_ray.training.data import Dataset, load_tokenizer, open_dataset, prepare
@@ -181,7 +181,7 @@ def test_pairs_of_texts_train_in_every_family(folder: Path, tmp_path: Path) -> N
     second = [text for text, _ in toy_rows(24, seed=2)]
     rows = [(text, second[i], label) for i, (text, label) in enumerate(toy_rows(24, seed=1))]
     file = write_csv(tmp_path / "pairs.csv", rows, ("first", "second", "label"))
-    columns = Columns(text="first", text_pair="second")
+    columns = dict(text="first", text_pair="second")
     data = Data(train=str(file), validation=str(file), columns=columns, max_length=40)
     dataset = open_dataset(prepare(data, str(folder), None, seed=17))
     assert dataset.train.segments is not None

@@ -13,7 +13,7 @@ import torch
 
 from sft_ray.config import Regularization
 from sft_ray.training import metrics
-from sft_ray.training.data import Dataset
+from sft_ray.training.examples import Dataset
 from sft_ray.training.fit import Progress, evaluate
 from sft_ray.training.model import Pretrained
 from sft_ray.training.world import World

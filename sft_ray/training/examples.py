@@ -1,0 +1,96 @@
+"""Encoded examples with their labels, as every part of training and scoring reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from sft_ray.training.encoding import Encoded, IntArray
+
+IGNORED = -100  # label of a token that is not scored; torch's default
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """What a model can answer.
+
+    Attributes:
+        names: of the classes, by id; empty for tasks without classes.
+        negative: the answer that says there is none: a relation's negative label, or "" for
+            questions that may lack an answer.
+    """
+
+    names: tuple[str, ...] = ()
+    negative: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples(Encoded):
+    """One encoded split.
+
+    Attributes:
+        labels: one per item ([n], or [n, classes] of probabilities or 0/1, or [n, 2] positions),
+            or one per token ([total], `IGNORED` where none is).
+        raw: the rows that items were made from, for scoring; None for training.
+    """
+
+    labels: npt.NDArray[Any]
+    raw: pa.Table | None = None
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens per item, [n]."""
+        return np.diff(self.offsets)
+
+    @property
+    def labels_per_token(self) -> bool:
+        return self.words is not None
+
+    @cached_property
+    def counts(self) -> IntArray:
+        """What an item counts in the mean loss: 1, or its labelled tokens, [n]."""
+        if not self.labels_per_token:
+            return np.ones(len(self), dtype=np.int64)
+        labelled = np.concatenate([[0], np.cumsum(self.labels != IGNORED)])
+        return np.diff(labelled[self.offsets])
+
+    def column(self, name: str) -> list[Any]:
+        """A field of the raw rows."""
+        assert self.raw is not None  # scoring has them
+        values: list[Any] = self.raw.column(name).to_pylist()
+        return values
+
+    def has(self, name: str) -> bool:
+        return self.raw is not None and name in self.raw.column_names
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Encoded splits, what a model can answer, and what is worth saying about them.
+
+    Attributes:
+        num_truncated: split -> rows that lost text.
+        num_duplicates: "validation in train", … -> rows whose inputs occur in the other split.
+    """
+
+    train: Examples
+    validation: Examples
+    label_set: LabelSet
+    fingerprint: str
+    num_truncated: dict[str, int]
+    num_duplicates: dict[str, int] = field(default_factory=dict)
+    test_is_unlabelled: bool = False
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.label_set.names
+
+    @property
+    def used_tokens(self) -> IntArray:
+        """Ascending ids of the vocabulary that occurs in any split."""
+        return np.union1d(np.unique(self.train.tokens), np.unique(self.validation.tokens))

@@ -1,0 +1,165 @@
+"""From label columns to names and numbers; the training split defines the classes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from sft_ray.errors import DataError
+from sft_ray.training.columns import answer_pairs, is_list
+from sft_ray.training.encoding import Encoded
+from sft_ray.training.examples import IGNORED, LabelSet
+
+
+def choose_classes(train: pa.Table, field: str, known: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The classes in their order: `known`, else the sorted labels of the training split.
+
+    Raises:
+        DataError: fewer than two classes, or labels that can be none.
+    """
+    values = train.column(field)
+    if _are_probabilities(values.type):
+        width = len(values[0])
+        if known is not None and len(known) != width:
+            raise DataError(
+                f"data.label_names: {width} names are needed, one per probability, got {len(known)}"
+            )
+        return known or tuple(str(i) for i in range(width))
+    found = values.combine_chunks().flatten() if is_list(values.type) else values
+    present = sorted(set(found.to_pylist()))
+    if len(present) < 2:
+        got = f"only {str(present[0])[:60]!r}" if present else "none"
+        raise DataError(
+            f"data: at least two labels are needed in the training split, got {got} in {field!r}"
+        )
+    if len(present) == len(found) > 20:
+        raise DataError(
+            f"data: all {len(present)} labels in {field!r} differ; is it the column of the labels?"
+        )
+    return known or tuple(str(value) for value in present)
+
+
+def with_names(table: pa.Table, field: str, known: tuple[str, ...] | None, where: str) -> pa.Table:
+    """The table with class labels as names; whole numbers are places in `known` if it is given.
+
+    Raises:
+        DataError: a number that is no place in `known`.
+    """
+    values = table.column(field)
+    if _are_probabilities(values.type):
+        return table
+    rows = values.to_pylist()
+
+    def name(value: Any) -> str:
+        if known is None or not isinstance(value, int) or isinstance(value, bool):
+            return str(value)
+        if not 0 <= value < len(known):
+            raise DataError(
+                f"{where}: the label {value} has no name among {len(known)} data.label_names; "
+                f"labels run from 0 to {len(known) - 1}"
+            )
+        return known[value]
+
+    if is_list(values.type):
+        column = pa.array([[name(v) for v in row] for row in rows], pa.list_(pa.string()))
+    else:
+        column = pa.array([name(value) for value in rows], pa.string())
+    return table.set_column(table.column_names.index(field), field, column)
+
+
+def unknown_names(table: pa.Table, field: str, classes: tuple[str, ...]) -> Counter[str]:
+    """How often labels of a named table occur that are not among `classes`."""
+    values = table.column(field)
+    if _are_probabilities(values.type):
+        return Counter()
+    found = values.combine_chunks().flatten() if is_list(values.type) else values
+    return Counter(name for name in found.to_pylist() if name not in set(classes))
+
+
+def check_names(table: pa.Table, field: str, classes: tuple[str, ...], where: str) -> None:
+    """Every label of a named table must be one of `classes`.
+
+    Raises:
+        DataError: the commonest label that is not, or too few or many probabilities.
+    """
+    values = table.column(field)
+    if _are_probabilities(values.type) and (
+        widths := {len(row) for row in values.to_pylist()} - {len(classes)}
+    ):
+        raise DataError(
+            f"{where}: every row needs {len(classes)} probabilities, got {widths.pop()}"
+        )
+    if unknown := unknown_names(table, field, classes):
+        label, count = unknown.most_common(1)[0]
+        names = ", ".join(map(repr, classes[:10]))
+        raise DataError(
+            f"{where}: the label {label[:60]!r} ({count} times) is not among the training labels "
+            f"{names}; mend the label or the split"
+        )
+
+
+def _are_probabilities(kind: pa.DataType) -> bool:
+    return bool(is_list(kind) and pa.types.is_floating(kind.value_type))
+
+
+def class_ids(table: pa.Table, encoded: Encoded, labels: LabelSet) -> npt.NDArray[Any]:
+    """Class ids, [n], or probabilities, [n, classes]."""
+    values = table.column("label")
+    if is_list(values.type):
+        return np.array(values.to_pylist(), dtype=np.float64)
+    return _ids(values.to_pylist(), labels)
+
+
+def membership(table: pa.Table, encoded: Encoded, labels: LabelSet) -> npt.NDArray[Any]:
+    """1.0 for every class that a row has, [n, classes]."""
+    rows = table.column("labels").to_pylist()
+    found = np.zeros((len(rows), len(labels.names)))
+    for row, names in enumerate(rows):
+        found[row, _ids(names, labels)] = 1.0
+    return found
+
+
+def values(table: pa.Table, encoded: Encoded, labels: LabelSet) -> npt.NDArray[Any]:
+    """Numbers, [n]."""
+    return np.array(table.column("label").to_pylist(), dtype=np.float64)
+
+
+def tag_ids(table: pa.Table, encoded: Encoded, labels: LabelSet) -> npt.NDArray[Any]:
+    """The id of a word's tag on its first token, `IGNORED` on others, [total]."""
+    assert encoded.words is not None  # encode_words says where words begin
+    of_row = [_ids(tags, labels) for tags in table.column("tags").to_pylist()]
+    found = np.full(len(encoded.tokens), IGNORED, dtype=np.int64)
+    for item in range(len(encoded)):
+        where = encoded[item]
+        words = encoded.words[where]
+        found[where][words >= 0] = of_row[encoded.rows[item]][words[words >= 0]]
+    return found
+
+
+def answer_positions(table: pa.Table, encoded: Encoded, labels: LabelSet) -> npt.NDArray[Any]:
+    """First and last token of the first answer in each window, [n, 2]; 0, 0 where it is not."""
+    assert encoded.spans is not None  # encode_windows says which characters a token covers
+    answers = [answer_pairs(value) for value in table.column("answers").to_pylist()]
+    found = np.zeros((len(encoded), 2), dtype=np.int64)
+    for item in range(len(encoded)):
+        pairs = answers[encoded.rows[item]]
+        if not pairs:
+            continue
+        text, start = pairs[0]
+        end = start + len(text)
+        spans = encoded.spans[encoded[item]]
+        covering = np.flatnonzero((spans[:, 0] < end) & (spans[:, 1] > start) & (spans[:, 0] >= 0))
+        inside = spans[:, 0] >= 0
+        window_start, window_end = spans[inside, 0].min(), spans[inside, 1].max()
+        if len(covering) and window_start <= start and end <= window_end:
+            found[item] = covering[0], covering[-1]
+    return found
+
+
+def _ids(names: list[str], labels: LabelSet) -> npt.NDArray[np.int64]:
+    id_of = {name: i for i, name in enumerate(labels.names)}
+    return np.array([id_of[name] for name in names], dtype=np.int64)

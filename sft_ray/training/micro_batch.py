@@ -1,0 +1,71 @@
+"""How many examples fit through the model at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+SHARE_FOR_ACTIVATIONS = 0.5  # of a CPU worker's memory; weights and optimiser need the rest
+
+
+class NothingFitsError(Exception):
+    """Not even one example fits."""
+
+
+def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
+    """Halve from `most` until an attempt does not run out of memory.
+
+    Raises:
+        NothingFitsError: an attempt with one example ran out of it.
+    """
+    size = most
+    while True:
+        try:
+            attempt(size)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return size
+        if size == 1:
+            raise NothingFitsError("out of memory at micro-batch 1")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        size //= 2
+
+
+def by_measured_bytes(attempt: Callable[[int], None], most: int) -> int:
+    """As many as keep their activations in a CPU worker's memory, by what one example keeps.
+
+    A CPU does not refuse: it swaps, or kills the process.  So it is not tried but measured.
+    """
+    kept = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        attempt(1)
+    room = worker_memory_bytes() * SHARE_FOR_ACTIVATIONS
+    return max(1, min(most, int(room // max(kept, 1))))
+
+
+def worker_memory_bytes() -> float:
+    """This worker's part of the machine's memory: its share of the cores."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if CGROUP_LIMIT.is_file() and (limit := CGROUP_LIMIT.read_text().strip()) != "max":
+        total = min(total, int(limit))
+    return total * min(1.0, torch.get_num_threads() / (os.cpu_count() or 1))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the CPU's allocator had no more memory to give."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

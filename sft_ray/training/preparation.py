@@ -1,0 +1,201 @@
+"""What can be wrong is found before anything heavy starts, and all of it is said at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sft_ray.config import Experiment
+from sft_ray.errors import ConfigError, SftError, did_you_mean
+from sft_ray.training import sources
+from sft_ray.training.data import open_dataset, prepare, with_classes
+from sft_ray.training.examples import Dataset
+from sft_ray.training.model import ModelFacts, inspect_model, quiet_transformers
+from sft_ray.training.tasks import Direction, Task, find_task
+from sft_ray.training.world import resolve_precision
+
+LABEL_OPTIONS = ("label_smoothing", "class_weights")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An experiment whose model, data and settings have been looked at."""
+
+    experiment: Experiment
+    task: Task
+    model: ModelFacts
+    dataset: Dataset
+    dataset_folder: Path
+    objective: str
+
+    @property
+    def direction(self) -> Direction:
+        return self.task.direction(self.objective)
+
+    def precision(self, device: str) -> str:
+        """Number format and reason, in words; `device` is CPU or GPU."""
+        kind = torch.device("cuda" if device == "GPU" else "cpu")
+        if kind.type == "cuda" and not torch.cuda.is_available():
+            return f"precision {self.experiment.train.precision}, settled on the workers"
+        dtype, reason = resolve_precision(self.experiment.train.precision, kind)
+        return f"{str(dtype).removeprefix('torch.')} ({reason})"
+
+    def facts(self) -> dict[str, Any]:
+        """For environment.json."""
+        return {
+            "task": self.task.name,
+            "model": self.experiment.model,
+            "model_type": self.model.model_type,
+            "num_parameters": self.model.num_parameters,
+            "data_fingerprint": self.dataset.fingerprint,
+        }
+
+    def described(self) -> dict[str, str]:
+        """Model and data in words, with what is worth knowing before trusting a score."""
+        experiment, model, dataset = self.experiment, self.model, self.dataset
+        notes = [
+            f"{len(dataset.train)} training and {len(dataset.validation)} validation examples",
+            f"{dataset.train.lengths.mean():.1f} tokens on average",
+        ]
+        if self.task.classes:
+            notes.insert(1, f"{len(dataset.label_names)} labels")
+        if cut := sum(dataset.num_truncated.values()):
+            notes.append(f"{cut} cut at {experiment.data.max_length} tokens")
+        notes += [
+            f"{count} of the inputs in {where.replace(' in ', ' also in ')}"
+            for where, count in dataset.num_duplicates.items()
+        ]
+        if dataset.test_is_unlabelled:
+            notes.append("the test split is unlabelled and will not be scored")
+        constant = self.task.constant_scores(dataset.train, dataset.validation, dataset.label_set)
+        described = {
+            "model": f"{experiment.model} ({model.model_type}, {model.num_layers} layers, "
+            f"{model.num_parameters / 1e6:.1f} M parameters)",
+            "data": f"{self.task.name}: {', '.join(notes)}",
+        }
+        if self.objective in constant:
+            described["constant"] = (
+                f"always the same answer scores {self.objective} {constant[self.objective]:.4f}"
+            )
+        return described
+
+
+def prepare_training(experiment: Experiment, found: Sequence[str] = ()) -> Prepared:
+    """Check task, model, data and settings; read and encode the data.
+
+    Args:
+        experiment: as it was read.
+        found: problems the caller knows of already; they are reported with the others.
+
+    Raises:
+        SftError: every problem found, one line each.
+    """
+    quiet_transformers()
+    problems = list(found)
+    task = collect(problems, find_task, experiment.task)
+    model = collect(problems, inspect_model, experiment.model, experiment.revision)
+    objective = experiment.search.objective
+    if task is not None:
+        objective = objective or task.default_objective
+        problems += [*_objective_problems(task, objective), *_option_problems(task, experiment)]
+    if model is not None:
+        problems += _model_problems(experiment, model)
+    folder = None
+    if task is not None and model is not None:
+        data, seed = experiment.data, experiment.seed
+        folder = collect(problems, prepare, data, task, model.folder, experiment.revision, seed)
+    elif task is not None:
+        collect(problems, _check_data, experiment, task)
+    if not problems:
+        assert task is not None  # no problems
+        assert model is not None
+        assert folder is not None
+        assert objective is not None
+        prepared = Prepared(experiment, task, model, open_dataset(folder), folder, objective)
+        problems += _data_problems(prepared)
+    if problems:
+        raise ConfigError(*problems)
+    return prepared
+
+
+def collect(problems: list[str], check: Any, *arguments: Any) -> Any:
+    """The result of a check, or None and its problems added to the others."""
+    try:
+        return check(*arguments)
+    except SftError as error:
+        problems.extend(error.problems)
+        return None
+
+
+def _check_data(experiment: Experiment, task: Task) -> None:
+    """Read and check the data without encoding it."""
+    source = sources.read_splits(experiment.data, task.fields, experiment.seed)
+    with_classes(source, experiment.data, task)
+
+
+def _objective_problems(task: Task, objective: str) -> Iterator[str]:
+    if objective not in task.metrics:
+        yield (
+            f"search.objective: {task.name} has no metric {objective!r}; "
+            f"{did_you_mean(objective, task.metrics)}"
+        )
+
+
+def _option_problems(task: Task, experiment: Experiment) -> Iterator[str]:
+    """Settings that the task would not look at."""
+    data, train = experiment.data, experiment.train
+    searched = [path.removeprefix("train.") for path in experiment.search.space or {}]
+    if not task.label_options:
+        for option in LABEL_OPTIONS:
+            if getattr(train, option) or option in searched:
+                yield f"train.{option}: {task.name} has no use for it; remove it"
+    if data.label_names is not None and not task.classes:
+        yield f"data.label_names: {task.name} has no classes to name; remove it"
+    if data.negative_label is not None and task.name != "relation-extraction":
+        yield f"data.negative_label: only relation-extraction has one, got task {task.name}"
+
+
+def _model_problems(experiment: Experiment, model: ModelFacts) -> Iterator[str]:
+    train, layers = experiment.train, model.num_layers
+    depth = layers if train.frozen_layers == "all" else train.frozen_layers
+    if depth > layers:
+        yield (
+            f"train.frozen_layers: {experiment.model} has {layers} layers, got {depth}; freeze 0 "
+            f"to {layers}"
+        )
+    elif depth + train.reinit_layers > layers:
+        yield (
+            f"train.reinit_layers: {experiment.model} has {layers} layers, of which {depth} are "
+            f"frozen, got {train.reinit_layers}"
+        )
+    if experiment.data.max_length > model.max_length:
+        yield (
+            f"data.max_length: {experiment.model} takes at most {model.max_length} tokens, got "
+            f"{experiment.data.max_length}"
+        )
+
+
+def _data_problems(prepared: Prepared) -> Iterator[str]:
+    """What only the data can tell."""
+    task, dataset, train = prepared.task, prepared.dataset, prepared.experiment.train
+    rows = len(dataset.validation.tokens) if task.per_token else len(dataset.validation)
+    outputs = np.zeros((rows, task.outputs_of(dataset.label_set)))
+    known = task.score(outputs, dataset.validation, dataset.label_set)
+    if prepared.objective not in known:
+        yield (
+            f"search.objective: this data has no {prepared.objective} (f1 needs two labels, mrr "
+            f"and ndcg a group column); it has {', '.join(known)}"
+        )
+    if isinstance(train.class_weights, dict):
+        missing = [name for name in dataset.label_names if name not in train.class_weights]
+        unknown = [name for name in train.class_weights if name not in dataset.label_names]
+        if missing:
+            yield f"train.class_weights: every label needs one, none given for {missing[0]!r}"
+        if unknown:
+            hint = did_you_mean(unknown[0], dataset.label_names)
+            yield f"train.class_weights: no label {unknown[0]!r}; {hint}"

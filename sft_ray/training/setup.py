@@ -1,0 +1,46 @@
+"""What is loaded once and serves many trials: data, pretrained model, tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft_ray.config import Experiment
+from sft_ray.training.data import load_tokenizer, open_dataset
+from sft_ray.training.examples import Dataset
+from sft_ray.training.model import Pretrained, load_pretrained, resolve_model
+from sft_ray.training.tasks import Task, find_task
+from sft_ray.training.world import World
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One worker's share of an experiment, ready for any number of trials."""
+
+    task: Task
+    dataset: Dataset
+    pretrained: Pretrained
+    tokenizer: Any
+    world: World
+
+
+def load_setup(experiment: Experiment, dataset_folder: Path, world: World) -> Setup:
+    """Load what `training.data.prepare` wrote, and the experiment's model onto the device.
+
+    Raises:
+        SftError: model or tokenizer cannot be loaded.
+    """
+    task, dataset = find_task(experiment.task), open_dataset(dataset_folder)
+    model_folder = resolve_model(experiment.model)
+    pretrained = load_pretrained(
+        model_folder,
+        task,
+        dataset.label_set,
+        seed=experiment.seed,
+        device=world.device,
+        used_tokens=dataset.used_tokens,
+        revision=experiment.revision,
+    )
+    tokenizer = load_tokenizer(model_folder, experiment.revision)
+    return Setup(task, dataset, pretrained, tokenizer, world)
