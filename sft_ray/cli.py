@@ -67,6 +67,74 @@ def search(
     run_search(parsed, address=address, fresh=fresh, source=source)
 
 
+@app.command()
+def train(
+    experiment: Annotated[str, typer.Argument(help="YAML file of the experiment.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="dotted.path=value, for example train.learning_rate=1e-4"),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Set an existing run folder aside and begin again.")
+    ] = False,
+) -> None:
+    """Train the experiment's one configuration, without Ray; ends with the best checkpoint."""
+    from sft_ray.config import Experiment
+    from sft_ray.errors import ConfigError
+    from sft_ray.yaml_text import read_tree
+
+    tree = read_tree(experiment, overrides or [])
+    try:
+        parsed = Experiment.from_tree(tree, source=experiment)
+    except ConfigError as error:
+        from sft_ray.training.preparation import find_problems
+
+        rest = Experiment.what_is_valid(tree)
+        raise ConfigError(*error.problems, *(find_problems(rest) if rest else [])) from None
+    from sft_ray.single_trial import run_training
+
+    run_training(parsed, fresh=fresh)
+
+
+@app.command()
+def evaluate(
+    model_or_run: Annotated[str, typer.Argument(help="Run folder, or a model folder or hub id.")],
+    split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
+    experiment: Annotated[
+        str | None, typer.Option(help="YAML file that says what data, for a model of no run.")
+    ] = None,
+) -> None:
+    """Score a model on a split; every scoring of the test split is recorded in its run."""
+    from sft_ray.screen import Screen
+    from sft_ray.serving.evaluate import run_evaluation
+
+    found = run_evaluation(model_or_run, split, experiment)
+    screen = Screen()
+    screen.facts(
+        {
+            "model": found.model,
+            "split": f"{found.split}, {found.num_examples} examples",
+            **{name: f"{value:.4f}" for name, value in found.metrics.items()},
+            **({"recorded in": found.recorded_in} if found.recorded_in else {}),
+        }
+    )
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="Model folder, hub id, or run folder.")],
+) -> None:
+    """Read one input per line (text or JSON), write one JSON answer per line."""
+    import json
+
+    from sft_ray.serving.predict import load_predictor, read_rows
+
+    predictor = load_predictor(model)
+    with open(sys.stdin.fileno(), encoding="utf-8-sig", closefd=False) as lines:
+        for answer in predictor.predict(read_rows(lines, predictor.task)):
+            sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a user's mistakes end with exit code 2 and plain lines."""
     if not sys.warnoptions:

@@ -153,6 +153,16 @@ class RunStore:
         """Copy a folder of the run into a local one."""
         fs.copy_files(path, str(local), source_filesystem=self._filesystem)
 
+    @contextmanager
+    def fetched_folder(self, path: str) -> Iterator[Path]:
+        """A folder of the run as a local one, for reading."""
+        if self.local_root is not None:
+            yield self.local_root / path
+            return
+        with tempfile.TemporaryDirectory(prefix="sft_ray-") as local:
+            self.fetch_folder(path, Path(local))
+            yield Path(local)
+
     def delete_folder(self, path: str) -> None:
         if self.exists(path):
             self._filesystem.delete_dir(path)

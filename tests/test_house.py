@@ -16,15 +16,15 @@ MODULES = sorted((ROOT / "sft_ray").rglob("*.py"))
 # From the ground up: a module may import from its own layer and those before it.
 LAYERS = [
     {"errors"},
-    {"cache", "space", "yaml_text", "screen"},
+    {"cache", "environment", "space", "yaml_text", "screen"},
     {"config"},
     {"run_store"},
     {"training", "analysis"},
-    {"search"},
+    {"search", "serving", "single_trial"},
     {"cli"},
 ]
 # Packages that only some layers may import.
-RESERVED = {"ray": {"search"}, "optuna": {"search", "analysis"}, "torch": {"training", "search"}}
+RESERVED = {"ray": {"search"}, "optuna": {"search", "analysis"}, "torch": {"training", "search", "serving", "single_trial"}}
 
 
 def layer_of(module: Path) -> str:

@@ -59,8 +59,12 @@ class Conductor:
         if "failed" in message:
             self._log_error(number, message["failed"], message["traceback"])
             self._failures_in_a_row += 1
-            last = self._last.get(number, {})
-            self._end(number, TrialState.FAIL, {**last, **message}, reason=message["failed"])
+            last = {**self._last.get(number, {}), **message}
+            if message.get("fault"):
+                self._failures_in_a_row = 0
+                self._end(number, TrialState.PRUNED, last, reason=message["failed"], fault=True)
+            else:
+                self._end(number, TrialState.FAIL, last, reason=message["failed"])
             return False
         self._failures_in_a_row = 0
         self._last[number] = message

@@ -30,6 +30,7 @@ class Mailbox:
         self._permitted = 0
         self._messages: list[dict[str, Any]] = []
         self._restarts = 0
+        self._most_per_pass: int | None = None
         self._begun = False  # rank 0 has taken the assignment up
         self._starts_in_a_row = 0
         self._ready: set[int] = set()
@@ -43,6 +44,7 @@ class Mailbox:
         self._generation += 1
         self._assignment, self._permitted = assignment, 0
         self._messages, self._restarts, self._begun = [], 0, False
+        self._most_per_pass = None
         await self._notify()
 
     async def advance(self, index: int) -> None:
@@ -97,7 +99,11 @@ class Mailbox:
         if self._assignment is None or self._generation <= after:
             return None
         self._begun |= rank == 0
-        return self._generation, {**self._assignment, "restarts": self._restarts}
+        return self._generation, {
+            **self._assignment,
+            "restarts": self._restarts,
+            "most_per_pass": self._most_per_pass,
+        }
 
     async def post(self, generation: int, index: int, message: dict[str, Any]) -> None:
         """Report mark `index`, once."""
@@ -111,6 +117,17 @@ class Mailbox:
         if generation == self._generation and self._assignment is not None:
             self._assignment = None
             self._messages.append({"failed": reason, "traceback": traceback})
+            await self._notify()
+
+    async def out_of_memory(self, generation: int, micro_batch: int) -> None:
+        """A step did not fit: hand the trial out again with half, or call it at fault."""
+        if generation != self._generation or self._assignment is None:
+            return
+        self._most_per_pass = max(1, micro_batch // 2)
+        if micro_batch == 1 or self._restarts >= MAX_RESTARTS_PER_TRIAL:
+            reason = f"out of memory at micro-batch {micro_batch}"
+            self._assignment = None
+            self._messages.append({"failed": reason, "traceback": "", "fault": True})
             await self._notify()
 
     async def may_continue(self, generation: int, index: int) -> bool | None:

@@ -61,7 +61,9 @@ def budget(prepared: Prepared) -> str:
     return ", ".join([f"{search.trials} trials", *limits])
 
 
-def say_outcome(screen: Screen, result: SearchResult, source: str | None) -> None:
+def say_outcome(
+    screen: Screen, result: SearchResult, prepared: Prepared, source: str | None
+) -> None:
     """The winner, what it gained, and the commands to type next."""
     best, gain = result.best, result.best["gain_over_default"]
     states = [trial["state"] for trial in result.trials]
@@ -81,8 +83,7 @@ def say_outcome(screen: Screen, result: SearchResult, source: str | None) -> Non
         }
     )
     screen.say()
-    screen.say("next, try the model, score its test split once, or search longer:")
-    screen.say(f"  echo 'your text' | sft-ray predict {best['checkpoint']}")
-    screen.say(f"  sft-ray evaluate {result.location} --split test")
+    prepared.say_next(screen, result.location, best["checkpoint"])
     if source is not None:
+        screen.say("or search longer:")
         screen.say(f"  sft-ray search {source} search.trials={2 * len(states)}")

@@ -61,7 +61,7 @@ def run_search(
     finished = None if fresh else _finished(store, experiment)
     if finished is not None:
         screen.say(f"{store.location} is finished; its outcome:")
-        say_outcome(screen, finished, source)
+        say_outcome(screen, finished, prepared, source)
         return finished
     with connected(address):
         layout = plan_layout(experiment, capacity())
@@ -85,7 +85,7 @@ def run_search(
             if not study.is_over():
                 startup_seconds = _run_trials(prepared, layout, store, study, screen, started)
             result = _conclude(prepared, store, study, environment, startup_seconds)
-    say_outcome(screen, result, source)
+    say_outcome(screen, result, prepared, source)
     return result
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import time
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -21,9 +22,16 @@ import torch
 
 from sft_ray.config import Experiment, Train
 from sft_ray.run_store import PREDICTIONS, RunStore, trial_folder
-from sft_ray.training.checkpoint import save_model, save_predictions
+from sft_ray.training.checkpoint import (
+    ResumeState,
+    load_resume_state,
+    save_model,
+    save_predictions,
+    save_resume_state,
+)
 from sft_ray.training.data import prepare_here
 from sft_ray.training.fit import Progress, fit
+from sft_ray.training.micro_batch import StepOutOfMemoryError
 from sft_ray.training.model import resolve_model
 from sft_ray.training.setup import Setup, load_setup
 from sft_ray.training.tasks import find_task
@@ -66,6 +74,9 @@ def run_worker(settings: dict[str, Any]) -> None:
         generation, assignment = answer
         try:
             run_trial(assignment, generation, loaded, settings["objective"], mailbox)
+        except StepOutOfMemoryError as error:
+            ray.get(mailbox.out_of_memory.remote(generation, error.micro_batch))
+            raise
         except Exception as error:
             # The other ranks sit in a collective: only a restart of the group frees them.
             if not is_lost_peer(error):
@@ -109,6 +120,7 @@ def run_trial(
             keep.consider(progress)
             message = progress.message(keep.saved_percent, assignment["restarts"])
             ray.get(mailbox.post.remote(generation, progress.index, message))
+            keep.write_state(progress)
         return bool(_poll(mailbox.may_continue, generation, progress.index + 1))
 
     if _poll(mailbox.may_continue, generation, 0):
@@ -119,19 +131,25 @@ def run_trial(
             rungs=loaded.experiment.search.rungs,
             seed=loaded.experiment.seed,
             report=report,
+            resume=keep.last_state(),
+            most_per_pass=assignment["most_per_pass"],
         )
+    if setup.world.rank == 0:
+        keep.end()
 
 
 class Keeper:
-    """Writes a trial's best weights to the run folder when they may be wanted.
+    """Writes a trial's weights to the run folder when they may be wanted.
 
-    That is at its end if it beats the trials kept so far, and at every improvement while no trial
-    of the search has finished.
+    The best ones at its end if it beats the trials kept so far, and at every improvement while no
+    trial of the search has finished; the state to go on from every few minutes.
     """
 
     def __init__(self, assignment: dict[str, Any], loaded: Loaded, sign: int) -> None:
         self.saved_percent: int | None = None
         self._assignment, self._loaded, self._sign = assignment, loaded, sign
+        self._last = f"{trial_folder(assignment['number'])}/last"
+        self._written_at = time.monotonic()
 
     def consider(self, progress: Progress) -> None:
         best = progress.best
@@ -145,6 +163,26 @@ class Keeper:
                 save_model(folder, self._loaded.setup, best.weights, self._loaded.experiment.data)
                 save_predictions(folder / PREDICTIONS, self._loaded.setup, best.outputs)
             self.saved_percent = best.percent
+
+    def write_state(self, progress: Progress) -> None:
+        """After a mark was posted, so that a resumed trial never owes a mark."""
+        minutes = (time.monotonic() - self._written_at) / 60
+        due = minutes >= self._loaded.experiment.checkpoint.every_minutes
+        if due and progress.resume_state is not None and not progress.finished:
+            with self._loaded.store.replacing_folder(self._last) as folder:
+                save_resume_state(folder, progress.resume_state())
+            self._written_at = time.monotonic()
+
+    def last_state(self) -> ResumeState | None:
+        """What the workers of this slot wrote before they were restarted."""
+        store = self._loaded.store
+        if self._assignment["restarts"] == 0 or not store.exists(self._last):
+            return None
+        with store.fetched_folder(self._last) as folder:
+            return load_resume_state(folder)
+
+    def end(self) -> None:
+        self._loaded.store.delete_folder(self._last)
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -44,7 +44,7 @@ def prepare(data: Data, task: Task, model_folder: str, revision: str | None, see
     source = sources.read_splits(data, task.fields, seed)
     tables, label_set = with_classes(source, data, task)
     for split in ("train", "validation"):
-        tables[split] = _limited(tables[split], getattr(data.limit, split), seed, split)
+        tables[split] = limited(tables[split], getattr(data.limit, split), seed, split)
     duplicates = count_duplicates(tables, task)
     test = tables.pop("test", None)
     test_is_unlabelled = test is not None and is_unlabelled(test, task.fields.target_name)
@@ -205,7 +205,8 @@ def load_tokenizer(model_folder: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def _limited(table: pa.Table, limit: int | None, seed: int, split: str) -> pa.Table:
+def limited(table: pa.Table, limit: int | None, seed: int, split: str) -> pa.Table:
+    """The first `limit` rows of a seeded shuffle, in their old order."""
     if limit is None or limit >= table.num_rows:
         return table
     order = np.random.default_rng(derived_seed(seed, "limit", split)).permutation(table.num_rows)

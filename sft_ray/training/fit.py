@@ -170,8 +170,8 @@ def fit(
 
     Raises:
         ConfigError: the configuration does not fit the model.
-        torch.OutOfMemoryError: later than at the probe; the caller may try again with half of
-            `most_per_pass`, from its last state.
+        StepOutOfMemoryError: later than at the probe; the caller may try again with half of its
+            micro-batch, from the last state.
     """
     marks = schedule_marks(
         rungs, train.epochs, batches.steps_per_epoch(len(setup.dataset.train), train.batch_size)
@@ -187,7 +187,12 @@ def fit(
         mark = marks[index]
         trial.clock.enter("train")
         while trial.step < mark.step:
-            fault = trial.take_step(next(steps))
+            try:
+                fault = trial.take_step(next(steps))
+            except Exception as error:
+                if micro_batch.is_out_of_memory(error):
+                    raise micro_batch.StepOutOfMemoryError(trial.most_per_pass) from error
+                raise
             if fault is not None:
                 here = Mark(100 * trial.step // trial.num_steps, trial.step)
                 report(trial.progress(index, here, fault))

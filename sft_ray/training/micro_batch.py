@@ -16,6 +16,18 @@ class NothingFitsError(Exception):
     """Not even one example fits."""
 
 
+class StepOutOfMemoryError(RuntimeError):
+    """A step ran out of memory although its size had been found to fit.
+
+    Attributes:
+        micro_batch: examples that went through the model at once.
+    """
+
+    def __init__(self, micro_batch: int) -> None:
+        super().__init__(f"out of memory at micro-batch {micro_batch}")
+        self.micro_batch = micro_batch
+
+
 def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
     """Halve from `most` until an attempt does not run out of memory.
 

@@ -12,6 +12,7 @@ import torch
 
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, SftError, did_you_mean
+from sft_ray.screen import Screen
 from sft_ray.training import sources
 from sft_ray.training.data import open_dataset, prepare, with_classes
 from sft_ray.training.examples import Dataset
@@ -84,6 +85,13 @@ class Prepared:
             )
         return described
 
+    def say_next(self, screen: Screen, location: str, checkpoint: str) -> None:
+        """The commands to type once there is a model."""
+        line = self.task.example_line(self.dataset.validation.has("text_pair"))
+        screen.say("next, try the model, or score its test split once:")
+        screen.say(f"  echo '{line}' | sft-ray predict {checkpoint}")
+        screen.say(f"  sft-ray evaluate {location} --split test")
+
 
 def prepare_training(experiment: Experiment, found: Sequence[str] = ()) -> Prepared:
     """Check task, model, data and settings; read and encode the data.
@@ -121,6 +129,15 @@ def prepare_training(experiment: Experiment, found: Sequence[str] = ()) -> Prepa
     if problems:
         raise ConfigError(*problems)
     return prepared
+
+
+def find_problems(experiment: Experiment) -> list[str]:
+    """Further problems of an experiment some of whose keys were already refused."""
+    try:
+        prepare_training(experiment)
+    except SftError as error:
+        return list(error.problems)
+    return []
 
 
 def collect(problems: list[str], check: Any, *arguments: Any) -> Any:

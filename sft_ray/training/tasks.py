@@ -89,6 +89,15 @@ class Task:
         """1 where a larger value is better, else -1."""
         return 1 if self.direction(objective) == "maximize" else -1
 
+    def example_line(self, has_pair: bool) -> str:
+        """An input as `predict` reads it."""
+        if not has_pair and list(self.fields.inputs) in (["text"], ["tokens"]):
+            return "your text"
+        if not has_pair and "subject_start" in self.fields.inputs:
+            return '{"text": "…", "subject": [0, 5], "object": [9, 14]}'
+        names = [*self.fields.inputs, *(["text_pair"] if has_pair else [])]
+        return "{" + ", ".join(f'"{name}": "…"' for name in names) + "}"
+
     def outputs_of(self, label_set: LabelSet) -> int:
         """Numbers per item or token."""
         return len(label_set.names) if self.classes else self.num_outputs
@@ -324,7 +333,7 @@ def answer_spans(logits: Floats, examples: Examples, label_set: LabelSet) -> lis
     assert examples.spans is not None  # encode_windows says which characters a token covers
     contexts = examples.column("context")
     best: list[tuple[float, int, int]] = [(-np.inf, 0, 0)] * len(contexts)
-    empty = [np.inf] * len(contexts)
+    empty = [float("inf")] * len(contexts)
     for item, row in enumerate(examples.rows):
         where = examples[item]
         start, end = logits[where, 0].astype(np.float64), logits[where, 1].astype(np.float64)
@@ -340,12 +349,12 @@ def answer_spans(logits: Floats, examples: Examples, label_set: LabelSet) -> lis
             spans = examples.spans[where]
             best[row] = (float(sums[first, last]), spans[inside[first], 0], spans[inside[last], 1])
     found = []
-    for context, (score, start, end), none in zip(contexts, best, empty, strict=True):
+    for context, (score, first, past), none in zip(contexts, best, empty, strict=True):
         if label_set.negative == "" and none > score:
             found.append({"answer": "", "start": 0, "end": 0, "score": none})
         else:
-            answer = context[start:end]
-            found.append({"answer": answer, "start": int(start), "end": int(end), "score": score})
+            place = {"start": int(first), "end": int(past)}
+            found.append({"answer": context[first:past], **place, "score": score})
     return found
 
 

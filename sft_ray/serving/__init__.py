@@ -1,0 +1,1 @@
+"""Using a trained model: answers for new inputs, scores on a split."""

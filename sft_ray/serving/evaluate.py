@@ -1,0 +1,112 @@
+"""`sft-ray evaluate`: a trained model's scores on one split of an experiment's data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sft_ray.config import Data, Experiment, Splits
+from sft_ray.errors import ConfigError, DataError
+from sft_ray.run_store import EXPERIMENT, TEST_ACCESS, RunStore
+from sft_ray.serving.predict import Predictor, load_predictor
+from sft_ray.training import labels, sources
+from sft_ray.training.columns import is_unlabelled
+from sft_ray.training.data import encode_split, limited
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a model on a split of `num_examples` rows."""
+
+    model: str
+    split: str
+    num_examples: int
+    metrics: dict[str, float]
+    recorded_in: str | None
+
+
+def run_evaluation(place: str, split: str, experiment_file: str | None = None) -> Evaluation:
+    """Score a model on `validation` or `test`; a scoring of the test split is recorded.
+
+    Args:
+        place: a run folder, whose winner is scored, or a model folder or hub id.
+        split: of the experiment's data.
+        experiment_file: says what data; default: the run's own experiment.
+
+    Raises:
+        SftError: no such run, model, split or labels.
+    """
+    if split not in ("validation", "test"):
+        raise ConfigError(f"--split: validation or test, got {split!r}")
+    experiment, store = _find_run(place, experiment_file)
+    predictor = load_predictor(place)
+    if predictor.task.name != experiment.task:
+        raise ConfigError(
+            f"{place}: the model answers {predictor.task.name}, the experiment is about "
+            f"{experiment.task}"
+        )
+    metrics, num_examples = score_split(predictor, experiment, split)
+    record = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": place,
+        "num_examples": num_examples,
+        "metrics": metrics,
+    }
+    recorded_in = None
+    if split == "test":
+        store.append_text(TEST_ACCESS, json.dumps(record) + "\n")
+        recorded_in = store.path_of(TEST_ACCESS)
+    return Evaluation(place, split, num_examples, metrics, recorded_in)
+
+
+def score_split(
+    predictor: Predictor, experiment: Experiment, split: str
+) -> tuple[dict[str, float], int]:
+    """Metrics and number of rows.
+
+    Raises:
+        DataError: the data has no such split, or no labels for it that the model knows.
+    """
+    task, data = predictor.task, _with_test(experiment.data, split)
+    source = sources.read_splits(data, task.fields, experiment.seed)
+    if split not in source.tables:
+        raise DataError(
+            f"data: the experiment names no {split} split; set data.{split}, data.splits.{split} "
+            f"or data.split.{split}"
+        )
+    table, target = source.tables[split], task.fields.target_name
+    if is_unlabelled(table, target):
+        raise DataError(f"data: the {split} split is unlabelled; it cannot be scored")
+    if task.classes:
+        table = labels.with_names(table, target, source.names, f"data, {split}")
+        labels.check_names(table, target, predictor.label_set.names, f"data, {split}")
+    if split == "validation":
+        table = limited(table, data.limit.validation, experiment.seed, split)
+    examples = encode_split(table, task, predictor.encoder, predictor.label_set)
+    outputs = predictor.outputs(examples)
+    return task.score(outputs, examples, predictor.label_set), table.num_rows
+
+
+def _with_test(data: Data, split: str) -> Data:
+    """A hub data set's test split is called so unless the experiment says otherwise."""
+    if split == "test" and data.path is not None and (data.splits or Splits()).test is None:
+        splits = (data.splits or Splits()).model_copy(update={"test": "test"})
+        return data.model_copy(update={"splits": splits})
+    return data
+
+
+def _find_run(place: str, experiment_file: str | None) -> tuple[Experiment, RunStore]:
+    """The experiment that says what data, and the run folder that keeps the record."""
+    if experiment_file is not None:
+        experiment = Experiment.load(experiment_file)
+        return experiment, RunStore(experiment.storage, experiment.name)
+    for folder in (Path(place), Path(place).parent):
+        if (folder / EXPERIMENT).is_file():
+            experiment = Experiment.load(folder / EXPERIMENT)
+            return experiment, RunStore(str(folder.parent), folder.name)
+    raise ConfigError(
+        f"{place}: neither a run folder nor a model inside one; say with --experiment FILE what "
+        "data to score it on"
+    )

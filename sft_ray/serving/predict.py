@@ -1,0 +1,195 @@
+"""Answers of a trained model for new inputs, in the order they come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+import transformers
+
+from sft_ray.errors import ConfigError, DataError
+from sft_ray.training.checkpoint import MODEL_FACTS
+from sft_ray.training.columns import check_fields
+from sft_ray.training.data import encode_split, load_tokenizer
+from sft_ray.training.encoding import Encoder
+from sft_ray.training.examples import Examples, LabelSet
+from sft_ray.training.fit import evaluate
+from sft_ray.training.metrics import Floats
+from sft_ray.training.model import quiet_transformers, resolve_model
+from sft_ray.training.tasks import Task, find_task
+from sft_ray.training.world import World
+
+ROWS_AT_ONCE = 2000  # encoded and sorted by length together
+# What a head says of its task, where no facts of ours do.
+HEADS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
+PROBLEM_TYPES = {"regression": "regression", "multi_label_classification": "multi-label"}
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A trained model with all it takes to feed it.
+
+    Attributes:
+        model: with its head, on the device of `world`.
+    """
+
+    model: Any
+    task: Task
+    encoder: Encoder
+    label_set: LabelSet
+    world: World
+
+    def outputs(self, examples: Examples) -> Floats:
+        """Raw outputs of encoded examples, [n or total, classes]."""
+        pad = self.encoder.tokenizer.pad_token_id
+        return evaluate(self.model, self.task, examples, pad, self.world)
+
+    def predict(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """One answer per row, in order; rows are batched by length, `ROWS_AT_ONCE` together.
+
+        Raises:
+            DataError: a row lacks a field of the task, or one holds something else.
+        """
+        rows, start = iter(rows), 0
+        while chunk := list(islice(rows, ROWS_AT_ONCE)):
+            table = self._checked(chunk, start)
+            examples = encode_split(table, self.task, self.encoder, self.label_set)
+            yield from self.task.answer(self.outputs(examples), examples, self.label_set)
+            start += len(chunk)
+
+    def _checked(self, rows: list[dict[str, Any]], start: int) -> pa.Table:
+        fields = self.task.fields
+        for number, row in enumerate(rows, start=start + 1):
+            for entity in ("subject", "object"):
+                if isinstance(row.get(entity), list) and len(row[entity]) == 2:
+                    row[f"{entity}_start"], row[f"{entity}_end"] = row[entity]
+            if missing := [name for name in fields.inputs if name not in row]:
+                raise DataError(f"input {number}: {self.task.name} needs {missing[0]!r}")
+        present = [n for n in (*fields.inputs, *fields.optional) if any(n in row for row in rows)]
+        try:
+            table = pa.Table.from_pylist([{n: row.get(n) for n in present} for row in rows])
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(f"inputs: a field holds different kinds of values: {error}") from None
+        if problems := check_fields(table, fields):
+            where = f"inputs from {start + 1} on" if start else "input"
+            raise DataError(*(f"{where}: {problem}" for problem in problems))
+        return table
+
+
+def load_predictor(model: str, device: torch.device | None = None) -> Predictor:
+    """Load a model folder (safetensors only), a hub id, or the winner of a run folder.
+
+    Raises:
+        ConfigError: there is no such model, or its head belongs to no task.
+    """
+    quiet_transformers()
+    if (Path(model) / "best").is_dir():
+        model = str(Path(model) / "best")
+    folder = resolve_model(model)
+    facts = read_facts(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        task = find_task(facts.get("task") or _task_of(config, model))
+        auto_model = getattr(transformers, task.auto_model)
+        loaded = auto_model.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+        )
+    except ConfigError:
+        raise
+    except Exception as error:  # the library raises many kinds for a bad id or folder
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"model: {model!r} cannot be loaded: {reason}; give a model folder or a run folder"
+        ) from None
+    tokenizer = load_tokenizer(folder)
+    most = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    max_length = facts.get("max_length") or min(tokenizer.model_max_length, most, 512)
+    names = tuple(config.id2label[i] for i in range(config.num_labels)) if task.classes else ()
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Predictor(
+        model=loaded.to(device),
+        task=task,
+        encoder=Encoder(tokenizer, max_length, facts.get("doc_stride", 64)),
+        label_set=LabelSet(names, facts.get("negative_label")),
+        world=World(device=device),
+    )
+
+
+def read_facts(folder: str) -> dict[str, Any]:
+    """What `save_model` wrote beside the weights; empty for a model from elsewhere.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = Path(folder) / MODEL_FACTS
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged JSON: {error}") from None
+    if not isinstance(facts, dict):
+        raise ConfigError(f"{path}: must hold an object, got {type(facts).__name__}")
+    return facts
+
+
+def read_rows(lines: Iterable[str], task: Task) -> Iterator[dict[str, Any]]:
+    """Rows from lines that are all JSON objects, or all plain texts.
+
+    A plain line is the `text` of tasks that read one, or blank-separated `tokens`.
+
+    Raises:
+        DataError: a line is empty or is no JSON object among others that are, or the task reads
+            more than one text.
+    """
+    plain: bool | None = None
+    inputs = list(task.fields.inputs)
+    for number, line in enumerate(_decoded(lines), start=1):
+        line = line.rstrip("\r\n")
+        if not line.strip():
+            raise DataError(f"line {number}: is empty; every line is one input")
+        if plain is None:
+            plain = not line.lstrip().startswith("{")
+            if plain and inputs not in (["text"], ["tokens"]):
+                raise DataError(
+                    f"line {number}: {task.name} reads JSON lines with {', '.join(inputs)}, got "
+                    f"{line[:60]!r}"
+                )
+        if plain:
+            yield {inputs[0]: line.split() if inputs[0] == "tokens" else line}
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"line {number}: is no JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"line {number}: must be a JSON object, got {line[:60]!r}")
+        yield row
+
+
+def _decoded(lines: Iterable[str]) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise DataError(f"input: is no UTF-8: {error}; convert it") from None
+
+
+def _task_of(config: Any, model: str) -> str:
+    for architecture in config.architectures or []:
+        for ending, task in HEADS.items():
+            if architecture.endswith(ending):
+                if ending == "ForSequenceClassification":
+                    return PROBLEM_TYPES.get(config.problem_type, task)
+                return task
+    heads = ", ".join(HEADS)
+    raise ConfigError(f"model: {model!r} has no head for a task ({heads}); fine-tune it first")

@@ -1,0 +1,258 @@
+"""`sft-ray train`: one configuration, in this process, into a run folder like a search's."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import torch
+
+from sft_ray import space as spaces
+from sft_ray.analysis.model_card import model_card
+from sft_ray.analysis.outcome import Outcome
+from sft_ray.analysis.results import SearchResult, best_row, trial_row
+from sft_ray.config import Experiment, Train
+from sft_ray.environment import describe_environment
+from sft_ray.errors import TrialError
+from sft_ray.run_store import (
+    BEST,
+    ENVIRONMENT,
+    PREDICTIONS,
+    RESULTS,
+    RunStore,
+    check_folder_rule,
+    trial_folder,
+    write_experiment,
+)
+from sft_ray.screen import Screen, duration, short_params
+from sft_ray.training.checkpoint import (
+    ResumeState,
+    load_resume_state,
+    save_model,
+    save_predictions,
+    save_resume_state,
+)
+from sft_ray.training.fit import Progress, fit
+from sft_ray.training.micro_batch import StepOutOfMemoryError
+from sft_ray.training.preparation import Prepared, prepare_training
+from sft_ray.training.setup import Setup, load_setup
+from sft_ray.training.world import World
+
+FOLDER = trial_folder(0)
+LAST = f"{FOLDER}/last"
+METRICS = f"{FOLDER}/metrics.jsonl"
+TIMES_HALVED = 2  # after running out of memory later than at the probe
+
+
+def run_training(
+    experiment: Experiment, *, fresh: bool = False, quiet: bool = False
+) -> SearchResult:
+    """Train the experiment's own configuration, or go on with an interrupted training.
+
+    Needs no Ray.  One process: one GPU if there is one, else all cores.
+
+    Args:
+        experiment: its `train` section is what runs; its `search` section only names the objective
+            and the rungs to evaluate at.
+        fresh: set an existing run folder of that name aside and begin again.
+        quiet: print nothing.
+
+    Raises:
+        SftError: something the user can mend; nothing has been written then.
+        TrialError: the configuration is at fault; its marks are kept.
+    """
+    screen = Screen(quiet)
+    prepared = prepare_training(experiment)
+    store = RunStore(experiment.storage, experiment.name)
+    if not fresh and check_folder_rule(store, experiment) == "same":
+        tree = store.read_json(RESULTS)
+        if tree is not None:
+            screen.say(f"{store.location} is finished; its outcome:")
+            result = SearchResult(store.location, tree)
+            _say_outcome(screen, result, prepared)
+            return result
+    if fresh and store.is_there():
+        screen.say(f"the old folder is now {store.set_aside()}")
+    with store.locked():
+        write_experiment(store, experiment)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        environment = describe_environment({"device": device.type, **prepared.facts()})
+        store.write_json(ENVIRONMENT, environment)
+        _say_truth(screen, prepared, store, device)
+        setup = load_setup(experiment, prepared.dataset_folder, World(device=device))
+        run = _Run(prepared, setup, store, screen)
+        outcome = run.train()
+        tree = _conclude(prepared, store, run, outcome, environment)
+    result = SearchResult(store.location, tree)
+    _say_outcome(screen, result, prepared)
+    return result
+
+
+class _Run:
+    """What the marks of the one trial leave in the run folder."""
+
+    def __init__(self, prepared: Prepared, setup: Setup, store: RunStore, screen: Screen) -> None:
+        self.prepared, self.setup, self.store, self.screen = prepared, setup, store, screen
+        self.messages: list[dict[str, Any]] = []
+        self._saved_percent: int | None = None
+        self._written_at = self._began = time.monotonic()
+        self._seconds_before = 0.0
+
+    @property
+    def curve(self) -> dict[int, float]:
+        objective = self.prepared.objective
+        return {m["percent"]: m["metrics"][objective] for m in self.messages if m["metrics"]}
+
+    def train(self) -> Outcome:
+        """Fit, from the last state if there is one; halve the micro-batch when memory runs out."""
+        experiment = self.prepared.experiment
+        most = None
+        for attempt in range(TIMES_HALVED + 1):
+            try:
+                fit(
+                    experiment.train,
+                    self.setup,
+                    objective=self.prepared.objective,
+                    rungs=experiment.search.rungs,
+                    seed=experiment.seed,
+                    report=self.report,
+                    resume=self._take_up(),
+                    most_per_pass=most,
+                )
+                break
+            except StepOutOfMemoryError as error:
+                if error.micro_batch == 1 or attempt == TIMES_HALVED:
+                    raise TrialError(f"{experiment.name}: {error}") from None
+                most = error.micro_batch // 2
+                self.screen.event(f"out of memory; going on with {most} examples per pass")
+        last = self.messages[-1]
+        seconds = self._seconds_before + time.monotonic() - self._began
+        return Outcome.from_message(
+            last, reason=last["fault"], fault=last["fault"] is not None, seconds=seconds
+        )
+
+    def report(self, progress: Progress) -> bool:
+        """Keep what a mark found: its scores, the best weights, now and then the state."""
+        best = progress.best
+        if best is not None and best.percent != self._saved_percent:
+            with self.store.replacing_folder(BEST) as folder:
+                save_model(folder, self.setup, best.weights, self.prepared.experiment.data)
+                save_predictions(folder / PREDICTIONS, self.setup, best.outputs)
+                self.store.write_bytes(PREDICTIONS, (folder / PREDICTIONS).read_bytes())
+                (folder / PREDICTIONS).unlink()
+            self._saved_percent = best.percent
+        message = progress.message(self._saved_percent)
+        message["seconds"] = self._seconds_before + time.monotonic() - self._began
+        self.messages.append(message)
+        lines = "".join(f"{json.dumps(m)}\n" for m in self.messages)
+        self.store.write_text(METRICS, lines)
+        self._say_mark(progress)
+        minutes = (time.monotonic() - self._written_at) / 60
+        due = minutes >= self.prepared.experiment.checkpoint.every_minutes
+        if due and progress.resume_state is not None and not progress.finished:
+            with self.store.replacing_folder(LAST) as folder:
+                save_resume_state(folder, progress.resume_state())
+            self._written_at = time.monotonic()
+        return True
+
+    def _say_mark(self, progress: Progress) -> None:
+        score = progress.metrics.get(self.prepared.objective)
+        found = progress.fault or f"{self.prepared.objective} {score:.4f}"
+        self.screen.event(
+            f"{progress.percent:3d}%  {found}  train loss {progress.train_loss:.3f}  "
+            f"epoch {progress.epochs_run:.2f}"
+        )
+
+    def _take_up(self) -> ResumeState | None:
+        """The state of an interrupted training, with the marks that lead up to it."""
+        if not self.store.exists(f"{LAST}/state.json"):
+            return None
+        with self.store.fetched_folder(LAST) as folder:
+            state = load_resume_state(folder)
+        kept = [json.loads(line) for line in (self.store.read_text(METRICS) or "").splitlines()]
+        self.messages = kept[: state.facts["last"]["index"] + 1]
+        self._saved_percent = state.facts["best"]["percent"]
+        self._seconds_before = self.messages[-1]["seconds"]
+        self.screen.event(f"going on behind {state.facts['last']['percent']} %")
+        return state
+
+
+def _conclude(
+    prepared: Prepared,
+    store: RunStore,
+    run: _Run,
+    outcome: Outcome,
+    environment: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the trial, the model card and results.json, which comes last."""
+    experiment = prepared.experiment
+    row = trial_row(
+        number=0,
+        state="PRUNED" if outcome.fault else "COMPLETE",
+        role="single",
+        params=settings_of(experiment.train),
+        outcome=outcome,
+        curve=run.curve,
+        seed=experiment.seed,
+    )
+    store.write_json(f"{FOLDER}/trial.json", row)
+    if outcome.score is None:
+        raise TrialError(f"{experiment.name}: {outcome.reason}; nothing was evaluated before")
+    tree = {
+        "name": experiment.name,
+        "metric": prepared.objective,
+        "direction": prepared.direction,
+        "wall_seconds": outcome.slot_seconds,
+        "startup_seconds": None,
+        "best": best_row(row, None, store.path_of(BEST)),
+        "trials": [row],
+        "environment": environment,
+    }
+    card = model_card(tree, experiment.to_tree(), prepared.dataset.label_names)
+    store.write_text(f"{BEST}/README.md", card)
+    store.write_json(RESULTS, tree)
+    store.delete_folder(LAST)
+    return tree
+
+
+def settings_of(train: Train) -> dict[str, Any]:
+    """What every search varies, and whatever else differs from the defaults, by dotted path."""
+    always = {"learning_rate", "batch_size", "epochs", "regularization", "frozen_layers"}
+    default = Train().model_dump()
+    chosen = {n: v for n, v in train.model_dump().items() if n in always or v != default[n]}
+    chosen["regularization"] = {
+        name: value for name, value in chosen["regularization"].items() if value is not None
+    }
+    return spaces.parameters({f"train.{name}": value for name, value in chosen.items()})
+
+
+def _say_truth(screen: Screen, prepared: Prepared, store: RunStore, device: torch.device) -> None:
+    kind = "GPU" if device.type == "cuda" else "CPU"
+    screen.facts(
+        {
+            "train": f"{prepared.experiment.name} in {store.location}",
+            **prepared.described(),
+            "device": f"{kind}, {prepared.precision(kind)}",
+            "settings": short_params(settings_of(prepared.experiment.train)),
+            "objective": f"{prepared.objective}, {prepared.direction}; evaluated at "
+            + "".join(f"{rung} %, " for rung in prepared.experiment.search.rungs)
+            + "and at every epoch's end",
+        }
+    )
+    screen.say()
+
+
+def _say_outcome(screen: Screen, result: SearchResult, prepared: Prepared) -> None:
+    best, trial = result.best, result.trials[0]
+    screen.say()
+    screen.facts(
+        {
+            "validation": ", ".join(f"{k} {v:.4f}" for k, v in best["validation"].items()),
+            **({"ended": trial["reason"]} if trial["reason"] else {}),
+            "time": duration(result.tree["wall_seconds"]),
+            "checkpoint": best["checkpoint"],
+        }
+    )
+    screen.say()
+    prepared.say_next(screen, result.location, best["checkpoint"])
