@@ -24,33 +24,26 @@ def order(name: str, *, learning_rate: float, step: int, rank: int, action: str)
 
 
 def install() -> None:
-    """Wrap the training step of this process."""
-    from sft_ray.training import fit as fit_module
-    from sft_ray.training import model as model_module
+    """Wrap loading and the training step of this process."""
+    import importlib
 
-    honest_load = model_module.load_pretrained
+    fit_module = importlib.import_module("sft_ray.training.fit")
+    setup_module = importlib.import_module("sft_ray.training.setup")
+    honest_load = setup_module.load_pretrained
 
     def load_pretrained(*arguments: Any, **options: Any) -> Any:
         if NO_LOADING.exists():
             raise OSError("injected: the weights are gone")
         return honest_load(*arguments, **options)
 
-    model_module.load_pretrained = load_pretrained
-    honest_fit, honest_loss = fit_module.fit, fit_module.forward_loss
+    setup_module.load_pretrained = load_pretrained
+    honest_step = fit_module._Trial.take_step
 
-    def fit(train: Any, **options: Any) -> None:
-        steps = 0
+    def take_step(trial: Any, indices: Any) -> Any:
+        strike(trial.train.learning_rate, trial.step + 1, trial.world.rank)
+        return honest_step(trial, indices)
 
-        def forward_loss(*arguments: Any) -> Any:
-            nonlocal steps
-            steps += 1
-            strike(train.learning_rate, steps, options["world"].rank)
-            return honest_loss(*arguments)
-
-        fit_module.forward_loss = forward_loss
-        honest_fit(train, **options)
-
-    fit_module.fit = fit
+    fit_module._Trial.take_step = take_step
 
 
 def strike(learning_rate: float, step: int, rank: int) -> None:
@@ -66,4 +59,6 @@ def strike(learning_rate: float, step: int, rank: int) -> None:
         path.unlink()
         if fault["action"] == "raise":
             raise ValueError("injected: the loss function has a bug")
+        if fault["action"] == "run out of memory":
+            raise MemoryError("injected")
         os._exit(1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +16,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from sft_ray.config import Data, Train
-from sft_ray.training.checkpoint import ResumeState
-from sft_ray.training.data import open_dataset, prepare
+from sft_ray.training.checkpoint import ResumeState, save_model
+from sft_ray.training.data import load_tokenizer, open_dataset, prepare
 from sft_ray.training.examples import Dataset
 from sft_ray.training.fit import Progress, fit
 from sft_ray.training.model import Pretrained, load_pretrained, quiet_transformers
@@ -41,12 +43,21 @@ WORDS = tuple(word for group in KEYWORDS.values() for word in group)
 VOCABULARY = (*SPECIALS.values(), *PIECES, *WORDS, *FILLERS, *NEVER_IN_TOY_ROWS)
 TOKEN_ID = {token: i for i, token in enumerate(VOCABULARY)}
 PAD = TOKEN_ID["[PAD]"]
+CHINESE = tuple("我你他在去看了北京上海广州的很大小新旧好坏电影书人猫狗树花锤锯是不")
+# Also marks for entities, and characters of a script without blanks.
+WIDE_VOCABULARY = (*VOCABULARY, "@", "#", *CHINESE)
 
 
-def tiny_tokenizer(folder: Path, max_length: int = 64) -> Any:
-    """Save a fast BERT-style WordPiece tokenizer over `VOCABULARY` and return it."""
+def tiny_tokenizer(
+    folder: Path, max_length: int = 64, vocabulary: tuple[str, ...] = VOCABULARY
+) -> Any:
+    """Save a fast BERT-style WordPiece tokenizer and return it.
+
+    Every vocabulary begins with the special tokens.
+    """
     cls, sep = TOKEN_ID["[CLS]"], TOKEN_ID["[SEP]"]
-    backend = Tokenizer(models.WordPiece(dict(TOKEN_ID), unk_token="[UNK]"))
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
@@ -134,6 +145,7 @@ def tiny_model_folder(
     hidden: int = 32,
     dropout: float = 0.1,
     seed: int = 0,
+    vocabulary: tuple[str, ...] = VOCABULARY,
     **changes: Any,
 ) -> Path:
     """Save a randomly initialised encoder (safetensors, no head) with its tokenizer.
@@ -141,11 +153,12 @@ def tiny_model_folder(
     `changes` go into the family's configuration.
     """
     quiet_transformers()
+    changes = {"vocab_size": len(vocabulary), **changes}
     config = tiny_config(model_type, num_layers, hidden=hidden, dropout=dropout, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformers.AutoModel.from_config(config).save_pretrained(folder)
-    tiny_tokenizer(folder)
+    tiny_tokenizer(folder, vocabulary=vocabulary)
     return folder
 
 
@@ -160,6 +173,127 @@ def toy_rows(n: int, seed: int = 0) -> list[tuple[str, str]]:
         words.insert(rng.integers(0, len(words) + 1), str(rng.choice(KEYWORDS[label])))
         rows.append((" ".join(words), label))
     return [rows[i] for i in rng.permutation(n)]
+
+
+def sentence(rng: np.random.Generator, shortest: int = 2, longest: int = 9) -> list[str]:
+    return [str(word) for word in rng.choice(FILLERS, size=rng.integers(shortest, longest))]
+
+
+def with_keyword(words: list[str], group: str, rng: np.random.Generator) -> int:
+    """Put a keyword of the group into `words`; its place."""
+    place = int(rng.integers(0, len(words) + 1))
+    words.insert(place, str(rng.choice(KEYWORDS[group])))
+    return place
+
+
+def class_row(rng: np.random.Generator, i: int) -> dict[str, Any]:
+    group, words = list(KEYWORDS)[i % 3], sentence(rng)
+    with_keyword(words, group, rng)
+    return {"text": " ".join(words), "label": group}
+
+
+def labels_row(rng: np.random.Generator, i: int) -> dict[str, Any]:
+    groups, words = [g for g in KEYWORDS if rng.random() < 0.5], sentence(rng)
+    for group in groups:
+        with_keyword(words, group, rng)
+    return {"text": " ".join(words), "labels": groups}
+
+
+def value_row(rng: np.random.Generator, i: int) -> dict[str, Any]:
+    row = class_row(rng, i)
+    return {
+        "text": row["text"],
+        "label": {"animal": -1.0, "plant": 0.25, "tool": 1.0}[row["label"]],
+    }
+
+
+def tags_row(rng: np.random.Generator, i: int) -> dict[str, Any]:
+    """Keywords are entities; "new" before one belongs to it."""
+    words, tags = [w for w in sentence(rng, 3) if w != "new"], []
+    with_keyword(words, list(KEYWORDS)[i % 3], rng)
+    with_keyword(words, list(KEYWORDS)[i % 2], rng)
+    group_of = {word: group for group, members in KEYWORDS.items() for word in members}
+    found: list[str] = []
+    for word in words:
+        if word in group_of and rng.random() < 0.3:
+            found += ["new", word]
+            tags += [f"B-{group_of[word]}", f"I-{group_of[word]}"]
+        else:
+            found.append(word)
+            tags.append(f"B-{group_of[word]}" if word in group_of else "O")
+    return {"tokens": found, "tags": tags}
+
+
+def answer_row(rng: np.random.Generator, i: int) -> dict[str, Any]:
+    words = sentence(rng, 4, 12)
+    place = with_keyword(words, list(KEYWORDS)[i % 3], rng)
+    start = sum(len(word) + 1 for word in words[:place])
+    answers = {"text": [words[place]], "answer_start": [start]}
+    return {"question": "one in the ?", "context": " ".join(words), "answers": answers}
+
+
+def relation_row(rng: np.random.Generator, i: int) -> dict[str, Any]:
+    """The label is the subject's group, or "none" if the object is no keyword."""
+    groups = list(KEYWORDS)
+    words = [str(rng.choice(KEYWORDS[groups[i % 3]])), *sentence(rng, 1, 4)]
+    words.append("road" if i % 4 == 0 else str(rng.choice(KEYWORDS[groups[i % 3]])))
+    label = "none" if i % 4 == 0 else groups[i % 3]
+    text = " ".join(words)
+    return {
+        "text": text,
+        "subject_start": 0,
+        "subject_end": len(words[0]),
+        "object_start": len(text) - len(words[-1]),
+        "object_end": len(text),
+        "label": label,
+    }
+
+
+ROW_OF_TASK: dict[str, Callable[[np.random.Generator, int], dict[str, Any]]] = {
+    "text-classification": class_row,
+    "multi-label": labels_row,
+    "regression": value_row,
+    "token-classification": tags_row,
+    "question-answering": answer_row,
+    "relation-extraction": relation_row,
+}
+
+
+def task_rows(task: str, n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of a task that a tiny model can learn."""
+    rng = np.random.default_rng(seed)
+    return [ROW_OF_TASK[task](rng, i) for i in range(n)]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def dataset_of(
+    folder: Path,
+    task: str,
+    model: Path,
+    train: list[dict[str, Any]],
+    validation: list[dict[str, Any]] | None = None,
+    **data: Any,
+) -> Dataset:
+    """Rows of a task, encoded and opened; validation rows are those of training if None."""
+    folder.mkdir(exist_ok=True)
+    files = {
+        "train": str(write_jsonl(folder / "train.jsonl", train)),
+        "validation": str(write_jsonl(folder / "validation.jsonl", validation or train)),
+    }
+    section = Data(**{**files, "max_length": 32, **data})
+    return open_dataset(prepare(section, TASKS[task], str(model), None, seed=17))
+
+
+def task_dataset(
+    folder: Path, task: str, model: Path, *, train: int = 150, validation: int = 60, **data: Any
+) -> Dataset:
+    """Learnable rows of a task, written, encoded and opened."""
+    rows = task_rows(task, train, seed=1), task_rows(task, validation, seed=2)
+    return dataset_of(folder, task, model, *rows, **data)
 
 
 def write_csv(
@@ -181,12 +315,18 @@ def toy_dataset(folder: Path, model: Path, *, train: int = 300, validation: int 
 
 
 def load_tiny(
-    model: Path, dataset: Dataset, *, seed: int = 17, double: bool = False, rows: str = "used"
+    model: Path,
+    dataset: Dataset,
+    *,
+    task: Task = TASK,
+    seed: int = 17,
+    double: bool = False,
+    rows: str = "used",
 ) -> Pretrained:
     """The model with a head for the data set; `rows` of the vocabulary: "used" or "all"."""
     used = dataset.used_tokens if rows == "used" else None
     loaded = load_pretrained(
-        str(model), TASK, dataset.label_set, seed=seed, device=CPU, used_tokens=None
+        str(model), task, dataset.label_set, seed=seed, device=CPU, used_tokens=None
     )
     whole = loaded.model.double() if double else loaded.model
     return Pretrained(whole, loaded.from_scratch, used)
@@ -223,3 +363,16 @@ def run_fit(
         resume=resume,
     )
     return reports
+
+
+def save_tiny(
+    folder: Path,
+    model: Path,
+    pretrained: Pretrained,
+    dataset: Dataset,
+    trained: dict[str, torch.Tensor],
+    task: Task = TASK,
+) -> None:
+    """Write the trained model as a folder, with the tokenizer of `model`."""
+    setup = Setup(task, dataset, pretrained, load_tokenizer(str(model)), World())
+    save_model(folder, setup, trained, Data(path="none", max_length=32))

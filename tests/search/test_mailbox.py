@@ -5,6 +5,8 @@ import pytest
 from sft_ray.search import mailbox as mailbox_module
 from sft_ray.search.mailbox import Mailbox
 
+WHOLE = {"most_per_pass": None}
+
 
 @pytest.fixture(autouse=True)
 def _short_polls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +27,7 @@ def test_an_assignment_reaches_every_rank_and_goes_on_by_permission() -> None:
         assert await box.ready()
         await box.assign({"number": 7})
         answers = [await box.next_assignment(rank, 0) for rank in (0, 1)]
-        assert answers[0] == answers[1] == (1, {"number": 7, "restarts": 0})
+        assert answers[0] == answers[1] == (1, {"number": 7, "restarts": 0, **WHOLE})
         assert await box.may_continue(1, 0) is None
         await box.advance(0)
         assert await box.may_continue(1, 0) is True
@@ -48,7 +50,7 @@ def test_the_next_assignment_stops_the_previous_one_and_stale_posts_are_ignored(
         await box.post_failure(1, "stale", "")
         await box.advance(0)
         assert await box.message(0) is None
-        assert (await box.next_assignment(0, 1)) == (2, {"number": 2, "restarts": 0})
+        assert (await box.next_assignment(0, 1)) == (2, {"number": 2, "restarts": 0, **WHOLE})
 
     asyncio.run(scenario())
 
@@ -63,7 +65,7 @@ def test_a_restarted_group_replays_without_reporting_twice() -> None:
         assert await box.next_assignment(0, 0) is not None
         for rank in (1, 0):
             await box.register(rank)
-        assert await box.next_assignment(0, 0) == (1, {"number": 1, "restarts": 1})
+        assert await box.next_assignment(0, 0) == (1, {"number": 1, "restarts": 1, **WHOLE})
         assert await box.may_continue(1, 1) is True  # permissions hold
         await box.post(1, 0, {"score": "again"})
         await box.post(1, 1, {"score": 2})
@@ -84,7 +86,31 @@ def test_a_trial_whose_workers_keep_dying_fails_and_the_slot_lives_on() -> None:
         assert message["failed"] == "its workers died 3 times"
         assert await box.next_assignment(0, 0) is None
         await box.assign({"number": 2})
-        assert await box.next_assignment(0, 0) == (2, {"number": 2, "restarts": 0})
+        assert await box.next_assignment(0, 0) == (2, {"number": 2, "restarts": 0, **WHOLE})
+
+    asyncio.run(scenario())
+
+
+def test_a_trial_without_memory_comes_again_at_half_and_twice_at_most() -> None:
+    async def scenario() -> None:
+        box = await ready_box(1)
+        await box.assign({"number": 1})
+        handed_out = []
+        for used in (32, 16, 8):
+            answer = await box.next_assignment(0, 0)
+            assert isinstance(answer, tuple)
+            handed_out.append(answer[1]["most_per_pass"])
+            await box.out_of_memory(1, used)
+            await box.register(0)
+        assert handed_out == [None, 16, 8]
+        message = await box.message(0)
+        assert message == {
+            "failed": "out of memory at micro-batch 8",
+            "traceback": "",
+            "fault": True,
+        }
+        await box.assign({"number": 2})
+        assert await box.next_assignment(0, 0) == (2, {"number": 2, "restarts": 0, **WHOLE})
 
     asyncio.run(scenario())
 

@@ -46,9 +46,11 @@ def with_search(experiment: Experiment, **search: object) -> Experiment:
 
 def rescore(result: SearchResult, experiment: Experiment, folder: Path) -> tuple[float, list[str]]:
     """Accuracy and label names of best/ by an independent script, on the same validation rows."""
-    from sft_ray.training import sources
+    from sft_ray.training import TASKS, sources
 
-    rows = sources.read_splits(experiment.data, experiment.seed)["validation"].to_pylist()
+    fields = TASKS["text-classification"].fields
+    source = sources.read_splits(experiment.data, fields, experiment.seed)
+    rows = source.tables["validation"].to_pylist()
     (folder / "rows.json").write_text(json.dumps(rows))
     (folder / "rescore.py").write_text(textwrap.dedent(RESCORE))
     done = subprocess.run(
@@ -172,11 +174,41 @@ def test_a_trial_that_raises_fails_alone_and_a_dead_worker_costs_a_restart(
     failed, restarted, calm = result.trials
     assert failed["state"] == "FAIL"
     assert failed["reason"] == "ValueError: injected: the loss function has a bug"
-    assert "forward_loss" in (Path(result.location) / "errors.log").read_text()
+    assert "strike" in (Path(result.location) / "errors.log").read_text()
     assert (restarted["state"], restarted["restarts"]) == ("COMPLETE", 1)
     assert (calm["state"], calm["restarts"]) == ("COMPLETE", 0)
     assert len({tuple(map(tuple, t["curve"])) for t in (restarted, calm)}) == 2
     assert all(len(t["curve"]) == 4 for t in (restarted, calm))
+
+
+def test_a_restarted_trial_goes_on_from_its_last_state_as_if_nothing_had_happened(
+    experiment: Experiment,
+) -> None:
+    rates = [1.7e-3, 2.7e-3]
+    tree = with_search(
+        experiment,
+        default_recipe=False,
+        pruner="none",
+        trials=2,
+        enqueue=[
+            {"train.learning_rate": r, "train.epochs": 2, "train.batch_size": 32} for r in rates
+        ],
+    ).to_tree()
+    often = {"every_minutes": 1e-6, "keep": 5}
+    undisturbed = run_search(Experiment.from_tree({**tree, "name": "undisturbed"}), quiet=True)
+    faults.order("a", learning_rate=rates[0], step=10, rank=1, action="die")
+    short = faults.order("b", learning_rate=rates[1], step=10, rank=0, action="run out of memory")
+    faulty = Experiment.from_tree({**tree, "name": "faulty", "checkpoint": often})
+    result = run_search(faulty, quiet=True)
+    assert not short.exists()
+    assert [t["restarts"] for t in undisturbed.trials] == [0, 0]
+    assert [t["restarts"] for t in result.trials] == [1, 1]
+    assert result.trials[0]["curve"] == undisturbed.trials[0]["curve"]
+    assert result.trials[0]["epochs_run"] == 2.0
+    assert [t["micro_batch"] for t in undisturbed.trials] == [16, 16]
+    assert [t["micro_batch"] for t in result.trials] == [16, 8]
+    assert {t["state"] for t in result.trials} == {"COMPLETE"}
+    assert not list(Path(result.location).glob("trials/*/last"))
 
 
 def test_a_killed_driver_loses_no_finished_trial_and_doubles_none(
@@ -242,7 +274,7 @@ def test_a_configuration_that_diverges_is_at_fault_and_the_search_goes_on(
     # Decay multiplies every weight by about -900 per step at the peak of the schedule.
     decay = {"kind": "weight_decay", "strength": {"uniform": [900, 1000]}}
     space = {"train.learning_rate": 1.0, "train.epochs": 3, "train.regularization": decay}
-    experiment = with_search(experiment, space=space, trials=2)
+    experiment = with_search(experiment, space=space, trials=2, pruner="none")
     result = run_search(experiment, quiet=True)
     default, diverged = result.trials
     assert default["state"] == "COMPLETE"

@@ -10,7 +10,7 @@ import pytest
 from optuna.trial import TrialState
 
 from sft_ray.analysis.outcome import Outcome
-from sft_ray.analysis.results import gain_over_default, trial_row, winner
+from sft_ray.analysis.results import gain_over_default, row_of, winner
 from sft_ray.config import Experiment
 from sft_ray.search.study import (
     PlannedTrial,
@@ -306,4 +306,4 @@ def test_a_trial_that_lost_its_slot_starts_over_a_few_times(tmp_path: Path) -> N
     assert not again
     study.finish(0, TrialState.FAIL, Outcome(reason="slot lost"))
     assert study.is_over()
-    assert trial_row(study.trials[0], seed=17)["reason"] == "slot lost"
+    assert row_of(study.trials[0], seed=17)["reason"] == "slot lost"
