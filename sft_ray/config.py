@@ -373,7 +373,9 @@ def _rule(problem: Any) -> str:
 def _without_union_tags(loc: tuple[int | str, ...]) -> list[int | str]:
     """Pydantic appends the tried member of a union (`int`, `literal['auto']`) to the path."""
     return [
-        part for part in loc if not re.match(r"^(constrained-)?(int|float|literal\[.*)$", str(part))
+        part
+        for part in loc
+        if not re.match(r"^(constrained-)?(int|float|str|(literal|list|dict)\[.*)$", str(part))
     ]
 
 

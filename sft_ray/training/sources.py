@@ -82,28 +82,33 @@ def read_file(path: str) -> pa.Table:
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file; paths are relative to the working directory")
     try:
-        if suffix == ".parquet":
-            return pq.read_table(path)
-        if suffix in (".csv", ".tsv"):
-            delimiter = "\t" if suffix == ".tsv" else ","
-            return pyarrow.csv.read_csv(
-                path,
-                parse_options=pyarrow.csv.ParseOptions(
-                    delimiter=delimiter, newlines_in_values=True
-                ),
-                convert_options=pyarrow.csv.ConvertOptions(strings_can_be_null=False),
-            )
-        if suffix == ".json" and Path(path).read_bytes().lstrip()[:1] == b"[":
-            rows = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not rows or not all(isinstance(row, dict) for row in rows):
-                raise ValueError("it must hold a list of at least one {column: value} object")
-            return pa.Table.from_pylist(rows)
-        return pyarrow.json.read_json(
-            path, parse_options=pyarrow.json.ParseOptions(newlines_in_values=False)
-        )
+        table = _parse(path, suffix)
+        table.validate(full=True)  # texts that are no UTF-8, for one
     except (pa.ArrowException, ValueError, AttributeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise DataError(f"{path}: cannot be read as {suffix[1:]}: {reason}") from None
+        mend = "; save the file as UTF-8" if "UTF8" in reason or "utf-8" in reason else ""
+        raise DataError(f"{path}: cannot be read as {suffix[1:]}: {reason[:300]}{mend}") from None
+    return table
+
+
+def _parse(path: str, suffix: str) -> pa.Table:
+    if suffix == ".parquet":
+        return pq.read_table(path)
+    if suffix in (".csv", ".tsv"):
+        delimiter = "\t" if suffix == ".tsv" else ","
+        return pyarrow.csv.read_csv(
+            path,
+            parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            convert_options=pyarrow.csv.ConvertOptions(strings_can_be_null=False),
+        )
+    if suffix == ".json" and Path(path).read_bytes().lstrip()[:1] == b"[":
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not rows or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("it must hold a list of at least one {column: value} object")
+        return pa.Table.from_pylist(rows)
+    return pyarrow.json.read_json(
+        path, parse_options=pyarrow.json.ParseOptions(newlines_in_values=False)
+    )
 
 
 def _read_builtin(path: str, splits: Splits) -> dict[str, pa.Table]:
