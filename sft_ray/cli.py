@@ -126,13 +126,15 @@ def predict(
 ) -> None:
     """Read one input per line (text or JSON), write one JSON answer per line."""
     import json
+    from io import TextIOWrapper
 
     from sft_ray.serving.predict import load_predictor, read_rows
 
     predictor = load_predictor(model)
-    with open(sys.stdin.fileno(), encoding="utf-8-sig", closefd=False) as lines:
-        for answer in predictor.predict(read_rows(lines, predictor.task)):
-            sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig")  # whatever the locale says
+    for answer in predictor.predict(read_rows(sys.stdin, predictor.task)):
+        sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -36,7 +36,9 @@ class Screen:
         """Aligned `name  value` lines."""
         width = max(map(len, facts)) + 2
         for name, value in facts.items():
-            lines = textwrap.wrap(value, 100 - width, break_on_hyphens=False)
+            lines = textwrap.wrap(
+                value, 100 - width, break_on_hyphens=False, break_long_words=False
+            )
             self.say(f"{name:<{width}}{lines[0]}")
             for line in lines[1:]:
                 self.say(" " * width + line)

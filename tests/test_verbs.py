@@ -1,0 +1,254 @@
+"""`train`, `evaluate` and `predict` as a user calls them, on tiny models."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import pipeline
+
+from sft_ray import cli
+from sft_ray.config import Experiment
+from sft_ray.errors import ConfigError, DataError, TrialError
+from sft_ray.serving.evaluate import run_evaluation
+from sft_ray.serving.predict import load_predictor, read_rows
+from sft_ray.single_trial import run_training
+from tests.models import toy_rows, write_csv
+
+fit_module = importlib.import_module("sft_ray.training.fit")
+ARGUMENTS = {"learning_rate": 5e-3, "epochs": 2, "dropout": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny_model: Path, toy_csv: Path) -> Any:
+    """A small experiment; keywords replace sections of its tree."""
+
+    def make(**tree: Any) -> Experiment:
+        return Experiment.from_tree(
+            {
+                "name": "single",
+                "model": str(tiny_model),
+                "data": {
+                    "train": str(toy_csv),
+                    "split": {"validation": 0.2, "test": 0.1},
+                    "max_length": 32,
+                },
+                "train": ARGUMENTS,
+                "storage": str(tmp_path / "runs"),
+                **tree,
+            }
+        )
+
+    return make
+
+
+def test_training_leaves_a_run_like_a_search_and_the_same_command_shows_it(make, capsys) -> None:
+    result = run_training(make())
+    run = Path(result.location)
+    assert {f.name for f in run.iterdir()} - {".lock"} == {
+        "best",
+        "environment.json",
+        "experiment.yaml",
+        "predictions.parquet",
+        "results.json",
+        "trials",
+    }
+    (trial,) = result.trials
+    assert (trial["number"], trial["state"], trial["role"]) == (0, "COMPLETE", "single")
+    assert trial["params"]["train.learning_rate"] == 5e-3
+    assert trial["params"]["train.dropout"] == 0.1
+    assert [percent for percent, _ in trial["curve"]] == [10, 33, 50, 100]
+    assert result.best["validation"]["accuracy"] == max(v for _, v in trial["curve"])
+    assert result.best["gain_over_default"] is None
+    seconds = trial["train_seconds"] + trial["eval_seconds"] + trial["overhead_seconds"]
+    assert result.tree["wall_seconds"] == pytest.approx(seconds)
+    first = capsys.readouterr().out
+    assert "always the same answer scores accuracy" in first
+    again = run_training(make())
+    assert again.tree == result.tree
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_the_run_folder_keeps_its_rules(make) -> None:
+    run_training(make(), quiet=True)
+    with pytest.raises(ConfigError, match=r"train\.epochs is 2 there and 1 here"):
+        run_training(make(train={**ARGUMENTS, "epochs": 1}), quiet=True)
+    other = run_training(make(train={**ARGUMENTS, "epochs": 1}), fresh=True, quiet=True)
+    assert Path(f"{other.location}.old-1/results.json").is_file()
+
+
+def test_an_interrupted_training_goes_on_as_if_it_had_not_stopped(make, monkeypatch) -> None:
+    straight = run_training(make(name="straight"), quiet=True)
+    often = make(name="interrupted", checkpoint={"every_minutes": 1e-6})
+    honest = fit_module._Trial.take_step
+
+    def interrupt(trial: Any, indices: Any) -> Any:
+        if trial.step == 8:
+            raise KeyboardInterrupt
+        return honest(trial, indices)
+
+    monkeypatch.setattr(fit_module._Trial, "take_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(often, quiet=True)
+    steps: list[int] = []
+    monkeypatch.setattr(
+        fit_module._Trial,
+        "take_step",
+        lambda trial, indices: steps.append(trial.step) or honest(trial, indices),
+    )
+    result = run_training(often, quiet=True)
+    assert steps[0] > 0
+    assert result.trials[0]["curve"] == straight.trials[0]["curve"]
+    assert result.best["validation"] == straight.best["validation"]
+    weights = [Path(r.location, "best/model.safetensors").read_bytes() for r in (straight, result)]
+    assert weights[0] == weights[1]
+    lines = Path(result.location, "trials/0/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3]
+    assert not Path(result.location, "trials/0/last").exists()
+
+
+def test_a_step_without_memory_is_tried_with_half(make, monkeypatch, capsys) -> None:
+    honest = fit_module._Trial.take_step
+
+    def refuse(trial: Any, indices: Any) -> Any:
+        if trial.most_per_pass > 8:
+            raise MemoryError
+        return honest(trial, indices)
+
+    monkeypatch.setattr(fit_module._Trial, "take_step", refuse)
+    result = run_training(make())
+    assert result.trials[0]["micro_batch"] == 8
+    assert capsys.readouterr().out.count("out of memory; going on with") == 2
+
+
+def test_a_configuration_that_diverges_keeps_what_it_had(make) -> None:
+    wild = {"learning_rate": 1.0, "epochs": 3, "warmup": 0.9, "optimizer": "sgd"}
+    wild |= {"max_grad_norm": 1e30, "regularization": {"kind": "l2", "strength": 999.0}}
+    result = run_training(make(train=wild), quiet=True)
+    assert "not finite" in result.trials[0]["reason"]
+    assert result.best["complete"] is False
+    assert result.trials[0]["schedule_percent"] < 100
+    none = make(name="none", train={**wild, "warmup": 0.0}, search={"rungs": []})
+    with pytest.raises(TrialError, match="nothing was evaluated before"):
+        run_training(none, quiet=True)
+
+
+@pytest.fixture
+def run(make) -> Path:
+    return Path(run_training(make(), quiet=True).location)
+
+
+def test_the_winner_scores_again_what_was_reported(run: Path) -> None:
+    reported = json.loads((run / "results.json").read_text())["best"]["validation"]
+    for place in (run, run / "best"):
+        found = run_evaluation(str(place), "validation")
+        assert found.metrics == pytest.approx(reported, abs=1e-6)
+    assert not (run / "test_access.jsonl").exists()
+
+
+def test_every_scoring_of_the_test_split_is_recorded(run: Path, capsys) -> None:
+    for _ in range(2):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["evaluate", str(run), "--split", "test"])
+        assert not exit_.value.code
+    assert "test_access.jsonl" in capsys.readouterr().out
+    first, second = map(json.loads, (run / "test_access.jsonl").read_text().splitlines())
+    assert first["metrics"] == second["metrics"]
+    assert first["num_examples"] > 10
+    assert 0 < first["metrics"]["accuracy"] < 1
+
+
+def test_a_model_from_elsewhere_is_scored_on_a_named_experiment(run: Path, tmp_path, make) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (run / "best").rename(elsewhere)
+    with pytest.raises(ConfigError, match="--experiment FILE"):
+        run_evaluation(str(elsewhere), "test")
+    file = str(run / "experiment.yaml")
+    found = run_evaluation(str(elsewhere), "test", file)
+    assert found.recorded_in == str(run / "test_access.jsonl")
+    (elsewhere / "sft_ray.json").unlink()  # the head says what task it is
+    assert run_evaluation(str(elsewhere), "test", file).metrics == found.metrics
+
+
+def test_what_cannot_be_scored_is_refused(run: Path, make, tmp_path: Path, tiny_model) -> None:
+    with pytest.raises(ConfigError, match="validation or test, got 'train'"):
+        run_evaluation(str(run), "train")
+    rows = [(text, -1) for text, _ in toy_rows(12)]
+    tree = make().to_tree()
+    tree["data"] |= {"test": str(write_csv(tmp_path / "hidden.csv", rows)), "split": None}
+    tree["data"]["validation"] = tree["data"]["train"]
+    hidden = Experiment.from_tree({**tree, "name": "hidden"})
+    (tmp_path / "hidden.yaml").write_text(json.dumps(hidden.to_tree()))
+    with pytest.raises(DataError, match="test split is unlabelled"):
+        run_evaluation(str(run / "best"), "test", str(tmp_path / "hidden.yaml"))
+    assert not list(tmp_path.rglob("test_access.jsonl"))
+    with pytest.raises(ConfigError, match="no head for a task"):
+        load_predictor(str(tiny_model))
+
+
+def predictions(model: Path, lines: list[str]) -> list[dict[str, Any]]:
+    predictor = load_predictor(str(model))
+    return list(predictor.predict(read_rows(lines, predictor.task)))
+
+
+def test_answers_come_in_order_and_agree_with_transformers(run: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sft_ray.serving.predict.ROWS_AT_ONCE", 7)
+    texts = [text for text, _ in toy_rows(40, seed=6)]
+    found = predictions(run, [f"{text}\n" for text in texts])
+    classify = pipeline("text-classification", str(run / "best"))
+    for mine, theirs in zip(found, classify(texts, truncation=True, max_length=32), strict=True):
+        assert mine["label"] == theirs["label"]
+        assert mine["probability"] == pytest.approx(theirs["score"], abs=1e-5)
+    as_json = predictions(run, [json.dumps({"text": text}) for text in texts])
+    assert as_json == found
+
+
+def test_the_command_reads_lines_and_writes_json_lines(run: Path, monkeypatch, capsys) -> None:
+    lines = io.BytesIO("\ufeffthe old cat\nan oak\n".encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, encoding="latin1"))
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["predict", str(run)])
+    assert not exit_.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line) for line in lines] == predictions(run, ["the old cat", "an oak"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "fragment"),
+    [
+        (["a cat", ""], "line 2: is empty"),
+        (['{"text": "a cat"}', '{"text": '], "line 2: is no JSON"),
+        (['{"text": "a cat"}', "[1]"], "line 2: must be a JSON object"),
+        (['{"body": "a cat"}'], "input 1: text-classification needs 'text'"),
+        (['{"text": 3}'], "'text' must hold texts"),
+        (['{"text": "a"}', '{"text": 3}'], "different kinds of values"),
+    ],
+)
+def test_bad_inputs_are_named(run: Path, lines: list[str], fragment: str) -> None:
+    with pytest.raises(DataError) as refusal:
+        predictions(run, lines)
+    assert fragment in str(refusal.value)
+
+
+def test_the_predictions_of_the_winner_are_kept(run: Path) -> None:
+    table = pq.read_table(run / "predictions.parquet")
+    reported = json.loads((run / "results.json").read_text())["best"]["validation"]["accuracy"]
+    labels, answers = (table.column(c).to_pylist() for c in ("label", "predicted_label"))
+    right = sum(a == b for a, b in zip(labels, answers, strict=True))
+    assert right / len(labels) == pytest.approx(reported)
+    assert table.column("text")[0].as_py()
