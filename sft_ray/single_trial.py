@@ -235,9 +235,9 @@ def _say_truth(screen: Screen, prepared: Prepared, store: RunStore, device: torc
             **prepared.described(),
             "device": f"{kind}, {prepared.precision(kind)}",
             "settings": short_params(settings_of(prepared.experiment.train)),
-            "objective": f"{prepared.objective}, {prepared.direction}; evaluated at "
-            + "".join(f"{rung} %, " for rung in prepared.experiment.search.rungs)
-            + "and at every epoch's end",
+            "objective": f"{prepared.objective}, {prepared.direction}; evaluated "
+            + "".join(f"at {rung} %, " for rung in prepared.experiment.search.rungs)
+            + "at every epoch's end",
         }
     )
     screen.say()
