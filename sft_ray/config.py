@@ -26,6 +26,7 @@ from sft_ray.errors import ConfigError, did_you_mean
 from sft_ray.yaml_text import read_tree
 
 ENV_REFERENCE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+UNION_TAG = re.compile(r"^(constrained-)?(int|float|str|(literal|list|dict)\[.*)$")
 QUOTED = re.compile(r"'([^']*)'")
 
 
@@ -259,7 +260,7 @@ class Resources(Section):
 class Experiment(Section):
     """The whole experiment; the contract of the YAML."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]
     model: Location
     revision: str | None = None
     task: str = "text-classification"  # one of training/tasks.py

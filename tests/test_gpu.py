@@ -1,58 +1,85 @@
 """What only a GPU can show; skipped where there is none (`make test-gpu`)."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sft_ray.config import Experiment, Train
 from sft_ray.search.cluster import plan_layout
+from sft_ray.training.examples import Dataset
 from sft_ray.training.fit import Progress, fit
 from sft_ray.training.model import load_pretrained
+from sft_ray.training.setup import Setup
 from sft_ray.training.world import World, resolve_precision
 from tests.models import PAD, TASK, toy_dataset
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
+def train_losses(device: str, model: Path, dataset: Dataset, **train: object) -> list[float]:
+    """Mean loss up to every mark of a tiny training without dropout."""
+    pretrained = load_pretrained(
+        str(model),
+        TASK,
+        dataset.label_set,
+        seed=17,
+        device=torch.device(device),
+        used_tokens=dataset.used_tokens,
+    )
+    found: list[float] = []
+
+    def report(progress: Progress) -> bool:
+        assert progress.fault is None
+        found.append(progress.train_loss)
+        return True
+
+    settings = {"epochs": 3, "batch_size": 16, "learning_rate": 1e-3, "dropout": 0.0, **train}
+    tokenizer = SimpleNamespace(pad_token_id=PAD)
+    fit(
+        Train.model_validate(settings),
+        Setup(TASK, dataset, pretrained, tokenizer, World(device=torch.device(device))),
+        objective="accuracy",
+        rungs=[10, 33],
+        seed=17,
+        report=report,
+    )
+    return found
+
+
 @needs_gpu
 @pytest.mark.gpu
 def test_a_gpu_computes_the_same_losses_as_a_cpu_in_fp32(tiny_model: Path, tmp_path: Path) -> None:
     dataset = toy_dataset(tmp_path, tiny_model)
-    losses: dict[str, list[float]] = {}
-    for name in ("cpu", "cuda"):
-        device = torch.device(name)
-        pretrained = load_pretrained(
-            str(tiny_model),
-            TASK,
-            dataset.label_names,
-            seed=17,
-            device=device,
-            used_tokens=dataset.used_tokens,
-        )
-        for module in pretrained.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        found: list[float] = []
+    on_gpu, on_cpu = (
+        train_losses(device, tiny_model, dataset, precision="fp32") for device in ("cuda", "cpu")
+    )
+    assert on_gpu == pytest.approx(on_cpu, abs=1e-4)
 
-        def report(progress: Progress, found: list[float] = found) -> bool:
-            found.append(progress.train_loss)
-            return True
 
-        fit(
-            Train(epochs=3, batch_size=16, learning_rate=1e-3, precision="fp32"),
-            pretrained=pretrained,
-            dataset=dataset,
-            task=TASK,
-            objective="accuracy",
-            rungs=[10, 33],
-            pad_token=PAD,
-            seed=17,
-            world=World(device=device),
-            report=report,
-        )
-        losses[name] = found
-    assert losses["cuda"] == pytest.approx(losses["cpu"], abs=1e-4)
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_stays_close_to_fp32(
+    tiny_model: Path, tmp_path: Path, precision: str
+) -> None:
+    dataset = toy_dataset(tmp_path, tiny_model)
+    half, whole = (
+        train_losses("cuda", tiny_model, dataset, precision=name) for name in (precision, "fp32")
+    )
+    assert half[0] == pytest.approx(whole[0], abs=0.02)
+    assert half[-1] < half[0]
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_the_losses_do_not_depend_on_the_micro_batch(tiny_model: Path, tmp_path: Path) -> None:
+    dataset = toy_dataset(tmp_path, tiny_model)
+    whole = train_losses("cuda", tiny_model, dataset, precision="fp32", micro_batch=4)
+    assert whole == pytest.approx(
+        train_losses("cuda", tiny_model, dataset, precision="fp32"), abs=1e-4
+    )
 
 
 @needs_gpu

@@ -6,7 +6,7 @@ from typing import Any
 
 CARD = """---
 library_name: transformers
-pipeline_tag: {task}
+pipeline_tag: {pipeline}
 base_model: {model}
 ---
 
@@ -18,33 +18,45 @@ base_model: {model}
 |---|---|
 {scores}
 
-The figures are of exactly these weights. They are the best of {num_trials} trials on the same
-split, so expect somewhat less on new data; the test split was not scored. Gain over the default
-recipe: {gain}.
+The figures are of exactly these weights. {selection}
 
 | parameter | value |
 |---|---|
 {params}
 
-Labels: {labels}. Seed {seed}, data fingerprint `{fingerprint}`.
+{labels}Seed {seed}, data fingerprint `{fingerprint}`.
 """
+SEARCHED = """They are the best of {num_trials} trials on the same split, so expect somewhat less on
+new data; the test split was not scored. Gain over the default recipe: {gain}."""
+SINGLE = """They are the best evaluation of one training on the same split, so expect somewhat less
+on new data; the test split was not scored."""
+# Tasks that the hub's pipelines know by another name.
+PIPELINES = {
+    "multi-label": "text-classification",
+    "regression": "text-classification",
+    "relation-extraction": "text-classification",
+}
 
 
 def model_card(tree: dict[str, Any], experiment: dict[str, Any], labels: tuple[str, ...]) -> str:
     """Markdown for the winner of results.json (`tree`) of a resolved experiment."""
     best, environment, data = tree["best"], tree["environment"], experiment["data"]
-    gain = best["gain_over_default"]
+    gain, task, num_trials = best["gain_over_default"], experiment["task"], len(tree["trials"])
+    searched = SEARCHED.format(
+        num_trials=num_trials,
+        gain="unknown, it did not finish" if gain is None else f"{gain:+.4f} {tree['metric']}",
+    )
     return CARD.format(
-        task=experiment["task"],
+        pipeline=PIPELINES.get(task, task),
+        task=task,
         model=experiment["model"],
         name=tree["name"],
         data=data["path"] or data["train"],
         version=environment["sft_ray"],
         scores="\n".join(f"| {k} | {v:.4f} |" for k, v in best["validation"].items()),
-        num_trials=len(tree["trials"]),
-        gain="unknown, it did not finish" if gain is None else f"{gain:+.4f} {tree['metric']}",
+        selection=searched if num_trials > 1 else SINGLE,
         params="\n".join(f"| {k} | {v} |" for k, v in best["params"].items()),
-        labels=", ".join(labels),
+        labels=f"Labels: {', '.join(labels)}. " if labels else "",
         seed=experiment["seed"],
         fingerprint=environment["data_fingerprint"],
     )

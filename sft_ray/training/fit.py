@@ -220,7 +220,7 @@ class _Trial:
             reinit_layers=train.reinit_layers,
             seed=seed,
         )
-        self.most_per_pass = self.choose_micro_batch(most_per_pass)
+        self.most_per_pass = self.choose_micro_batch(setup.micro_batches, most_per_pass)
         self.model = self.world.wrap(self.pretrained.model)
         self.trainable = list(self.pretrained.trainable().values())
         self.penalty = bind_penalty(train.regularization, self.pretrained)
@@ -398,12 +398,24 @@ class _Trial:
         self.last = Progress(**last, best=self.best, resume_state=self.state)
         return int(last["index"]) + 1
 
-    def choose_micro_batch(self, most: int | None) -> int:
+    def choose_micro_batch(self, known: dict[tuple[int | str, int], int], most: int | None) -> int:
         """The most examples per pass: as configured, or as many of the longest as fit."""
-        share = -(-self.train.batch_size // self.world.size)
+        train = self.train
+        share = -(-train.batch_size // self.world.size)
         most = min(share, most or share)
-        if self.train.micro_batch != "auto":
-            return min(most, self.train.micro_batch)
+        if train.micro_batch != "auto":
+            return min(most, train.micro_batch)
+        key = (train.frozen_layers, train.batch_size)
+        if key not in known:
+            known[key] = self.probe_micro_batch(share)
+        return min(most, known[key])
+
+    def probe_micro_batch(self, share: int) -> int:
+        """The same on all ranks: the least that one of them found.
+
+        Raises:
+            NothingFitsError: one example is too much for a rank.
+        """
         longest = np.argsort(-self.dataset.train.lengths, kind="stable")
 
         def attempt(size: int) -> None:
@@ -420,7 +432,7 @@ class _Trial:
         on_gpu = self.world.device.type == "cuda"
         probe = micro_batch.largest_that_fits if on_gpu else micro_batch.by_measured_bytes
         try:
-            fits = probe(attempt, most)
+            fits = probe(attempt, share)
         except micro_batch.NothingFitsError:
             fits = 0
         fits = self.world.minimum(fits)

@@ -120,7 +120,9 @@ def regression(predictions: Floats, values: Floats) -> dict[str, float]:
 
     predictions, values = predictions.astype(np.float64), values.astype(np.float64)
     errors = predictions - values
-    varied = len(values) > 1 and np.ptp(predictions) > 0 and np.ptp(values) > 0
+    # Below the rounding of their size, differences are noise and scipy warns.
+    spread = min(np.ptp(v) / max(np.abs(v).max(), 1e-30) for v in (predictions, values))
+    varied = len(values) > 1 and spread > 1e-9
     return {
         "spearman": float(spearmanr(predictions, values).statistic) if varied else 0.0,
         "pearson": float(pearsonr(predictions, values).statistic) if varied else 0.0,

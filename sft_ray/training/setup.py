@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,18 @@ from sft_ray.training.world import World
 
 @dataclass(frozen=True)
 class Setup:
-    """One worker's share of an experiment, ready for any number of trials."""
+    """One worker's share of an experiment, ready for any number of trials.
+
+    Attributes:
+        micro_batches: (frozen layers, batch size) -> what the probe found, for later trials.
+    """
 
     task: Task
     dataset: Dataset
     pretrained: Pretrained
     tokenizer: Any
     world: World
+    micro_batches: dict[tuple[int | str, int], int] = field(default_factory=dict)
 
 
 def load_setup(experiment: Experiment, dataset_folder: Path, world: World) -> Setup:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pyarrow.parquet as pq
 import pytest
 import ray
+from transformers import AutoModelForTokenClassification
 
 from sft_ray.analysis.results import SearchResult
 from sft_ray.config import Experiment
@@ -20,7 +22,10 @@ from sft_ray.errors import ConfigError, ResourceError, TrialError
 from sft_ray.run_store import JOURNAL
 from sft_ray.search.study import open_storage
 from sft_ray.search.tuner import run_search
+from sft_ray.serving.evaluate import run_evaluation
+from sft_ray.training import metrics
 from tests import faults
+from tests.models import KEYWORDS, toy_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(200)]
 
@@ -209,6 +214,34 @@ def test_a_restarted_trial_goes_on_from_its_last_state_as_if_nothing_had_happene
     assert [t["micro_batch"] for t in result.trials] == [16, 8]
     assert {t["state"] for t in result.trials} == {"COMPLETE"}
     assert not list(Path(result.location).glob("trials/*/last"))
+
+
+def test_another_task_ends_with_its_own_kind_of_model_and_answers(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    groups = {word: group for group, words in KEYWORDS.items() for word in words}
+    rows = [
+        {"tokens": text.split(), "tags": [f"B-{groups[w]}" if w in groups else "O" for w in words]}
+        for text, _ in toy_rows(160, seed=5)
+        for words in [text.split()]
+    ]
+    data = tmp_path / "词.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = with_search(experiment, trials=2, default_recipe=False, pruner="none").to_tree()
+    tree |= {"name": "命名实体", "task": "token-classification"}
+    tree["data"] |= {"train": str(data), "split": {"validation": 0.2, "test": 0.2}}
+    result = run_search(Experiment.from_tree(tree), quiet=True)
+    run = Path(result.location)
+    reported = result.best["validation"]
+    assert result.tree["metric"] == "f1"
+    found = run_evaluation(str(run), "validation").metrics
+    assert found == pytest.approx(reported, abs=1e-6)
+    model = AutoModelForTokenClassification.from_pretrained(run / "best")
+    assert set(model.config.id2label.values()) == {"O", "B-animal", "B-plant", "B-tool"}
+    table = pq.read_table(run / "predictions.parquet")
+    truth, answers = (table.column(c).to_pylist() for c in ("tags", "predicted_tags"))
+    assert metrics.entities(truth, answers)["f1"] == pytest.approx(reported["f1"])
+    assert not (run / "best" / "predictions.parquet").exists()
 
 
 def test_a_killed_driver_loses_no_finished_trial_and_doubles_none(
