@@ -146,18 +146,24 @@ def tiny_model_folder(
     dropout: float = 0.1,
     seed: int = 0,
     vocabulary: tuple[str, ...] = VOCABULARY,
+    noise: float = 0.0,
     **changes: Any,
 ) -> Path:
     """Save a randomly initialised encoder (safetensors, no head) with its tokenizer.
 
-    `changes` go into the family's configuration.
+    `changes` go into the family's configuration; `noise` moves biases and normalisation away from
+    where initialisation puts them.
     """
     quiet_transformers()
     changes = {"vocab_size": len(vocabulary), **changes}
     config = tiny_config(model_type, num_layers, hidden=hidden, dropout=dropout, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformers.AutoModel.from_config(config).save_pretrained(folder)
+        model = transformers.AutoModel.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(noise * torch.randn_like(parameter))
+        model.save_pretrained(folder)
     tiny_tokenizer(folder, vocabulary=vocabulary)
     return folder
 
@@ -343,13 +349,20 @@ def run_fit(
     world: World | None = None,
     stop_after: int | None = None,
     resume: ResumeState | None = None,
+    most_per_pass: int | None = None,
+    also: Callable[[Progress], Any] | None = None,
     **train: Any,
 ) -> list[Progress]:
-    """Every report of one `fit` in fp32 (or the model's own float64)."""
+    """Every report of one `fit` in fp32 (or the model's own float64).
+
+    `also` sees each report when it comes.
+    """
     reports: list[Progress] = []
 
     def report(progress: Progress) -> bool:
         reports.append(progress)
+        if also is not None:
+            also(progress)
         return len(reports) != stop_after
 
     fit(
@@ -361,6 +374,7 @@ def run_fit(
         seed=seed,
         report=report,
         resume=resume,
+        most_per_pass=most_per_pass,
     )
     return reports
 

@@ -101,6 +101,27 @@ def test_all_problems_are_reported_together() -> None:
         ({"data": {"train": "a", "validation": "b", "split": {}}}, "exclude each other"),
         ({"data": {"train": "a", "split": {"validation": 0.6, "test": 0.5}}}, "nothing to train"),
         ({"data": {"path": "a", "columns": {"text": "t", "label": "t"}}}, "a column of its own"),
+        ({"data": {"path": "a", "columns": {"text": 3}}}, "data.columns.text"),
+        ({"data": {"path": "a", "columns": {"subject": ["s"]}}}, "one column or [start, end]"),
+        ({"data": {"path": "a", "columns": {"s": ["x", "x"]}}}, "a column of its own"),
+        ({"data": {"path": "a", "label_names": ["one"]}}, "two different names"),
+        ({"data": {"path": "a", "label_names": ["one", "one"]}}, "two different names"),
+        ({"data": {"path": "a", "max_length": 3}}, "data.max_length"),
+        ({"data": {"path": "a", "doc_stride": -1}}, "data.doc_stride"),
+        ({"train": {"optimizer": "adamax"}}, "train.optimizer"),
+        ({"train": {"precision": "fp8"}}, "train.precision"),
+        ({"train": {"momentum": 1.0}}, "train.momentum"),
+        ({"train": {"layer_decay": 0.0}}, "train.layer_decay"),
+        ({"train": {"dropout": 1.0}}, "train.dropout"),
+        ({"train": {"micro_batch": 0}}, "train.micro_batch"),
+        ({"train": {"reinit_layers": -1}}, "train.reinit_layers"),
+        ({"train": {"label_smoothing": -0.1}}, "train.label_smoothing"),
+        pytest.param(
+            {"train": {"class_weights": {"a": -1.0}}},
+            "train.class_weights.a: ",
+            marks=pytest.mark.xfail(strict=True, reason="said twice: the union's other member too"),
+        ),
+        ({"train": {"class_weights": "even"}}, "train.class_weights"),
         ({"train": {"regularization": {"kind": "l2"}}}, "needs a strength"),
         ({"train": {"regularization": {"kind": "none", "strength": 1.0}}}, "takes no strength"),
         ({"train": {"batch_size": True}}, "train.batch_size"),
@@ -122,6 +143,28 @@ def test_a_value_that_breaks_a_rule_is_refused_in_one_line(
         Experiment.from_tree({**MINIMAL, **change})
     assert message in str(caught.value)
     assert len(caught.value.problems) == 1
+
+
+def test_warmup_and_cooldown_fit_into_a_schedule_that_has_both() -> None:
+    too_much = {"warmup": 0.5, "cooldown": 0.6}
+    assert Experiment.from_tree({**MINIMAL, "train": too_much}).train.cooldown == 0.6
+    with pytest.raises(ConfigError, match="together must not exceed 1"):
+        Experiment.from_tree(
+            {**MINIMAL, "train": {**too_much, "schedule": "constant_with_cooldown"}}
+        )
+
+
+def test_columns_may_be_left_out_or_be_a_pair() -> None:
+    columns = {"text": "t", "text_pair": None, "subject": ["s", "e"]}
+    experiment = Experiment.from_tree({**MINIMAL, "data": {"path": "d", "columns": columns}})
+    assert experiment.data.columns == columns
+
+
+@pytest.mark.xfail(strict=True, reason="column names are compared as parts of one another")
+def test_only_the_fields_that_share_a_column_are_named() -> None:
+    columns = {"text": "t", "label": "t", "group": "text"}
+    with pytest.raises(ConfigError, match=r"got 't' for text and label$"):
+        Experiment.from_tree({**MINIMAL, "data": {"path": "d", "columns": columns}})
 
 
 @pytest.mark.parametrize(

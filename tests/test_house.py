@@ -24,7 +24,11 @@ LAYERS = [
     {"cli"},
 ]
 # Packages that only some layers may import.
-RESERVED = {"ray": {"search"}, "optuna": {"search", "analysis"}, "torch": {"training", "search", "serving", "single_trial"}}
+RESERVED = {
+    "ray": {"search"},
+    "optuna": {"search", "analysis"},
+    "torch": {"training", "search", "serving", "single_trial"},
+}
 
 
 def layer_of(module: Path) -> str:

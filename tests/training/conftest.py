@@ -12,7 +12,7 @@ import torch
 from sft_ray.config import Data
 from sft_ray.training.data import open_dataset, prepare
 from sft_ray.training.examples import Dataset
-from tests.models import tiny_model_folder, toy_dataset
+from tests.models import TASK, WIDE_VOCABULARY, tiny_model_folder, toy_dataset
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,6 +33,13 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its vocabulary also holds marks for entities and Chinese characters."""
+    folder = tmp_path_factory.mktemp("wide-bert")
+    return tiny_model_folder(folder, vocabulary=WIDE_VOCABULARY)
+
+
+@pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Dataset:
     return toy_dataset(tmp_path_factory.mktemp("toy"), tiny_bert)
 
@@ -42,6 +49,6 @@ def load(tiny_bert: Path) -> Callable[..., Dataset]:
     """Prepare and open a data section given as keywords."""
 
     def load(seed: int = 17, **data: Any) -> Dataset:
-        return open_dataset(prepare(Data(**data), str(tiny_bert), None, seed))
+        return open_dataset(prepare(Data(**data), TASK, str(tiny_bert), None, seed))
 
     return load

@@ -5,6 +5,7 @@ Writes what it saw as a file of its own; `test_data_parallel.py` starts the work
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch
 import torch.distributed as dist
 
 from sft_ray.config import Regularization
-from sft_ray.training.data import Dataset, open_dataset
+from sft_ray.training.data import open_dataset
+from sft_ray.training.examples import Dataset
 from sft_ray.training.fit import evaluate
 from sft_ray.training.model import Pretrained
 from sft_ray.training.world import World
-from tests.models import PAD, load_tiny, run_fit
+from tests.models import PAD, TASK, load_tiny, run_fit
 
+ROOT = Path(__file__).parents[2]
 # Every trial of a slot runs on the same model object, the last one as the first.
 TRIALS = {"frozen": 1, "whole": 0, "head": "all", "whole again": 0}
 
@@ -43,11 +46,14 @@ def run_trial(pretrained: Pretrained, dataset: Dataset, world: World, k: Any) ->
         "metrics": [r.metrics for r in reports],
         "best": reports[-1].best and reports[-1].best.score,
         "weights": {n: p.detach().clone() for n, p in pretrained.trainable().items()},
-        "logits": torch.from_numpy(evaluate(pretrained, dataset.validation, PAD, world)),
+        "logits": torch.from_numpy(
+            evaluate(pretrained.model, TASK, dataset.validation, PAD, world)
+        ),
     }
 
 
-def run_worker(rank: int, size: int, model: Path, data: Path, out: Path) -> None:
+def join(rank: int, size: int, out: Path) -> World:
+    """Meet the other workers, if there are any, through a file in `out`."""
     torch.set_num_threads(1)
     if size > 1:
         dist.init_process_group(
@@ -57,7 +63,31 @@ def run_worker(rank: int, size: int, model: Path, data: Path, out: Path) -> None
             world_size=size,
             timeout=timedelta(seconds=40),
         )
-    dataset, world, seen = open_dataset(data), World(rank, size), {}
+    return World(rank, size)
+
+
+def run_group(module: str, size: int, arguments: list[Path], out: Path) -> None:
+    """Start `size` workers that may not outlive this call: python -m MODULE RANK SIZE ... OUT."""
+    workers = []
+    for rank in range(size):
+        told = [str(rank), str(size), *map(str, arguments), str(out)]
+        log = (out / f"{rank}.log").open("w")
+        command = [sys.executable, "-m", module, *told]
+        workers.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log))
+        log.close()
+    try:
+        codes = [worker.wait(timeout=90) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    logs = "\n".join((out / f"{rank}.log").read_text()[-2000:] for rank in range(size))
+    assert codes == [0] * size, logs
+
+
+def run_worker(rank: int, size: int, model: Path, data: Path, out: Path) -> None:
+    world = join(rank, size, out)
+    dataset, seen = open_dataset(data), {}
     for precision in ("fp32", "float64"):
         pretrained = load_tiny(model, dataset, double=precision == "float64")
         for trial, k in TRIALS.items():

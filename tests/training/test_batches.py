@@ -14,7 +14,8 @@ from sft_ray.training.batches import (
     share,
     steps_per_epoch,
 )
-from sft_ray.training.data import Examples, IntArray
+from sft_ray.training.encoding import IntArray
+from sft_ray.training.examples import Examples
 
 CPU = torch.device("cpu")
 LENGTHS = np.random.default_rng(0).integers(3, 60, size=1003)
@@ -28,6 +29,7 @@ def ragged(lengths: IntArray, *, pairs: bool = False) -> Examples:
         tokens=tokens,
         offsets=offsets,
         segments=(tokens % 2) if pairs else None,
+        rows=np.arange(len(lengths)),
         labels=np.arange(len(lengths)) % 3,
     )
 

@@ -12,6 +12,7 @@ from sft_ray.config import Data
 from sft_ray.errors import DataError
 from sft_ray.training.builtin import EXAMPLES_PER_CLASS, PACKAGES, SPLIT_SHARES, docstrings
 from sft_ray.training.sources import read_splits
+from tests.models import TASK
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +78,15 @@ def test_a_build_from_nothing_gives_the_same_tables(splits, monkeypatch, tmp_pat
     assert all(again[split].equals(splits[split]) for split in splits)
 
 
-def test_it_is_read_by_its_name_and_leaves_the_test_split_sealed(splits) -> None:
-    tables = read_splits(Data(path="builtin:docstrings"), seed=1)
-    assert set(tables) == {"train", "validation"}
-    assert tables["validation"].equals(splits["validation"])
+def test_it_is_read_by_its_name_and_leaves_the_test_split_sealed(splits, load) -> None:
+    source = read_splits(Data(path="builtin:docstrings"), TASK.fields, seed=1)
+    assert source.names is None
+    assert all(source.tables[split].equals(splits[split]) for split in ("train", "validation"))
+    dataset = load(path="builtin:docstrings")
+    assert len(dataset.train) == splits["train"].num_rows
+    assert len(dataset.validation) == splits["validation"].num_rows
 
 
 def test_an_unknown_name_is_refused_with_the_closest_one() -> None:
     with pytest.raises(DataError, match=r"'builtin:docstring'; did you mean 'builtin:docstrings'"):
-        read_splits(Data(path="builtin:docstring"), seed=1)
+        read_splits(Data(path="builtin:docstring"), TASK.fields, seed=1)

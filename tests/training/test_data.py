@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -14,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sft_ray.config import Data, Limit, Split, Splits
-from sft_ray.training.data import Dataset, Examples
+from sft_ray.training.examples import Dataset, Examples
 from sft_ray.training.sources import read_file, read_splits
-from tests.models import KEYWORDS, TOKEN_ID, VOCABULARY, toy_rows, write_csv
+from tests.models import KEYWORDS, TASK, TOKEN_ID, VOCABULARY, toy_rows, write_csv
 
 ROWS = toy_rows(90, seed=4)
 NAMES = tuple(sorted(KEYWORDS))
@@ -109,7 +110,7 @@ def test_a_save_to_disk_folder_is_sliced_and_gives_class_names(saved: str, load)
     dataset = load(path=saved, splits=splits)
     assert texts(dataset, dataset.train) == ROWS[:72]
     assert texts(dataset, dataset.validation) == ROWS[72:]
-    assert dataset.label_names == NAMES
+    assert dataset.label_names == ("tool", "plant", "animal")
 
 
 def test_a_folder_without_validation_is_split(saved: str, load) -> None:
@@ -127,7 +128,7 @@ def numbered(n: int) -> list[tuple[str, str]]:
 
 def split_of(path: Path, seed: int = 17, **fractions: float) -> dict[str, list[tuple[str, str]]]:
     data = Data(train=str(path), split=Split(**fractions))
-    tables = read_splits(data, seed)
+    tables = read_splits(data, TASK.fields, seed).tables
     return {
         name: [(row["text"], row["label"]) for row in table.to_pylist()]
         for name, table in tables.items()
@@ -137,13 +138,11 @@ def split_of(path: Path, seed: int = 17, **fractions: float) -> dict[str, list[t
 def test_one_file_is_cut_into_stratified_disjoint_parts(tmp_path: Path) -> None:
     rows = numbered(300)
     parts = split_of(write_csv(tmp_path / "all.csv", rows), validation=0.1, test=0.2)
-    assert {name: len(part) for name, part in parts.items()} == {"train": 210, "validation": 30}
+    sizes = {name: len(part) for name, part in parts.items()}
+    assert sizes == {"train": 210, "validation": 30, "test": 60}
     for part in parts.values():
         assert Counter(label for _, label in part)["rare"] == len(part) / 3
-    assert not set(parts["train"]) & set(parts["validation"])
-    sealed = set(rows) - set(parts["train"]) - set(parts["validation"])
-    assert len(sealed) == 60
-    assert Counter(label for _, label in sealed)["rare"] == 20
+    assert sorted(itertools.chain(*parts.values())) == sorted(rows)
 
 
 def test_a_split_is_a_function_of_data_and_seed(tmp_path: Path) -> None:
@@ -156,11 +155,11 @@ def test_a_split_is_a_function_of_data_and_seed(tmp_path: Path) -> None:
 def test_the_sealed_part_does_not_depend_on_the_validation_share(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "all.csv", numbered(300))
 
-    def used(share: float) -> list[tuple[str, str]]:
-        parts = split_of(path, validation=share, test=0.2)
-        return sorted([*parts["train"], *parts["validation"]])
+    def sealed(share: float) -> list[tuple[str, str]]:
+        return split_of(path, validation=share, test=0.2)["test"]
 
-    assert used(0.1) == used(0.3)
+    assert len(sealed(0.1)) == 60
+    assert sealed(0.1) == sealed(0.3)
 
 
 def test_limit_takes_a_seeded_sample_of_each_split(tmp_path: Path, load) -> None:
@@ -174,6 +173,13 @@ def test_limit_takes_a_seeded_sample_of_each_split(tmp_path: Path, load) -> None
     again, other = load(**limited), load(seed=18, **limited)
     assert texts(again, again.train) == taken
     assert texts(other, other.train) != taken
+
+
+def test_a_limit_leaves_the_classes_of_the_whole_split(tmp_path: Path, load) -> None:
+    path = str(write_csv(tmp_path / "all.csv", ROWS))
+    dataset = load(train=path, validation=path, limit=Limit(train=1))
+    assert len(dataset.train) == 1
+    assert dataset.label_names == NAMES
 
 
 def test_a_limit_above_the_number_of_rows_takes_all_of_them(tmp_path: Path, load) -> None:

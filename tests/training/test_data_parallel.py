@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +10,11 @@ import torch
 
 from sft_ray.config import Data
 from sft_ray.training.data import open_dataset, prepare
-from tests.models import tiny_model_folder, toy_rows, write_csv
-from tests.training.parallel_worker import TRIALS, run_worker
+from tests.models import TASK, tiny_model_folder, toy_rows, write_csv
+from tests.training.parallel_worker import TRIALS, run_group, run_worker
 
 pytestmark = pytest.mark.timeout(120)
 
-ROOT = Path(__file__).parents[2]
 TRAIN_ROWS = 145  # 9 batches of 16 and one of 1, for which all ranks but the first have nothing
 TOLERANCE = {"fp32": 1e-5, "float64": 1e-9}
 SEEN = dict[tuple[str, str], dict[str, Any]]
@@ -32,38 +28,19 @@ def seen_by(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], S
     train = write_csv(folder / "train.csv", toy_rows(TRAIN_ROWS, seed=1))
     validation = write_csv(folder / "validation.csv", toy_rows(50, seed=2))
     data = Data(train=str(train), validation=str(validation), max_length=32)
-    encoded = prepare(data, str(model), None, seed=17)
+    encoded = prepare(data, TASK, str(model), None, seed=17)
     assert len(open_dataset(encoded).train) == TRAIN_ROWS
     seen = {}
     for size in (1, 2, 3):
         out = folder / str(size)
         out.mkdir()
-        run_group(size, model, encoded, out)
+        if size == 1:
+            run_worker(0, 1, model, encoded, out)
+        else:
+            run_group("tests.training.parallel_worker", size, [model, encoded], out)
         for rank in range(size):
             seen[size, rank] = torch.load(out / f"{rank}.pt")
     return seen
-
-
-def run_group(size: int, model: Path, encoded: Path, out: Path) -> None:
-    """One worker here, several as processes of their own that may not outlive this call."""
-    if size == 1:
-        run_worker(0, 1, model, encoded, out)
-        return
-    workers = []
-    for rank in range(size):
-        arguments = [str(rank), str(size), str(model), str(encoded), str(out)]
-        command = [sys.executable, "-m", "tests.training.parallel_worker", *arguments]
-        log = (out / f"{rank}.log").open("w")
-        workers.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log))
-        log.close()
-    try:
-        codes = [worker.wait(timeout=60) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    logs = "\n".join((out / f"{rank}.log").read_text()[-2000:] for rank in range(size))
-    assert codes == [0] * size, logs
 
 
 @pytest.fixture(params=TOLERANCE)

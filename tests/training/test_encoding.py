@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from sft_ray.config import Data, Limit
 from sft_ray.training.data import open_dataset, prepare
-from tests.models import TOKEN_ID, VOCABULARY, tiny_tokenizer, toy_rows, write_csv
+from tests.models import TASK, TOKEN_ID, VOCABULARY, tiny_tokenizer, toy_rows, write_csv
 
 ROWS = toy_rows(90, seed=4)
 
@@ -20,7 +21,7 @@ ROWS = toy_rows(90, seed=4)
 def test_pairs_of_texts_give_segments(tmp_path: Path, load) -> None:
     rows = [("cat dog", "oak", "a"), ("saw", "rose fern moss", "b")]
     path = str(write_csv(tmp_path / "pairs.csv", rows, ("one", "two", "label")))
-    columns = dict(text="one", text_pair="two")
+    columns = {"text": "one", "text_pair": "two"}
     examples = load(train=path, validation=path, columns=columns).train
     first = ["[CLS]", "cat", "dog", "[SEP]", "oak", "[SEP]"]
     second = ["[CLS]", "saw", "[SEP]", "rose", "fern", "moss", "[SEP]"]
@@ -61,11 +62,13 @@ def test_texts_that_are_too_long_are_cut_and_counted(tmp_path: Path, load) -> No
     assert dataset.num_truncated == {"train": 3, "validation": 0}
 
 
-def test_majority_share_is_the_score_of_always_answering_the_commonest(tmp_path, load) -> None:
+def test_constant_scores_are_those_of_always_answering_the_commonest(tmp_path, load) -> None:
     train = write_csv(tmp_path / "train.csv", [("cat", "a")] * 3 + [("dog", "b")] * 5)
     validation = write_csv(tmp_path / "validation.csv", [("cat", "a")] * 3 + [("dog", "b")])
     dataset = load(train=str(train), validation=str(validation))
-    assert dataset.majority_share == pytest.approx(0.25)
+    constant = TASK.constant_scores(dataset.train, dataset.validation, dataset.label_set)
+    assert constant["accuracy"] == pytest.approx(0.25)
+    assert constant["loss"] == pytest.approx(-(3 * math.log(3 / 8) + math.log(5 / 8)) / 4)
     used = {"[CLS]", "[SEP]", "cat", "dog"}
     assert dataset.used_tokens.tolist() == sorted(TOKEN_ID[token] for token in used)
     assert np.all(np.diff(dataset.used_tokens) > 0)
@@ -76,11 +79,16 @@ def test_encoded_data_is_reused_until_something_about_it_changes(tmp_path, tiny_
 
     def folder(**changes: Any) -> Path:
         data = Data(**{"train": path, "max_length": 32, **changes})
-        return prepare(data, str(tiny_bert), None, 17)
+        return prepare(data, TASK, str(tiny_bert), None, 17)
 
     first = folder()
     written = {f.name: f.stat().st_mtime_ns for f in first.iterdir()}
-    assert set(written) == {"train.arrow", "validation.arrow", "meta.json"}
+    assert set(written) == {
+        "train.arrow",
+        "validation.arrow",
+        "validation.raw.arrow",
+        "meta.json",
+    }
     assert folder() == first
     assert {f.name: f.stat().st_mtime_ns for f in first.iterdir()} == written
     others = [folder(max_length=16), folder(limit=Limit(train=20)), folder(validation=path)]
@@ -96,7 +104,7 @@ def test_a_tokenizer_that_allows_less_is_not_served_what_another_cut_later(tmp_p
     for max_length in (16, 8):
         tiny_tokenizer(tmp_path / str(max_length), max_length)
         folder = prepare(
-            Data(train=path, validation=path), str(tmp_path / str(max_length)), None, 1
+            Data(train=path, validation=path), TASK, str(tmp_path / str(max_length)), None, 1
         )
         longest[max_length] = int(open_dataset(folder).train.lengths.max())
     assert longest == {16: 16, 8: 8}

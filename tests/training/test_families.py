@@ -11,8 +11,8 @@ import transformers
 
 from sft_ray.config import Data, Regularization
 from sft_ray.errors import ConfigError
-from sft_ray.training.checkpoint import save_model
-from sft_ray.training.data import Dataset, load_tokenizer, open_dataset, prepare
+from sft_ray.training.data import open_dataset, prepare
+from sft_ray.training.examples import Dataset, LabelSet
 from sft_ray.training.fit import evaluate
 from sft_ray.training.model import FAMILIES, Pretrained, inspect_model, load_pretrained
 from sft_ray.training.world import World
@@ -24,6 +24,7 @@ from tests.models import (
     TOKEN_ID,
     load_tiny,
     run_fit,
+    save_tiny,
     tiny_config,
     tiny_model_folder,
     toy_dataset,
@@ -79,7 +80,7 @@ def frozen_names(pretrained: Pretrained, family: str, k: int | str) -> set[str]:
 
 
 def logits_of(pretrained: Pretrained, dataset: Dataset) -> np.ndarray:
-    return evaluate(pretrained, dataset.validation, PAD, World())
+    return evaluate(pretrained.model, TASK, dataset.validation, PAD, World())
 
 
 def test_a_model_is_known_before_its_weights_are_read(folder: Path, family: str) -> None:
@@ -144,7 +145,7 @@ def test_a_step_moves_every_trained_weight_and_no_frozen_one(pretrained, family,
 
 
 def test_more_frozen_layers_than_there_are_is_refused(pretrained) -> None:
-    with pytest.raises(ConfigError, match="at most 2 layers can be frozen, got 3"):
+    with pytest.raises(ConfigError, match=r"the model has 2 layers, got 3 \+ 0"):
         pretrained.reset(3)
 
 
@@ -164,7 +165,7 @@ def test_a_saved_model_gives_the_same_logits_when_read_back(
     trained = {n: p.detach().clone() for n, p in pretrained.trainable().items()}
     pretrained.reset(0)
     assert np.abs(logits_of(pretrained, few) - expected).max() > 1e-4
-    save_model(tmp_path, pretrained, trained, load_tokenizer(str(folder)))
+    save_tiny(tmp_path, folder, pretrained, few, trained)
     assert not [f.name for f in tmp_path.iterdir() if f.suffix in (".bin", ".pkl", ".pt")]
     back, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path, output_loading_info=True
@@ -181,9 +182,9 @@ def test_pairs_of_texts_train_in_every_family(folder: Path, tmp_path: Path) -> N
     second = [text for text, _ in toy_rows(24, seed=2)]
     rows = [(text, second[i], label) for i, (text, label) in enumerate(toy_rows(24, seed=1))]
     file = write_csv(tmp_path / "pairs.csv", rows, ("first", "second", "label"))
-    columns = dict(text="first", text_pair="second")
+    columns = {"text": "first", "text_pair": "second"}
     data = Data(train=str(file), validation=str(file), columns=columns, max_length=40)
-    dataset = open_dataset(prepare(data, str(folder), None, seed=17))
+    dataset = open_dataset(prepare(data, TASK, str(folder), None, seed=17))
     assert dataset.train.segments is not None
     reports = run_fit(load_tiny(folder, dataset), dataset, rungs=(), epochs=1)
     assert [(r.percent, r.fault) for r in reports] == [(100, None)]
@@ -210,4 +211,4 @@ def test_models_without_separate_encoder_layers_are_refused(tmp_path, model_type
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     tiny_config("bert").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"no weights can be loaded from .*safetensors"):
-        load_pretrained(str(tmp_path), TASK, ("a", "b"), seed=1, device=CPU)
+        load_pretrained(str(tmp_path), TASK, LabelSet(("a", "b")), seed=1, device=CPU)

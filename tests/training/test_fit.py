@@ -17,7 +17,7 @@ from sft_ray.training.examples import Dataset
 from sft_ray.training.fit import Progress, evaluate
 from sft_ray.training.model import Pretrained
 from sft_ray.training.world import World
-from tests.models import PAD, load_tiny, run_fit, tiny_model_folder
+from tests.models import PAD, TASK, load_tiny, run_fit, tiny_model_folder
 
 
 @pytest.fixture
@@ -46,7 +46,8 @@ def test_reports_come_at_the_marks_in_order(pretrained, toy) -> None:
     assert {r.num_steps for r in reports} == {20}
     assert reports[2].examples_seen == len(toy.train)
     assert reports[3].examples_seen == 2 * len(toy.train)
-    assert all(set(r.metrics) == {"accuracy", "macro_f1", "mcc", "loss"} for r in reports)
+    scored = {"accuracy", "macro_f1", "precision", "recall", "mcc", "loss"}
+    assert all(set(r.metrics) == scored for r in reports)
 
 
 def test_the_train_loss_of_an_untrained_model_is_that_of_guessing(pretrained, toy) -> None:
@@ -163,7 +164,7 @@ def test_the_best_weights_are_those_of_the_best_score(pretrained, misleading, ob
     with torch.no_grad():
         for name, parameter in pretrained.trainable().items():
             parameter.copy_(best.weights[name])
-    logits = evaluate(pretrained, misleading.validation, PAD, World())
+    logits = evaluate(pretrained.model, TASK, misleading.validation, PAD, World())
     score = {"accuracy": metrics.accuracy, "loss": metrics.log_loss}[objective]
     assert score(logits, misleading.validation.labels) == best.score
 
@@ -177,7 +178,8 @@ def test_the_best_so_far_is_kept_while_training_goes_on(pretrained, toy) -> None
 
 
 def test_a_tiny_model_learns_the_toy_task(pretrained, toy) -> None:
-    assert toy.majority_share < 0.4
+    constant = TASK.constant_scores(toy.train, toy.validation, toy.label_set)
+    assert constant["accuracy"] < 0.4
     last = run_fit(pretrained, toy, epochs=8, learning_rate=5e-3, batch_size=16)[-1]
     assert last.best.score > 0.9
     assert last.metrics["accuracy"] > 0.9
@@ -205,23 +207,26 @@ def test_seconds_are_counted_once_and_lie_within_the_wall(pretrained, toy) -> No
 def test_evaluation_uses_no_dropout_and_training_goes_back_to_it(tmp_path, toy) -> None:
     pretrained = load_tiny(tiny_model_folder(tmp_path, dropout=0.5), toy)
     pretrained.reset(0)
-    first, second = (evaluate(pretrained, toy.validation, PAD, World()) for _ in range(2))
+    first, second = (
+        evaluate(pretrained.model, TASK, toy.validation, PAD, World()) for _ in range(2)
+    )
     assert np.array_equal(first, second)
     run_fit(pretrained, toy, rungs=(10,), epochs=1, stop_after=1)
     assert pretrained.model.training
 
 
 def test_evaluation_of_one_example_equals_its_row_in_the_whole(pretrained, toy) -> None:
-    whole = evaluate(pretrained, toy.validation, PAD, World())
+    whole = evaluate(pretrained.model, TASK, toy.validation, PAD, World())
     one = toy.validation.offsets[3:5]
     alone = replace(
         toy.validation,
         tokens=toy.validation.tokens[one[0] : one[1]],
         offsets=one - one[0],
         labels=toy.validation.labels[3:4],
+        rows=toy.validation.rows[3:4],
     )
     np.testing.assert_allclose(
-        evaluate(pretrained, alone, PAD, World()), whole[3:4], atol=1e-6, rtol=0
+        evaluate(pretrained.model, TASK, alone, PAD, World()), whole[3:4], atol=1e-6, rtol=0
     )
 
 

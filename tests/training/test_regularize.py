@@ -11,12 +11,21 @@ from safetensors.torch import load_file
 
 from sft_ray.config import Regularization
 from sft_ray.training.batches import collate
-from sft_ray.training.checkpoint import save_model
-from sft_ray.training.data import Dataset, load_tokenizer
+from sft_ray.training.examples import Dataset
 from sft_ray.training.fit import forward_loss
 from sft_ray.training.model import Pretrained
 from sft_ray.training.regularize import bind_penalty
-from tests.models import CPU, NEVER_IN_TOY_ROWS, PAD, TASK, TOKEN_ID, load_tiny, run_fit
+from sft_ray.training.tasks import LossOptions
+from tests.models import (
+    CPU,
+    NEVER_IN_TOY_ROWS,
+    PAD,
+    TASK,
+    TOKEN_ID,
+    load_tiny,
+    run_fit,
+    save_tiny,
+)
 
 KINDS = ("l1", "l2", "l2_sp")
 STRENGTH = 0.03
@@ -64,7 +73,7 @@ def written_out(pretrained: Pretrained, kind: str) -> torch.Tensor:
 
 def task_loss(pretrained: Pretrained, dataset: Dataset) -> torch.Tensor:
     batch = collate(dataset.train, np.arange(12), pad_token=PAD, device=CPU)
-    return forward_loss(pretrained.model, batch, TASK, torch.float32)
+    return forward_loss(pretrained.model, batch, TASK, LossOptions(), torch.float32)
 
 
 @pytest.mark.parametrize("k", [0, 1, "all"])
@@ -164,7 +173,7 @@ def test_vocabulary_rows_outside_the_data_are_written_back_unchanged(
         regularization=regularization(kind, 0.5),
     )
     trained = {name: p.detach().clone() for name, p in pretrained.trainable().items()}
-    save_model(tmp_path, pretrained, trained, load_tokenizer(str(tiny_bert)))
+    save_tiny(tmp_path, tiny_bert, pretrained, toy, trained)
     before = load_file(tiny_bert / "model.safetensors")["embeddings.word_embeddings.weight"]
     name = "bert.embeddings.word_embeddings.weight"
     after = load_file(tmp_path / "model.safetensors")[name]

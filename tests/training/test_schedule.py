@@ -72,7 +72,7 @@ def test_every_mark_is_reached_in_order_and_the_last_is_the_end(rungs: list[int]
 
 
 def rates(train: Train, num_steps: int) -> list[float]:
-    optimizer = build_optimizer(train, [nn.Parameter(torch.ones(2, 2))])
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2, 2))], lr=train.learning_rate)
     return follow(optimizer, build_schedule(train, optimizer, num_steps), num_steps)
 
 
@@ -112,7 +112,7 @@ def decayed_names(tiny_bert: Path, toy: Dataset, train: Train, k: int = 0) -> di
     pretrained.reset(k)
     named = pretrained.trainable()
     name_of = {id(parameter): name for name, parameter in named.items()}
-    optimizer = build_optimizer(train, list(named.values()))
+    optimizer = build_optimizer(train, pretrained)
     decay = {
         name_of[id(parameter)]: group["weight_decay"]
         for group in optimizer.param_groups
