@@ -106,7 +106,9 @@ class Data(Section):
                 raise ValueError(f"{field} takes one column or [start, end], got {column}")
             used += column if isinstance(column, list) else [column] if column else []
         if twice := [name for name in dict.fromkeys(used) if used.count(name) > 1]:
-            fields = [f for f, c in columns.items() if c == twice[0] or twice[0] in (c or "")]
+            fields = [
+                f for f, c in columns.items() if twice[0] in (c if isinstance(c, list) else [c])
+            ]
             raise ValueError(
                 f"each field needs a column of its own, got {twice[0]!r} for {' and '.join(fields)}"
             )
@@ -175,7 +177,23 @@ class Train(Section):
     dropout: Fraction | None = None  # every dropout of the model; null keeps the model's own
     reinit_layers: Annotated[int, Field(ge=0)] = 0  # top layers, and the pooler, begun anew
     label_smoothing: Fraction = 0.0
-    class_weights: dict[str, Annotated[float, Field(ge=0)]] | Literal["balanced"] | None = None
+    class_weights: dict[str, float] | Literal["balanced"] | None = None
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _by_name(cls, weights: Any) -> Any:
+        """YAML reads labels that are numbers as numbers."""
+        return {str(n): w for n, w in weights.items()} if isinstance(weights, dict) else weights
+
+    @field_validator("class_weights")
+    @classmethod
+    def _not_negative(
+        cls, weights: dict[str, float] | Literal["balanced"] | None
+    ) -> dict[str, float] | Literal["balanced"] | None:
+        for name, weight in weights.items() if isinstance(weights, dict) else ():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"weights must be 0 or more, got {weight} for {name!r}")
+        return weights
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:

@@ -116,11 +116,7 @@ def test_all_problems_are_reported_together() -> None:
         ({"train": {"micro_batch": 0}}, "train.micro_batch"),
         ({"train": {"reinit_layers": -1}}, "train.reinit_layers"),
         ({"train": {"label_smoothing": -0.1}}, "train.label_smoothing"),
-        pytest.param(
-            {"train": {"class_weights": {"a": -1.0}}},
-            "train.class_weights.a: ",
-            marks=pytest.mark.xfail(strict=True, reason="said twice: the union's other member too"),
-        ),
+        ({"train": {"class_weights": {"a": -1.0}}}, "train.class_weights: weights must be 0 or"),
         ({"train": {"class_weights": "even"}}, "train.class_weights"),
         ({"train": {"regularization": {"kind": "l2"}}}, "needs a strength"),
         ({"train": {"regularization": {"kind": "none", "strength": 1.0}}}, "takes no strength"),
@@ -160,7 +156,6 @@ def test_columns_may_be_left_out_or_be_a_pair() -> None:
     assert experiment.data.columns == columns
 
 
-@pytest.mark.xfail(strict=True, reason="column names are compared as parts of one another")
 def test_only_the_fields_that_share_a_column_are_named() -> None:
     columns = {"text": "t", "label": "t", "group": "text"}
     with pytest.raises(ConfigError, match=r"got 't' for text and label$"):

@@ -21,6 +21,7 @@ IntArray = npt.NDArray[np.integer[Any]]
 # Marks that a vocabulary is likely to have as a token of its own, best first.
 MARKS = "@#$*%&+=^~|/;:!?,."
 ROWS_AT_ONCE = 1000
+SHORTEST_WINDOW = 8
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,17 @@ def encode_words(table: pa.Table, encoder: Encoder) -> Encoded:
 def encode_windows(table: pa.Table, encoder: Encoder) -> Encoded:
     """`question` and overlapping windows of `context`, as many as it takes.
 
-    A question longer than half of the maximum is cut.
+    A question longer than half of the maximum is cut.  Windows share `doc_stride` tokens, or half
+    of what the longest question leaves them if that is less.
+
+    Raises:
+        DataError: the maximum leaves no room for question and context.
     """
+    if encoder.max_length < SHORTEST_WINDOW:
+        raise DataError(
+            f"data.max_length: question and context need at least {SHORTEST_WINDOW} tokens, got "
+            f"{encoder.max_length}"
+        )
     tokenizer, room = encoder.tokenizer, encoder.max_length // 2
     contexts = table.column("context").to_pylist()
     questions, num_truncated = [], 0

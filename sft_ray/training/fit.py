@@ -227,7 +227,7 @@ class _Trial:
         self.steps_per_epoch = batches.steps_per_epoch(len(self.dataset.train), train.batch_size)
         self.num_steps = self.steps_per_epoch * train.epochs
         self.optimizer = build_optimizer(train, self.pretrained)
-        self.schedule = build_schedule(train, self.optimizer, self.num_steps)
+        self.set_rates = build_schedule(train, self.optimizer, self.num_steps)
         self.scaler = torch.amp.GradScaler(
             self.world.device.type, enabled=self.dtype == torch.float16
         )
@@ -271,7 +271,7 @@ class _Trial:
             rate = self.optimizer.param_groups[0]["lr"]
             return f"loss or gradient not finite at step {self.step}, learning rate {rate:.3g}"
         self.optimizer.zero_grad()
-        self.schedule.step()
+        self.set_rates(self.step)
         self.count += count
         self.examples_seen += len(indices)
         return None
@@ -300,7 +300,8 @@ class _Trial:
         """Evaluate on the validation split; the metrics are computed on rank 0."""
         if self.count == 0:  # a short schedule: the previous mark fell on this step too
             assert self.last is not None  # no mark comes before the first step
-            return replace(self.last, index=index, percent=mark.percent)
+            self.last = replace(self.last, index=index, percent=mark.percent)
+            return self.last
         self.clock.enter("eval")
         validation, found = self.dataset.validation, {}
         outputs = evaluate(
@@ -362,7 +363,7 @@ class _Trial:
         tensors |= {f"best/{name}": t for name, t in self.best.weights.items()}
         tensors["best_outputs"] = torch.from_numpy(self.best.outputs)
         best = {k: getattr(self.best, k) for k in ("percent", "score", "metrics")}
-        facts = {"last": self.last.facts(), "best": best, "loss_scale": self.scaler.get_scale()}
+        facts = {"last": self.last.facts(), "best": best, "loss_scaler": self.scaler.state_dict()}
         return ResumeState(tensors, facts)
 
     def restore(self, state: ResumeState) -> int:
@@ -375,27 +376,20 @@ class _Trial:
         slots: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in state.part("optimizer/").items():
             i, key = name.split("/")
-            slots.setdefault(int(i), {})[key] = tensor
+            slots.setdefault(int(i), {})[key] = tensor.clone()
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.step, self.examples_seen = last["step"], last["examples_seen"]
-        self.schedule.last_epoch = self.step
-        for group, base, factor in zip(
-            self.optimizer.param_groups,
-            self.schedule.base_lrs,
-            self.schedule.lr_lambdas,
-            strict=True,
-        ):
-            group["lr"] = base * factor(self.step)
-        if self.scaler.is_enabled():
-            self.scaler = torch.amp.GradScaler(
-                self.world.device.type, init_scale=state.facts["loss_scale"]
-            )
+        self.set_rates(self.step)
+        self.scaler.load_state_dict(state.facts["loss_scaler"])
         outputs = state.tensors["best_outputs"].numpy()
         if self.world.rank == 0:
             self.best = Best(**state.facts["best"], weights=state.part("best/"), outputs=outputs)
+        else:
+            last = {**last, "metrics": {}}
         self.clock.seconds |= {"train": last["train_seconds"], "eval": last["eval_seconds"]}
-        self.last = Progress(**last, best=self.best, resume_state=self.state)
+        on_first_rank = self.state if self.world.rank == 0 else None
+        self.last = Progress(**last, best=self.best, resume_state=on_first_rank)
         return int(last["index"]) + 1
 
     def choose_micro_batch(self, known: dict[tuple[int | str, int], int], most: int | None) -> int:
@@ -429,10 +423,12 @@ class _Trial:
             forward_loss(model, batch, self.task, self.loss_options, self.dtype).backward()
             model.zero_grad()
 
-        on_gpu = self.world.device.type == "cuda"
-        probe = micro_batch.largest_that_fits if on_gpu else micro_batch.by_measured_bytes
         try:
-            fits = probe(attempt, share)
+            if self.world.device.type == "cuda":
+                fits = micro_batch.largest_that_fits(attempt, share)
+            else:
+                weights = self.pretrained.model.parameters()
+                fits = micro_batch.by_measured_bytes(attempt, share, weights)
         except micro_batch.NothingFitsError:
             fits = 0
         fits = self.world.minimum(fits)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,8 @@ def mcc(logits: Floats, labels: Integers) -> float:
     """Matthews correlation coefficient; 0 is chance, whatever the class balance."""
     from sklearn.metrics import matthews_corrcoef
 
+    if len(np.union1d(labels, logits.argmax(axis=1))) == 1:
+        return 0.0  # undefined
     return float(matthews_corrcoef(labels, logits.argmax(axis=1)))
 
 
@@ -134,7 +136,7 @@ def regression(predictions: Floats, values: Floats) -> dict[str, float]:
 def entities(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
     """Entity F1, precision and recall (seqeval, as conlleval counts) and accuracy per word.
 
-    Tags without a prefix (part-of-speech tags) count every word as an entity of its own.
+    Tags without prefixes are given some: see `with_prefixes`.
     """
     from seqeval.metrics import f1_score, precision_score, recall_score
 
@@ -143,9 +145,8 @@ def entities(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, fl
         for row, guess in zip(truth, predicted, strict=True)
         for pair in zip(row, guess, strict=True)
     ]
-    if not any(re.match(r"[BIESLU]-|O$", tag) for tag, _ in words):
-        truth = [[f"B-{tag}" for tag in row] for row in truth]
-        predicted = [[f"B-{tag}" for tag in row] for row in predicted]
+    names = {tag for pair in words for tag in pair}
+    truth, predicted = with_prefixes(truth, names), with_prefixes(predicted, names)
     return {
         "f1": float(f1_score(truth, predicted, zero_division=0)),
         "precision": float(precision_score(truth, predicted, zero_division=0)),
@@ -154,6 +155,19 @@ def entities(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, fl
     }
 
 
+def with_prefixes(rows: list[list[str]], names: Collection[str]) -> list[list[str]]:
+    """Rows of tags that say where entities begin, whatever the tags in use.
+
+    Where some name has no prefix, a run of a tag beside `O` is an entity (IO tagging), and without
+    an `O` every word is one (part-of-speech tags).
+    """
+    if all(PREFIXED.match(name) for name in names):
+        return rows
+    prefix = "I-" if "O" in names else "B-"
+    return [[tag if tag == "O" else prefix + tag for tag in row] for row in rows]
+
+
+PREFIXED = re.compile(r"[BIESLU]-|O$")
 ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 CJK_PUNCTUATION = "。，、；：？！“”‘’（）《》〈〉「」『』·…—"
 PUNCTUATION = str.maketrans("", "", string.punctuation + CJK_PUNCTUATION)

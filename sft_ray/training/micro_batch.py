@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -50,22 +50,27 @@ def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
         size //= 2
 
 
-def by_measured_bytes(attempt: Callable[[int], None], most: int) -> int:
+def by_measured_bytes(
+    attempt: Callable[[int], None], most: int, weights: Iterable[torch.Tensor]
+) -> int:
     """As many as keep their activations in a CPU worker's memory, by what one example keeps.
 
-    A CPU does not refuse: it swaps, or kills the process.  So it is not tried but measured.
+    A CPU does not refuse: it swaps, or kills the process.  So it is not tried but measured;
+    `weights` are there once, however many examples pass.
     """
-    kept = 0
+    shared = {weight.untyped_storage().data_ptr() for weight in weights}
+    kept: dict[int, int] = {}  # what several operations keep counts once
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal kept
-        kept += tensor.nbytes
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in shared:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         attempt(1)
     room = worker_memory_bytes() * SHARE_FOR_ACTIVATIONS
-    return max(1, min(most, int(room // max(kept, 1))))
+    return max(1, min(most, int(room // max(sum(kept.values()), 1))))
 
 
 def worker_memory_bytes() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,11 +59,15 @@ def _decay(optimizer: torch.optim.Optimizer, decays: list[float]) -> None:
             torch._foreach_mul_(group["params"], 1 - group["lr"] * decay)
 
 
-def build_schedule(train: Train, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
-    """Warm-up over a fraction of all steps, then the named decay to the last step.
+def build_schedule(
+    train: Train, optimizer: torch.optim.Optimizer, num_steps: int
+) -> Callable[[int], None]:
+    """A call that sets every group's learning rate after so many steps.
 
-    The cooldown of `constant_with_cooldown` is linear (Hägele et al., "Scaling Laws and
-    Compute-Optimal Training Beyond Fixed Training Durations", 2024).
+    Warm-up over a fraction of all steps, then the named decay to the last step.  The cooldown of
+    `constant_with_cooldown` is linear (Hägele et al., "Scaling Laws and Compute-Optimal Training
+    Beyond Fixed Training Durations", 2024).  Rates follow from the step alone, so that a trial can
+    be taken up at any.
     """
     specific: dict[str, Any] = {}
     if train.schedule == "constant_with_cooldown":
@@ -70,10 +75,17 @@ def build_schedule(train: Train, optimizer: torch.optim.Optimizer, num_steps: in
             "num_decay_steps": round(train.cooldown * num_steps),
             "decay_type": "linear",
         }
-    return get_scheduler(
+    schedule = get_scheduler(
         SCHEDULES.get(train.schedule, train.schedule),
         optimizer,
         num_warmup_steps=round(train.warmup * num_steps),
         num_training_steps=num_steps,
         scheduler_specific_kwargs=specific,
     )
+
+    def set_rates(step: int) -> None:
+        peaks, factors = schedule.base_lrs, schedule.lr_lambdas
+        for group, peak, factor in zip(optimizer.param_groups, peaks, factors, strict=True):
+            group["lr"] = peak * factor(step)
+
+    return set_rates

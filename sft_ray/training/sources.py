@@ -59,7 +59,10 @@ def read_splits(data: Data, fields: Fields, seed: int, splits: tuple[str, ...] =
     if problems:
         raise DataError(*problems)
     if "validation" not in selected:
-        selected |= _cut(selected["train"], data.split or Split(), fields.target_name, seed)
+        split = data.split or Split()
+        if "test" in selected:  # there is one already
+            split = split.model_copy(update={"test": 0.0})
+        selected |= _cut(selected["train"], split, fields.target_name, seed)
     target = data.columns.get(fields.target_name) or fields.target_name
     known = names.get(str(target))
     return Source(selected, tuple(data.label_names) if data.label_names else known)
@@ -138,7 +141,7 @@ def _read_dataset(
             names = _class_names(next(iter(named.values())))
             tables = {name: part.with_format("arrow")[:] for name, part in named.items()}
             if "validation" not in tables and data.splits is None and "train" in tables:
-                return {"train": tables["train"]}, names
+                return {n: tables[n] for n in ("train", "test") if n in tables}, names
             return _sliced(tables, splits, data.path), names
         parts = {
             split: datasets.load_dataset(

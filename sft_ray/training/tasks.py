@@ -293,7 +293,8 @@ def answer_tags(logits: Floats, examples: Examples, label_set: LabelSet) -> list
     """The tag of every word, and the entities they make up, as word numbers [first, past last]."""
     from seqeval.metrics.sequence_labeling import get_entities
 
-    rows = zip(examples.column("tokens"), predicted_tags(logits, examples, label_set), strict=True)
+    found = predicted_tags(logits, examples, label_set)
+    marked = metrics.with_prefixes(found, label_set.names)
     return [
         {
             "tags": tags,
@@ -303,10 +304,10 @@ def answer_tags(logits: Floats, examples: Examples, label_set: LabelSet) -> list
                     "words": [first, last + 1],
                     "text": " ".join(words[first : last + 1]),
                 }
-                for label, first, last in get_entities(tags)
+                for label, first, last in get_entities(with_prefixes)
             ],
         }
-        for words, tags in rows
+        for words, tags, with_prefixes in zip(examples.column("tokens"), found, marked, strict=True)
     ]
 
 

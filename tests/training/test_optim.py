@@ -168,12 +168,11 @@ def test_all_rates_follow_one_schedule(pretrained) -> None:
     train = Train(learning_rate=1e-3, layer_decay=0.5, warmup=0.5, schedule="linear")
     optimizer = build_optimizer(train, pretrained)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    schedule = build_schedule(train, optimizer, 8)
-    for factor in (0, 1 / 4, 2 / 4, 3 / 4, 1, 3 / 4, 2 / 4, 1 / 4):
+    set_rates = build_schedule(train, optimizer, 8)
+    for step, factor in enumerate((0, 1 / 4, 2 / 4, 3 / 4, 1, 3 / 4, 2 / 4, 1 / 4), start=1):
         found = [group["lr"] for group in optimizer.param_groups]
         assert found == pytest.approx([peak * factor for peak in peaks])
-        optimizer.step()
-        schedule.step()
+        set_rates(step)
 
 
 def expected_factor(name: str, step: int, steps: int, warmup: int, cooldown: int) -> float:
@@ -192,12 +191,11 @@ def expected_factor(name: str, step: int, steps: int, warmup: int, cooldown: int
 def test_schedules_follow_their_formulas(name: str, warmup: float) -> None:
     train = Train(schedule=name, warmup=warmup, cooldown=0.25, learning_rate=2e-3)
     optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2, 2))], lr=2e-3)
-    schedule = build_schedule(train, optimizer, 40)
+    set_rates = build_schedule(train, optimizer, 40)
     found = []
-    for _ in range(40):
+    for step in range(1, 41):
         found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
+        set_rates(step)
     factors = [expected_factor(name, s, 40, round(40 * warmup), 10) for s in range(40)]
     assert found == pytest.approx([2e-3 * factor for factor in factors], abs=1e-12)
     after = optimizer.param_groups[0]["lr"]
@@ -207,11 +205,10 @@ def test_schedules_follow_their_formulas(name: str, warmup: float) -> None:
 def test_a_cooldown_of_nothing_is_constant() -> None:
     train = Train(schedule="constant_with_cooldown", warmup=0.0, cooldown=0.0, learning_rate=1.0)
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0)
-    schedule = build_schedule(train, optimizer, 5)
-    for _ in range(5):
+    set_rates = build_schedule(train, optimizer, 5)
+    for step in range(1, 6):
         assert optimizer.param_groups[0]["lr"] == 1.0
-        optimizer.step()
-        schedule.step()
+        set_rates(step)
 
 
 # -- dropout and layers that begin anew, in every family -----------------------------------------

@@ -97,18 +97,7 @@ def test_only_the_first_worker_has_metrics_and_states(seen_by, name: str, how: s
     check_roles(seen_by, name, how)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "whole",
-        pytest.param(
-            "resumed",
-            marks=pytest.mark.xfail(
-                strict=True, reason="after a restore every worker repeats the first's last mark"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("how", ["whole", "resumed"])
 def test_marks_of_one_step_keep_these_roles(seen_by, how: str) -> None:
     check_roles(seen_by, "one step", how)
 

@@ -370,8 +370,6 @@ def test_a_predicate_that_is_no_one_word_is_refused(build, predicate) -> None:
         build(TAG, [good, row])
 
 
-@pytest.mark.xfail(strict=True, reason="the entities of part-of-speech tags lose a letter")
-@pytest.mark.filterwarnings("ignore:.*seems not to be NE tag")
 def test_tags_without_a_prefix_keep_their_names_in_answers(build) -> None:
     row = {"tokens": ["the", "cat", "dog"], "tags": ["DET", "NOUN", "NOUN"]}
     dataset = build(TAG, [row] * 2)
@@ -381,7 +379,6 @@ def test_tags_without_a_prefix_keep_their_names_in_answers(build) -> None:
     assert {entity["label"] for entity in answer["entities"]} <= {"DET", "NOUN"}
 
 
-@pytest.mark.xfail(strict=True, reason="seqeval warns of every tag without a prefix")
 def test_tags_without_a_prefix_are_answered_without_a_warning(build) -> None:
     dataset = build(TAG, [{"tokens": ["the", "cat"], "tags": ["DET", "NOUN"]}] * 2)
     outputs = perfect(dataset.validation, len(dataset.label_names))
@@ -553,16 +550,17 @@ def test_an_answer_that_is_not_where_it_says_is_refused(build) -> None:
         build(ANSWER, [row, question("the cat", "cat")])
 
 
-NO_ROOM = pytest.mark.xfail(
-    strict=True, reason="the tokenizer raises a bare Exception when no context fits"
-)
-
-
-@pytest.mark.parametrize("max_length", [*(pytest.param(n, marks=NO_ROOM) for n in (4, 5, 6)), 7])
+@pytest.mark.parametrize("max_length", [8, 9, 10])
 def test_the_shortest_lengths_still_leave_room_for_windows(build, max_length: int) -> None:
     rows = [question("the old cat saw a new house", "cat", "one in the ?")] * 2
     dataset = build(ANSWER, rows, max_length=max_length)
     assert dataset.train.lengths.max() <= max_length
+
+
+def test_shorter_lengths_are_refused(build) -> None:
+    rows = [question("the old cat saw a new house", "cat", "one in the ?")] * 2
+    with pytest.raises(DataError, match=r"data\.max_length: .* at least 8 tokens, got 7"):
+        build(ANSWER, rows, max_length=7)
 
 
 # -- relations -----------------------------------------------------------------------------------
