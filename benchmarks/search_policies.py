@@ -109,7 +109,16 @@ class Policy:
     epochs_prior: dict[str, float] | None = None
 
 
+PRIOR = {"center": 2e-5, "spread": 3.0}
 POLICIES = {
+    "default": Policy(
+        {"log_uniform": [1e-6, 4e-4], "prior": PRIOR},
+        default_recipe=True,
+        epochs_prior={"center": 3, "spread": 1.0},
+    ),
+    "no_epoch_prior": Policy({"log_uniform": [1e-6, 4e-4], "prior": PRIOR}, default_recipe=True),
+    "no_prior": Policy({"log_uniform": [1e-6, 4e-4]}, default_recipe=True),
+    "no_prior_no_recipe": Policy({"log_uniform": [1e-6, 4e-4]}),
     "random_hf": Policy({"log_uniform": HF_RANGE}, "random", "none"),
     "tpe_hf": Policy({"log_uniform": HF_RANGE}, "tpe", "none"),
     "random_rungs_hf": Policy({"log_uniform": HF_RANGE}, "random"),

@@ -45,6 +45,9 @@ def search(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Set an existing run folder aside and begin again.")
     ] = False,
+    extend: Annotated[
+        int, typer.Option(min=0, help="Trials to add to those the run folder was made for.")
+    ] = 0,
 ) -> None:
     """Search, or go on with an interrupted search; ends with the best checkpoint."""
     from sft_ray.config import Experiment
@@ -64,7 +67,7 @@ def search(
     from sft_ray.search.tuner import run_search
 
     source = shlex.join([experiment, *(overrides or [])])
-    run_search(parsed, address=address, fresh=fresh, source=source)
+    run_search(parsed, address=address, fresh=fresh, extend=extend, source=source)
 
 
 @app.command()

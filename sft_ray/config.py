@@ -211,6 +211,7 @@ class Budget(Section):
     wall_minutes: Annotated[float, Field(gt=0)] | None = None
     worker_hours: Annotated[float, Field(gt=0)] | None = None
     target: float | None = None  # a value of the objective that is good enough
+    patience: Annotated[int, Field(ge=1)] | None = None  # trials without a new best one
 
 
 class Search(Section):
@@ -219,8 +220,10 @@ class Search(Section):
     objective: str | None = None
     space: dict[str, Any] | None = None
     trials: Annotated[int, Field(ge=1, le=100_000)] = 32
-    sampler: Literal["tpe", "random"] = "tpe"
-    pruner: Literal["successive_halving", "none"] = "successive_halving"
+    sampler: Literal["tpe", "gp", "random", "qmc", "grid"] = "tpe"
+    pruner: Literal["successive_halving", "median", "hyperband", "patient", "none"] = (
+        "successive_halving"
+    )
     rungs: list[Annotated[int, Field(ge=1, le=99)]] = [10, 33]  # percent of a trial's schedule
     reduction_factor: Annotated[int, Field(ge=2, le=100)] = 3
     default_recipe: bool = True

@@ -35,7 +35,12 @@ TEST_ACCESS = "test_access.jsonl"
 BEST = "best"
 ERROR_LOG = "errors.log"
 # Keys that may grow on a finished or interrupted run; everything else must stay as it was.
-BUDGETS = ("search.trials", "search.budget.wall_minutes", "search.budget.worker_hours")
+BUDGETS = (
+    "search.trials",
+    "search.budget.wall_minutes",
+    "search.budget.worker_hours",
+    "search.budget.patience",
+)
 
 
 def trial_folder(number: int) -> str:

@@ -45,10 +45,12 @@ def search_rules(prepared: Prepared) -> str:
     if search.pruner == "none":
         return f"{search.sampler}, no pruning"
     rungs = " and ".join(f"{rung} %" for rung in search.rungs)
-    return (
-        f"{search.sampler}; at {rungs} of its own schedule a trial goes on if it is among the "
-        f"best 1/{search.reduction_factor}; evaluated there and at every epoch's end"
-    )
+    asked = f"at {rungs} of its own schedule a trial"
+    if search.pruner == "successive_halving":
+        rule = f"{asked} goes on if it is among the best 1/{search.reduction_factor}"
+    else:
+        rule = f"{asked} is judged by {search.pruner}"
+    return f"{search.sampler}; {rule}; evaluated there and at every epoch's end"
 
 
 def budget(prepared: Prepared) -> str:

@@ -8,6 +8,7 @@ from sft_ray import space as spaces
 from sft_ray.config import Experiment
 from sft_ray.errors import SftError, did_you_mean
 from sft_ray.search.cluster import plan_layout
+from sft_ray.search.samplers import grid_points
 from sft_ray.search.study import default_recipe
 from sft_ray.training.model import ModelFacts, inspect_model
 from sft_ray.training.preparation import Prepared, collect, prepare_training
@@ -32,6 +33,8 @@ def prepare_experiment(experiment: Experiment, has: Mapping[str, float] | None =
     if model is not None:
         problems += _depth_problems(experiment, model)
     problems += _enqueue_problems(experiment)
+    if experiment.search.sampler == "grid":
+        collect(problems, grid_points, experiment.search.domains)
     if has is not None:
         collect(problems, plan_layout, experiment, has)
     return prepare_training(experiment, problems)

@@ -7,8 +7,7 @@ Knows nothing of Ray, so that a recorded search can be replayed through the same
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sft_ray import space as spaces
 from sft_ray.analysis.outcome import Outcome
 from sft_ray.config import Experiment, Train, apply_values
+from sft_ray.search.pruners import build_pruner, prune_at
+from sft_ray.search.samplers import build_sampler, grid_points
 from sft_ray.space import Choice, Numeric
 from sft_ray.training.seeds import derived_seed
 
@@ -47,32 +48,6 @@ class PlannedTrial:
     params: dict[str, Any]
     save_above: float | None
     save_unfinished: bool
-
-
-class RungPruner(optuna.pruners.BasePruner):
-    """Asynchronous successive halving at rungs of each trial's own schedule (Li et al. 2020).
-
-    At a rung a trial goes on if it is among the best 1/reduction_factor of all trials that have
-    reached it so far, itself included; the first always does.
-    """
-
-    def __init__(self, rungs: Sequence[int], reduction_factor: int) -> None:
-        self.rungs, self.reduction_factor = tuple(rungs), reduction_factor
-
-    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        step = trial.last_step
-        return step is not None and self.prune_at(study, trial, step)
-
-    def prune_at(self, study: optuna.Study, trial: FrozenTrial, step: int) -> bool:
-        """The decision at one step, whatever the trial has reported beyond it."""
-        if step not in self.rungs:
-            return False
-        sign = 1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else -1
-        trials = study.get_trials(deepcopy=False)
-        values = [t.intermediate_values[step] for t in trials if step in t.intermediate_values]
-        ranked = sorted((sign * value for value in values), reverse=True)
-        survivors = max(1, len(ranked) // self.reduction_factor)
-        return bool(sign * trial.intermediate_values[step] < ranked[survivors - 1])
 
 
 class _HeldByTheRun(BaseJournalFileLock):
@@ -129,7 +104,7 @@ class SearchStudy:
         self.experiment, self.recipe = experiment, dict(recipe)
         self.space = search.domains
         self.sign = 1 if direction == "maximize" else -1
-        self.pruner = RungPruner(search.rungs, search.reduction_factor)
+        self.pruner = build_pruner(search)
         self.study = optuna.create_study(
             study_name=STUDY_NAME, storage=storage, direction=direction, load_if_exists=True
         )
@@ -155,6 +130,9 @@ class SearchStudy:
             self.study.enqueue_trial(inside, user_attrs={"role": "default recipe"})
         for values in self.experiment.search.enqueue:
             self.study.enqueue_trial(spaces.parameters(values), user_attrs={"role": "enqueued"})
+        if self.experiment.search.sampler == "grid":
+            for point in grid_points(self.space):
+                self.study.enqueue_trial(point, user_attrs={"role": "grid"})
 
     def next_trial(self) -> PlannedTrial | None:
         """The next configuration: interrupted ones first, under their number; None at the end."""
@@ -164,7 +142,7 @@ class SearchStudy:
             trial = optuna.Trial(self.study, self._frozen(number)._trial_id)
         else:
             asked = len(self.trials)
-            if asked >= self.experiment.search.trials or self.budget_used_up() is not None:
+            if self._nothing_left() or self.budget_used_up() is not None:
                 return None
             self.study.sampler = self._sampler(asked)
             self._maybe_enqueue_prior_draw(asked)
@@ -195,13 +173,7 @@ class SearchStudy:
         return self.recipe
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """A sampler built anew for one trial: a reopened study goes on as if never closed."""
-        seed = derived_seed(self.experiment.seed, "sampler", number)
-        if self.experiment.search.sampler == "random":
-            return optuna.samplers.RandomSampler(seed=seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
+        return build_sampler(self.experiment.search.sampler, self.experiment.seed, number)
 
     def _maybe_enqueue_prior_draw(self, number: int) -> None:
         """With the share n0 / (n0 + n) of all draws, take the priors' word where there are some."""
@@ -227,8 +199,9 @@ class SearchStudy:
         if budget := self.budget_used_up():
             return f"budget: {budget}"
         search = self.experiment.search
-        spared = search.pruner == "none" or trial.user_attrs.get("role") == "default recipe"
-        if not spared and self.pruner.prune_at(self.study, self._frozen(number), percent):
+        if percent not in search.rungs or trial.user_attrs.get("role") == "default recipe":
+            return None
+        if prune_at(self.pruner, self.study, self._frozen(number), percent):
             return f"rung {percent}"
         return None
 
@@ -264,7 +237,25 @@ class SearchStudy:
             best = self.best_score()
             if best is not None and self.sign * best >= self.sign * budget.target:
                 return f"target {budget.target:g} reached"
+        if budget.patience is not None and self._trials_since_best() >= budget.patience:
+            return f"no better trial among the last {budget.patience}"
         return None
+
+    def _trials_since_best(self) -> int:
+        """Trials that have ended since the best one did."""
+        complete = self._complete()
+        if not complete:
+            return 0
+        best = max(complete, key=lambda t: (self.sign * t.value, -t.number))
+        ended = [t.datetime_complete for t in self.trials if t.state.is_finished()]
+        return sum(at > best.datetime_complete for at in ended if at is not None)
+
+    def _nothing_left(self) -> bool:
+        """As many trials as wanted have started, or all points of a grid have."""
+        if len(self.trials) >= self.experiment.search.trials:
+            return True
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return self.experiment.search.sampler == "grid" and not waiting
 
     def wall_seconds(self) -> float:
         """Of all sessions of this search."""
@@ -282,7 +273,7 @@ class SearchStudy:
             return False
         if self.budget_used_up() is not None:
             return True
-        return len(self.trials) >= self.experiment.search.trials
+        return self._nothing_left()
 
     def kept(self) -> set[int]:
         """Numbers of the trials whose model folders stay on disk."""

@@ -16,6 +16,7 @@ from sft_ray.run_store import (
     BEST,
     ENVIRONMENT,
     ERROR_LOG,
+    EXPERIMENT,
     PREDICTIONS,
     RESULTS,
     RunStore,
@@ -29,6 +30,7 @@ from sft_ray.search.narration import say_outcome, say_truth
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.study import SearchStudy, default_recipe, open_storage
 from sft_ray.training.preparation import Prepared
+from sft_ray.yaml_text import parse_yaml
 
 
 def run_search(
@@ -36,6 +38,7 @@ def run_search(
     *,
     address: str | None = None,
     fresh: bool = False,
+    extend: int = 0,
     quiet: bool = False,
     source: str | None = None,
 ) -> SearchResult:
@@ -46,6 +49,7 @@ def run_search(
         address: of a Ray cluster; None uses the current `ray.init`, a cluster that runs on this
             machine, or starts Ray here.
         fresh: set an existing run folder of that name aside and begin again.
+        extend: trials to add to those that the run folder was made for.
         quiet: print nothing.
         source: the command's arguments, for the hints at the end.
 
@@ -55,6 +59,8 @@ def run_search(
         KeyboardInterrupt: interrupted; the same call goes on where it stopped.
     """
     screen, started = Screen(quiet), time.monotonic()
+    if extend:
+        experiment = extended(experiment, extend)
     prepared = prepare_experiment(experiment, capacity_here(address))
     experiment = prepared.experiment
     store = RunStore(experiment.storage, experiment.name)
@@ -87,6 +93,21 @@ def run_search(
             result = _conclude(prepared, store, study, environment, startup_seconds)
     say_outcome(screen, result, prepared, source)
     return result
+
+
+def extended(experiment: Experiment, by: int) -> Experiment:
+    """The experiment with so many trials more than its run folder was made for."""
+    store = RunStore(experiment.storage, experiment.name)
+    text = store.read_text(EXPERIMENT)
+    stored = (
+        experiment
+        if text is None
+        else Experiment.from_tree(
+            parse_yaml(text, store.path_of(EXPERIMENT)), source=store.path_of(EXPERIMENT)
+        )
+    )
+    search = experiment.search.model_copy(update={"trials": stored.search.trials + by})
+    return experiment.model_copy(update={"search": search})
 
 
 def _finished(store: RunStore, experiment: Experiment) -> SearchResult | None:

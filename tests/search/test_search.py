@@ -151,7 +151,7 @@ def test_more_trials_extend_a_finished_search_and_nothing_runs_twice(
 ) -> None:
     _, straight, _ = finished
     shutil.copytree(Path(straight.location).parent, experiment.storage)
-    longer = run_search(with_search(experiment, trials=5), quiet=True)
+    longer = run_search(experiment, extend=1, quiet=True)
     assert longer.trials[:4] == straight.trials
     assert len(longer.trials) == 5
     with pytest.raises(ConfigError, match="another experiment"):

@@ -12,9 +12,10 @@ from optuna.trial import TrialState
 from sft_ray.analysis.outcome import Outcome
 from sft_ray.analysis.results import gain_over_default, row_of, winner
 from sft_ray.config import Experiment
+from sft_ray.errors import ConfigError
+from sft_ray.search.pruners import RungPruner
 from sft_ray.search.study import (
     PlannedTrial,
-    RungPruner,
     SearchStudy,
     default_recipe,
     open_storage,
@@ -307,3 +308,71 @@ def test_a_trial_that_lost_its_slot_starts_over_a_few_times(tmp_path: Path) -> N
     study.finish(0, TrialState.FAIL, Outcome(reason="slot lost"))
     assert study.is_over()
     assert row_of(study.trials[0], seed=17)["reason"] == "slot lost"
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "qmc"])
+def test_every_sampler_goes_on_as_if_never_closed(tmp_path: Path, sampler: str) -> None:
+    search = {"sampler": sampler, "trials": 12, "default_recipe": False}
+    straight = open_study(tmp_path, experiment(**search))
+    run_all(straight)
+    (tmp_path / "again").mkdir()
+    for stop_at in (3, 7, 99):
+        again = open_study(tmp_path / "again", experiment(**search))
+        run_all(again, until=lambda number, stop_at=stop_at: number == stop_at)
+    assert history(again) == history(straight)
+    assert len({str(t.params) for t in straight.trials}) == 12
+
+
+def finite() -> dict[str, Any]:
+    return {
+        "train.learning_rate": {"choice": [1e-5, 1e-4]},
+        "train.epochs": {"int": [1, 3]},
+        "train.regularization": {
+            "one_of": [
+                {"kind": "none"},
+                {"kind": "l2_sp", "strength": {"choice": [0.1, 0.01]}},
+                {"kind": "weight_decay", "strength": 0.01},
+            ]
+        },
+        "train.warmup": 0.1,
+    }
+
+
+def test_a_grid_visits_every_point_once_and_ends(tmp_path: Path) -> None:
+    exp = experiment(space=finite(), sampler="grid", trials=1000, default_recipe=False)
+    study = open_study(tmp_path, exp)
+    run_all(study)
+    assert study.is_over()
+    seen = [tuple(sorted(t.user_attrs["params"].items(), key=str)) for t in study.trials]
+    assert len(seen) == len(set(seen)) == 2 * 3 * (1 + 2 + 1)
+    assert {t.user_attrs["role"] for t in study.trials} == {"grid"}
+    assert {t.user_attrs["params"]["train.warmup"] for t in study.trials} == {0.1}
+
+
+def test_a_grid_over_a_range_is_refused() -> None:
+    from sft_ray.search.samplers import grid_points
+
+    exp = experiment(sampler="grid")
+    with pytest.raises(ConfigError, match=r"train\.learning_rate: a grid needs finitely many"):
+        grid_points(exp.search.domains)
+
+
+@pytest.mark.parametrize("pruner", ["median", "hyperband", "patient", "none"])
+def test_other_pruners_are_asked_at_rungs_only(tmp_path: Path, pruner: str) -> None:
+    study = open_study(tmp_path, experiment(pruner=pruner, trials=30))
+    run_all(study)
+    reasons = {Outcome.of(t).reason for t in study.trials}
+    assert reasons <= {None, "rung 10", "rung 33"}
+    assert (reasons == {None}) == (pruner == "none")
+    assert study.trials[0].state == TrialState.COMPLETE  # the default recipe
+
+
+def test_patience_ends_a_search_that_finds_nothing_better(tmp_path: Path) -> None:
+    search = {"trials": 100, "budget": {"patience": 7}, "sampler": "random"}
+    study = open_study(tmp_path, experiment(**search))
+    run_all(study)
+    assert study.is_over()
+    assert study.budget_used_up() == "no better trial among the last 7"
+    values = [t.value for t in study.trials if t.state == TrialState.COMPLETE]
+    best = next(t.number for t in study.trials if t.value == max(values))
+    assert len(study.trials) == best + 1 + 7

@@ -1,0 +1,74 @@
+"""Who proposes configurations: Optuna's samplers, and an enumeration of finite spaces."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import Any
+
+import optuna
+
+from sft_ray import space as spaces
+from sft_ray.errors import ConfigError
+from sft_ray.space import Choice, Numeric, OneOf, Space
+from sft_ray.training.seeds import derived_seed
+
+
+def build_sampler(name: str, seed: int, number: int) -> optuna.samplers.BaseSampler:
+    """A sampler built anew for one trial: a reopened study goes on as if never closed.
+
+    Only `qmc` keeps one seed, because its trials are points of one sequence; the study counts them.
+    """
+    own = derived_seed(seed, "sampler", number)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if name == "qmc":
+            sequence = derived_seed(seed, "sampler")
+            return optuna.samplers.QMCSampler(
+                seed=sequence, scramble=True, warn_independent_sampling=False
+            )
+        if name == "gp":
+            return optuna.samplers.GPSampler(
+                seed=own, deterministic_objective=False, warn_independent_sampling=False
+            )
+        if name == "tpe":
+            return optuna.samplers.TPESampler(seed=own, multivariate=True, group=True)
+    return optuna.samplers.RandomSampler(seed=own)  # of grid too: every value is enqueued
+
+
+def grid_points(space: Space) -> list[dict[str, Any]]:
+    """Every configuration of a finite space as flat parameters, the last dimension fastest.
+
+    Raises:
+        ConfigError: a dimension has infinitely many values.
+    """
+    axes = [_axis(f"search.space.{path}", path, domain) for path, domain in space.items()]
+    return [
+        {name: value for part in point for name, value in part.items()}
+        for point in itertools.product(*axes)
+    ]
+
+
+def _axis(where: str, path: str, domain: Any) -> list[dict[str, Any]]:
+    if isinstance(domain, OneOf):
+        return [
+            {f"{path}.kind": kind, **{k: v for part in point for k, v in part.items()}}
+            for kind, fields in domain.branches.items()
+            for point in itertools.product(
+                *(
+                    _axis(f"{where}.{kind}.{name}", f"{path}.{kind}.{name}", sub)
+                    for name, sub in fields.items()
+                    if isinstance(sub, Numeric | Choice)
+                )
+            )
+        ]
+    if isinstance(domain, Choice):
+        return [{path: option} for option in domain.options]
+    if isinstance(domain, Numeric) and domain.integer:
+        return [{path: value} for value in range(int(domain.low), int(domain.high) + 1)]
+    if isinstance(domain, Numeric):
+        raise ConfigError(
+            f"{where}: a grid needs finitely many values, got {spaces.describe(domain)}; write "
+            "`choice: […]`"
+        )
+    return [{}]  # a constant
