@@ -363,7 +363,8 @@ def test_other_pruners_are_asked_at_rungs_only(tmp_path: Path, pruner: str) -> N
     run_all(study)
     reasons = {Outcome.of(t).reason for t in study.trials}
     assert reasons <= {None, "rung 10", "rung 33"}
-    assert (reasons == {None}) == (pruner == "none")
+    # These trials get better at every mark, which a patient pruner waits for.
+    assert (reasons == {None}) == (pruner in ("none", "patient"))
     assert study.trials[0].state == TrialState.COMPLETE  # the default recipe
 
 
