@@ -423,13 +423,20 @@ def _trainer_items(task: Task, examples: Examples) -> list[dict[str, Any]]:
     return items
 
 
-def pairs(folder: Path, out: Path, num_seeds: int, train_limit: int, test_limit: int) -> None:
+def pairs(
+    folder: Path,
+    out: Path,
+    num_seeds: int,
+    train_limit: int,
+    test_limit: int,
+    only: Sequence[str] = (),
+) -> None:
     """Run what has no line in `out` yet; who goes first alternates from seed to seed."""
     runs = {"ours": run_ours, "trainer": run_trainer}
     limits = {"train_limit": train_limit, "test_limit": test_limit}
     packages = {name: version(name) for name in ("torch", "transformers", "accelerate")}
     done = {_key(row) for row in _rows(out)}
-    for case in CASES:
+    for case in [case for case in CASES if not only or case.name in only]:
         for seed in range(num_seeds):
             order = SYSTEMS if seed % 2 == 0 else SYSTEMS[::-1]
             keys = {system: (case.name, seed, system, train_limit, test_limit) for system in order}
@@ -549,6 +556,7 @@ def main() -> None:
     pair_parser.add_argument("--seeds", type=int, default=3)
     pair_parser.add_argument("--train-limit", type=int, default=1200)
     pair_parser.add_argument("--test-limit", type=int, default=800)
+    pair_parser.add_argument("--only", nargs="*", default=(), help="names of data sets")
     pair_parser.add_argument("--report", action="store_true", help="only print the tables")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -563,6 +571,7 @@ def main() -> None:
             arguments.seeds,
             arguments.train_limit,
             arguments.test_limit,
+            arguments.only,
         )
     print(report_pairs(_rows(arguments.out)))
 

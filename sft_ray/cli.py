@@ -134,8 +134,9 @@ def predict(
     from sft_ray.serving.predict import load_predictor, read_rows
 
     predictor = load_predictor(model)
-    if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8-sig")  # whatever the locale says
+    for stream, encoding in ((sys.stdin, "utf-8-sig"), (sys.stdout, "utf-8")):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding=encoding)  # whatever the locale says
     for answer in predictor.predict(read_rows(sys.stdin, predictor.task)):
         sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
 

@@ -134,10 +134,11 @@ class _Run:
 
     def report(self, progress: Progress) -> bool:
         """Keep what a mark found: its scores, the best weights, now and then the state."""
-        best = progress.best
+        best, experiment = progress.best, self.prepared.experiment
+        precision = experiment.train.precision
         if best is not None and best.percent != self._saved_percent:
             with self.store.replacing_folder(BEST) as folder:
-                save_model(folder, self.setup, best.weights, self.prepared.experiment.data)
+                save_model(folder, self.setup, best.weights, experiment.data, precision)
                 save_predictions(folder / PREDICTIONS, self.setup, best.outputs)
                 self.store.write_bytes(PREDICTIONS, (folder / PREDICTIONS).read_bytes())
                 (folder / PREDICTIONS).unlink()
@@ -167,6 +168,7 @@ class _Run:
     def _take_up(self) -> ResumeState | None:
         """The state of an interrupted training, with the marks that lead up to it."""
         if not self.store.exists(f"{LAST}/state.json"):
+            self.messages, self._saved_percent = [], None
             return None
         with self.store.fetched_folder(LAST) as folder:
             state = load_resume_state(folder)

@@ -389,4 +389,4 @@ def save_tiny(
 ) -> None:
     """Write the trained model as a folder, with the tokenizer of `model`."""
     setup = Setup(task, dataset, pretrained, load_tokenizer(str(model)), World())
-    save_model(folder, setup, trained, Data(path="none", max_length=32))
+    save_model(folder, setup, trained, Data(path="none", max_length=32), "fp32")

@@ -236,7 +236,7 @@ def test_the_command_reads_lines_and_writes_json_lines(run: Path, monkeypatch, c
         (['{"text": "a cat"}', "[1]"], "line 2: must be a JSON object"),
         (['{"body": "a cat"}'], "input 1: text-classification needs 'text'"),
         (['{"text": 3}'], "'text' must hold texts"),
-        (['{"text": "a"}', '{"text": 3}'], "different kinds of values"),
+        (['{"text": "a"}', '{"text": 3}'], "values of no one kind"),
     ],
 )
 def test_bad_inputs_are_named(run: Path, lines: list[str], fragment: str) -> None:

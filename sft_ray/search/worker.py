@@ -160,7 +160,11 @@ class Keeper:
         if self._assignment["save_unfinished"] or (progress.finished and beats):
             target = f"{trial_folder(self._assignment['number'])}/best"
             with self._loaded.store.replacing_folder(target) as folder:
-                save_model(folder, self._loaded.setup, best.weights, self._loaded.experiment.data)
+                data, precision = (
+                    self._loaded.experiment.data,
+                    self._assignment["train"]["precision"],
+                )
+                save_model(folder, self._loaded.setup, best.weights, data, precision)
                 save_predictions(folder / PREDICTIONS, self._loaded.setup, best.outputs)
             self.saved_percent = best.percent
 

@@ -32,6 +32,7 @@ HEADS = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
 }
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBLEM_TYPES = {"regression": "regression", "multi_label_classification": "multi-label"}
 
 
@@ -41,6 +42,7 @@ class Predictor:
 
     Attributes:
         model: with its head, on the device of `world`.
+        dtype: of matrix products, the one the model was trained and scored with.
     """
 
     model: Any
@@ -48,11 +50,12 @@ class Predictor:
     encoder: Encoder
     label_set: LabelSet
     world: World
+    dtype: torch.dtype
 
     def outputs(self, examples: Examples) -> Floats:
         """Raw outputs of encoded examples, [n or total, classes]."""
         pad = self.encoder.tokenizer.pad_token_id
-        return evaluate(self.model, self.task, examples, pad, self.world)
+        return evaluate(self.model, self.task, examples, pad, self.world, self.dtype)
 
     def predict(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """One answer per row, in order; rows are batched by length, `ROWS_AT_ONCE` together.
@@ -78,8 +81,8 @@ class Predictor:
         present = [n for n in (*fields.inputs, *fields.optional) if any(n in row for row in rows)]
         try:
             table = pa.Table.from_pylist([{n: row.get(n) for n in present} for row in rows])
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise DataError(f"inputs: a field holds different kinds of values: {error}") from None
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            raise DataError(f"inputs: a field holds values of no one kind: {error}") from None
         if problems := check_fields(table, fields):
             where = f"inputs from {start + 1} on" if start else "input"
             raise DataError(*(f"{where}: {problem}" for problem in problems))
@@ -113,7 +116,7 @@ def load_predictor(model: str, device: torch.device | None = None) -> Predictor:
         ) from None
     tokenizer = load_tokenizer(folder)
     most = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    max_length = facts.get("max_length") or min(tokenizer.model_max_length, most, 512)
+    max_length = min(facts.get("max_length") or 512, tokenizer.model_max_length, most)
     names = tuple(config.id2label[i] for i in range(config.num_labels)) if task.classes else ()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Predictor(
@@ -122,6 +125,7 @@ def load_predictor(model: str, device: torch.device | None = None) -> Predictor:
         encoder=Encoder(tokenizer, max_length, facts.get("doc_stride", 64)),
         label_set=LabelSet(names, facts.get("negative_label")),
         world=World(device=device),
+        dtype=DTYPES.get(str(facts.get("precision")), torch.float32),
     )
 
 
@@ -170,7 +174,7 @@ def read_rows(lines: Iterable[str], task: Task) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"line {number}: is no JSON: {error}") from None
         if not isinstance(row, dict):
             raise DataError(f"line {number}: must be a JSON object, got {line[:60]!r}")

@@ -16,20 +16,27 @@ from sft_ray.config import Data
 from sft_ray.errors import DataError
 from sft_ray.training.metrics import Floats
 from sft_ray.training.setup import Setup
+from sft_ray.training.world import resolve_precision
 
 MODEL_FACTS = "sft_ray.json"  # how to feed the model: task, length, stride
 TENSORS, FACTS = "state.safetensors", "state.json"
 
 
-def save_model(folder: Path, setup: Setup, trained: dict[str, torch.Tensor], data: Data) -> None:
-    """Write the whole model with `trained` weights; `from_pretrained(folder)` reads it back."""
+def save_model(
+    folder: Path, setup: Setup, trained: dict[str, torch.Tensor], data: Data, precision: str
+) -> None:
+    """Write the whole model with `trained` weights; `from_pretrained(folder)` reads it back.
+
+    `precision` is the one it was trained and scored with.
+    """
     state = setup.pretrained.full_state(trained)
     setup.pretrained.model.save_pretrained(folder, state_dict=state)
     setup.tokenizer.save_pretrained(folder)
     facts = {
         "task": setup.task.name,
-        "max_length": data.max_length,
+        "max_length": min(data.max_length, setup.tokenizer.model_max_length),
         "doc_stride": data.doc_stride,
+        "precision": str(resolve_precision(precision, setup.world.device)[0]).split(".")[-1],
         "negative_label": setup.dataset.label_set.negative,
         "data_fingerprint": setup.dataset.fingerprint,
     }

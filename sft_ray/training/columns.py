@@ -99,7 +99,7 @@ def select_fields(
             found.append("has no rows")
         if not found:
             table = table.select(list(wanted.values())).rename_columns(list(wanted))
-            selected[split] = table.replace_schema_metadata(None)
+            selected[split] = _without_views(table.replace_schema_metadata(None))
             found += check_fields(selected[split], fields, wanted)
             if split in ("train", "validation") and is_unlabelled(
                 selected[split], fields.target_name
@@ -124,6 +124,15 @@ def check_fields(
     if not problems:
         problems += fields.together(table)
     return problems
+
+
+def _without_views(table: pa.Table) -> pa.Table:
+    """Texts as plain Arrow strings; views lack kernels that are needed later."""
+    for i, part in enumerate(table.schema):
+        if pa.types.is_string_view(part.type):
+            plain = table.column(i).cast(pa.large_string())
+            table = table.set_column(i, part.name, plain)
+    return table
 
 
 def _missing_columns(
@@ -209,7 +218,7 @@ def number(values: pa.ChunkedArray) -> Iterator[str]:
         yield f"must hold numbers, got {kind}"
         return
     yield from _empty(values, None)
-    wrong = pc.invert(pc.is_finite(values.cast(pa.float64())))
+    wrong = pc.invert(pc.is_finite(values.cast(pa.float64(), safe=False)))
     if pc.any(wrong).as_py():
         row = pc.index(wrong, True).as_py()
         yield f"must hold finite numbers, got {values[row].as_py()} in row {row + 1}; remove it"

@@ -200,6 +200,8 @@ def load_tokenizer(model_folder: str, revision: str | None = None) -> Any:
         raise DataError(
             f"model: no tokenizer can be loaded from {model_folder}: {reason}"
         ) from None
+    if tokenizer.pad_token_id is None:
+        raise DataError(f"model: the tokenizer of {model_folder} has no padding token; name one")
     if not tokenizer.is_fast:
         raise DataError(f"model: {model_folder} has no fast tokenizer (tokenizer.json); add one")
     return tokenizer
@@ -257,7 +259,10 @@ def _open_examples(path: Path, raw: Path | None = None) -> Examples:
         segments=flat.get("segments"),
         rows=values["rows"].to_numpy(),
         words=flat.get("words"),
-        spans=np.stack([flat["starts"], flat["ends"]], axis=1) if "starts" in flat else None,
+        # Only scoring looks at characters.
+        spans=np.stack([flat["starts"], flat["ends"]], axis=1)
+        if raw and "starts" in flat
+        else None,
         labels=found,
         raw=None if raw is None else _read_arrow(raw),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -103,15 +103,10 @@ def encode_marked(table: pa.Table, encoder: Encoder) -> Encoded:
         entities.append((ends[0] - len(inserts[0][2]), ends[-1]))
     encoded = _encode(encoder, [texts])
     if encoded.num_truncated:
-        texts = [_around(encoder, t, *e) for t, e in zip(texts, entities, strict=True)]
+        for row in np.flatnonzero(np.diff(encoded.offsets) >= encoder.max_length):
+            texts[row] = _around(encoder, texts[row], *entities[row])
         again = _encode(encoder, [texts])
-        encoded = Encoded(
-            again.tokens,
-            again.offsets,
-            again.segments,
-            again.rows,
-            num_truncated=encoded.num_truncated,
-        )
+        encoded = replace(again, num_truncated=encoded.num_truncated)
     return encoded
 
 
@@ -215,8 +210,9 @@ def _encode(
     **options: Any,
 ) -> Encoded:
     """Tokenise one or two parts per row; spans are those of the last part."""
-    tokens: list[list[int]] = []
-    segments: list[list[int]] = []
+    tokens: list[IntArray] = []
+    segments: list[IntArray] = []
+    lengths: list[int] = []
     rows: list[int] = []
     spans: list[IntArray] = []
     truncated: set[int] = set()
@@ -233,8 +229,11 @@ def _encode(
         )
         of_item = found.get("overflow_to_sample_mapping", range(len(found["input_ids"])))
         rows += [start + row for row in of_item]
-        tokens += found["input_ids"]
-        segments += found.get("token_type_ids", [])
+        lengths += map(len, found["input_ids"])
+        # As arrays at once: lists of numbers take ten times the memory.
+        tokens.append(_flat(found["input_ids"], np.int32))
+        if "token_type_ids" in found:
+            segments.append(_flat(found["token_type_ids"], np.int8))
         truncated |= {
             start + row
             for row, encoding in zip(of_item, found.encodings, strict=True)
@@ -243,14 +242,14 @@ def _encode(
         if with_spans:
             for encoding in found.encodings:
                 inside = np.array([part == last for part in encoding.sequence_ids])
-                spans.append(np.where(inside[:, None], np.array(encoding.offsets), -1))
-    lengths = [len(item) for item in tokens]
+                offsets = np.array(encoding.offsets, dtype=np.int32)
+                spans.append(np.where(inside[:, None], offsets, np.int32(-1)))
     return Encoded(
-        tokens=_flat(tokens, np.int32),
+        tokens=np.concatenate(tokens),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        segments=_flat(segments, np.int8) if last == 1 and segments else None,
+        segments=np.concatenate(segments) if segments else None,
         rows=np.array(rows, dtype=np.int64),
-        spans=np.concatenate(spans).astype(np.int32) if spans else None,
+        spans=np.concatenate(spans) if spans else None,
         num_truncated=len(truncated),
     )
 
@@ -274,7 +273,12 @@ def _marks(tokenizer: Any) -> tuple[str, str]:
 
 
 def _around(encoder: Encoder, text: str, start: int, end: int) -> str:
-    """The part of a marked text around its entities that fits; the whole text if all of it does."""
+    """The part of a marked text around its entities that fits; the whole text if all of it does.
+
+    Args:
+        start: first character of the first mark.
+        end: first character behind the last mark.
+    """
     found = encoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     places = found["offset_mapping"]
     room = encoder.max_length - encoder.tokenizer.num_special_tokens_to_add()
@@ -283,6 +287,15 @@ def _around(encoder: Encoder, text: str, start: int, end: int) -> str:
     first = bisect.bisect_right([p[1] for p in places], start)
     last = bisect.bisect_left([p[0] for p in places], end)
     begin = max(0, min(first, last - room + (room - (last - first)) // 2))
-    begin = min(begin, max(0, len(places) - room))
-    stop = min(len(places), begin + room)
-    return text[places[begin][0] : places[stop - 1][1]]
+    begin = min(begin, len(places) - room)
+    stop = begin + room
+    while True:
+        part = text[places[begin][0] : places[stop - 1][1]]
+        # A part that begins or ends inside a word can have more tokens than it had there.
+        excess = len(encoder.tokenizer(part, add_special_tokens=False)["input_ids"]) - room
+        if excess <= 0 or (begin >= first and stop <= last):
+            return part
+        if stop - last >= first - begin:
+            stop = max(last, stop - excess)
+        else:
+            begin = min(first, begin + excess)

@@ -42,7 +42,7 @@ class Examples(Encoded):
     labels: npt.NDArray[Any]
     raw: pa.Table | None = None
 
-    @property
+    @cached_property
     def lengths(self) -> IntArray:
         """Tokens per item, [n]."""
         return np.diff(self.offsets)

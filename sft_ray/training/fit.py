@@ -392,14 +392,16 @@ class _Trial:
         self.last = Progress(**last, best=self.best, resume_state=on_first_rank)
         return int(last["index"]) + 1
 
-    def choose_micro_batch(self, known: dict[tuple[int | str, int], int], most: int | None) -> int:
+    def choose_micro_batch(
+        self, known: dict[tuple[int | str, int, str], int], most: int | None
+    ) -> int:
         """The most examples per pass: as configured, or as many of the longest as fit."""
         train = self.train
         share = -(-train.batch_size // self.world.size)
         most = min(share, most or share)
         if train.micro_batch != "auto":
             return min(most, train.micro_batch)
-        key = (train.frozen_layers, train.batch_size)
+        key = (train.frozen_layers, train.batch_size, str(self.dtype))
         if key not in known:
             known[key] = self.probe_micro_batch(share)
         return min(most, known[key])
@@ -469,9 +471,13 @@ def loss_options(train: Train, setup: Setup) -> LossOptions:
         return LossOptions(train.label_smoothing)
     if chosen == "balanced":
         truth = setup.dataset.train.labels
-        ids = truth.argmax(axis=1) if truth.ndim == 2 else truth[truth != IGNORED]
-        counts = np.bincount(ids, minlength=len(names))
-        weights = len(ids) / np.maximum(counts, 1) / np.count_nonzero(counts)
+        if truth.ndim == 2:
+            counts = truth.sum(axis=0)
+        else:
+            counts = np.bincount(truth[truth != IGNORED], minlength=len(names)).astype(float)
+        present = counts > 0  # smoothing and soft labels look at absent classes too
+        weights = np.zeros(len(names))
+        weights[present] = counts.sum() / counts[present] / present.sum()
     else:
         weights = np.array([chosen[name] for name in names])
     found = torch.tensor(weights, dtype=torch.float32, device=setup.world.device)

@@ -77,7 +77,8 @@ def unknown_names(table: pa.Table, field: str, classes: tuple[str, ...]) -> Coun
     if _are_probabilities(values.type):
         return Counter()
     found = values.combine_chunks().flatten() if is_list(values.type) else values
-    return Counter(name for name in found.to_pylist() if name not in set(classes))
+    known = set(classes)
+    return Counter(name for name in found.to_pylist() if name not in known)
 
 
 def check_names(table: pa.Table, field: str, classes: tuple[str, ...], where: str) -> None:
@@ -111,15 +112,17 @@ def class_ids(table: pa.Table, encoded: Encoded, labels: LabelSet) -> npt.NDArra
     values = table.column("label")
     if is_list(values.type):
         return np.array(values.to_pylist(), dtype=np.float64)
-    return _ids(values.to_pylist(), labels)
+    id_of = {name: i for i, name in enumerate(labels.names)}
+    return np.array([id_of[name] for name in values.to_pylist()], dtype=np.int64)
 
 
 def membership(table: pa.Table, encoded: Encoded, labels: LabelSet) -> npt.NDArray[Any]:
-    """1.0 for every class that a row has, [n, classes]."""
+    """1 for every class that a row has, [n, classes]."""
     rows = table.column("labels").to_pylist()
-    found = np.zeros((len(rows), len(labels.names)))
+    id_of = {name: i for i, name in enumerate(labels.names)}
+    found = np.zeros((len(rows), len(labels.names)), dtype=np.uint8)
     for row, names in enumerate(rows):
-        found[row, _ids(names, labels)] = 1.0
+        found[row, [id_of[name] for name in names]] = 1
     return found
 
 
@@ -131,7 +134,9 @@ def values(table: pa.Table, encoded: Encoded, labels: LabelSet) -> npt.NDArray[A
 def tag_ids(table: pa.Table, encoded: Encoded, labels: LabelSet) -> npt.NDArray[Any]:
     """The id of a word's tag on its first token, `IGNORED` on others, [total]."""
     assert encoded.words is not None  # encode_words says where words begin
-    of_row = [_ids(tags, labels) for tags in table.column("tags").to_pylist()]
+    id_of = {name: i for i, name in enumerate(labels.names)}
+    tags_of_rows = table.column("tags").to_pylist()
+    of_row = [np.array([id_of[tag] for tag in tags], dtype=np.int64) for tags in tags_of_rows]
     found = np.full(len(encoded.tokens), IGNORED, dtype=np.int64)
     for item in range(len(encoded)):
         where = encoded[item]
@@ -145,21 +150,24 @@ def answer_positions(table: pa.Table, encoded: Encoded, labels: LabelSet) -> npt
     assert encoded.spans is not None  # encode_windows says which characters a token covers
     answers = [answer_pairs(value) for value in table.column("answers").to_pylist()]
     found = np.zeros((len(encoded), 2), dtype=np.int64)
+    changes = encoded.rows[1:] != encoded.rows[:-1]
+    first_window, last_window = np.append(True, changes), np.append(changes, True)
     for item in range(len(encoded)):
         pairs = answers[encoded.rows[item]]
         if not pairs:
             continue
         text, start = pairs[0]
-        end = start + len(text)
+        start += len(text) - len(text.lstrip())  # blanks have no token
+        end = start + len(text.strip())
         spans = encoded.spans[encoded[item]]
         covering = np.flatnonzero((spans[:, 0] < end) & (spans[:, 1] > start) & (spans[:, 0] >= 0))
+        if not len(covering):
+            continue
+        # A window that begins or ends inside the answer lacks a part of it; characters without a
+        # token, at either end of the context, are no part that could be lacking.
         inside = spans[:, 0] >= 0
-        window_start, window_end = spans[inside, 0].min(), spans[inside, 1].max()
-        if len(covering) and window_start <= start and end <= window_end:
+        begun = start >= spans[inside, 0].min() or first_window[item]
+        ended = end <= spans[inside, 1].max() or last_window[item]
+        if begun and ended:
             found[item] = covering[0], covering[-1]
     return found
-
-
-def _ids(names: list[str], labels: LabelSet) -> npt.NDArray[np.int64]:
-    id_of = {name: i for i, name in enumerate(labels.names)}
-    return np.array([id_of[name] for name in names], dtype=np.int64)

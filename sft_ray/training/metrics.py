@@ -63,32 +63,39 @@ def precision_recall_f1(
     return float(found[0]), float(found[1]), float(found[2])
 
 
-def mean_reciprocal_rank(scores: Numbers, gains: Numbers, groups: Sequence[Any]) -> float:
-    """Mean over groups of 1 / rank of the first candidate with a gain above 0.
+def mean_reciprocal_rank(
+    scores: Numbers, relevant: npt.NDArray[np.bool_], groups: Sequence[Any]
+) -> float:
+    """Mean over groups of 1 / rank of the first relevant candidate; 0 for a group without one.
 
-    Groups without one count as 0; candidates of equal score rank in the order they come.
+    Among equal scores the relevant come last, so that a constant answer gains nothing.
     """
     found = []
     for rows in _by_group(groups):
-        order = np.argsort(-scores[rows], kind="stable")
-        relevant = np.flatnonzero(gains[rows][order] > 0)
-        found.append(1 / (relevant[0] + 1) if len(relevant) else 0.0)
+        good = relevant[rows]
+        if good.any():
+            ahead = scores[rows][~good] >= scores[rows][good].max()
+            found.append(1 / (1 + ahead.sum()))
+        else:
+            found.append(0.0)
     return float(np.mean(found))
 
 
 def mean_ndcg(scores: Numbers, gains: Numbers, groups: Sequence[Any]) -> float:
     """Mean over groups of the normalised discounted cumulative gain (Järvelin, Kekäläinen 2002).
 
-    Groups whose candidates all have gain 0 are left out; 0 if all groups are.
+    Candidates of equal score share the mean of their discounts.  Groups whose candidates all have
+    gain 0 are left out; 0 if all groups are.
     """
-    from sklearn.metrics import dcg_score
-
     found = []
     for rows in _by_group(groups):
-        ideal = dcg_score([gains[rows]], [gains[rows]]) if len(rows) > 1 else float(gains[rows][0])
+        discounts = 1 / np.log2(np.arange(len(rows)) + 2)
+        ideal = float(np.sort(gains[rows])[::-1] @ discounts)
         if ideal > 0:
-            own = dcg_score([gains[rows]], [scores[rows]]) if len(rows) > 1 else ideal
-            found.append(own / ideal)
+            order = np.argsort(-scores[rows], kind="stable")
+            ties = np.unique(-scores[rows][order], return_inverse=True)[1]
+            shared = np.bincount(ties, discounts) / np.bincount(ties)
+            found.append(float(gains[rows][order] @ shared[ties]) / ideal)
     return float(np.mean(found)) if found else 0.0
 
 
@@ -100,6 +107,7 @@ def multi_label(logits: Floats, labels: Floats) -> dict[str, float]:
     """
     from sklearn.metrics import average_precision_score, f1_score
 
+    labels = labels.astype(np.float64)
     predicted, truth = logits > 0, labels > 0.5
     occurs = truth.any(axis=0)
     return {
@@ -133,10 +141,13 @@ def regression(predictions: Floats, values: Floats) -> dict[str, float]:
     }
 
 
-def entities(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
+def entities(
+    truth: list[list[str]], predicted: list[list[str]], names: Collection[str]
+) -> dict[str, float]:
     """Entity F1, precision and recall (seqeval, as conlleval counts) and accuracy per word.
 
-    Tags without prefixes are given some: see `with_prefixes`.
+    Args:
+        names: of all tags there are; they decide how the rows are read, see `with_prefixes`.
     """
     from seqeval.metrics import f1_score, precision_score, recall_score
 
@@ -145,7 +156,6 @@ def entities(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, fl
         for row, guess in zip(truth, predicted, strict=True)
         for pair in zip(row, guess, strict=True)
     ]
-    names = {tag for pair in words for tag in pair}
     truth, predicted = with_prefixes(truth, names), with_prefixes(predicted, names)
     return {
         "f1": float(f1_score(truth, predicted, zero_division=0)),
@@ -155,19 +165,22 @@ def entities(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, fl
     }
 
 
+PREFIXED = re.compile(r"[BIESLU]-|O$")
+AS_IOBES = {"U-": "S-", "L-": "E-"}  # seqeval knows the names of IOBES only
+
+
 def with_prefixes(rows: list[list[str]], names: Collection[str]) -> list[list[str]]:
     """Rows of tags that say where entities begin, whatever the tags in use.
 
-    Where some name has no prefix, a run of a tag beside `O` is an entity (IO tagging), and without
-    an `O` every word is one (part-of-speech tags).
+    BIO, IOBES and BILOU are read as they are.  Where some name has no prefix, a run of a tag beside
+    `O` is an entity (IO tagging), and without an `O` every word is one (part-of-speech tags).
     """
     if all(PREFIXED.match(name) for name in names):
-        return rows
+        return [[AS_IOBES.get(tag[:2], tag[:2]) + tag[2:] for tag in row] for row in rows]
     prefix = "I-" if "O" in names else "B-"
     return [[tag if tag == "O" else prefix + tag for tag in row] for row in rows]
 
 
-PREFIXED = re.compile(r"[BIESLU]-|O$")
 ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 CJK_PUNCTUATION = "。，、；：？！“”‘’（）《》〈〉「」『』·…—"
 PUNCTUATION = str.maketrans("", "", string.punctuation + CJK_PUNCTUATION)

@@ -212,6 +212,11 @@ class Pretrained:
             full = model.get_input_embeddings()
             pad = [] if full.padding_idx is None else [full.padding_idx]
             used = np.union1d(used_tokens, pad).astype(np.int64)
+            if used[-1] >= full.num_embeddings:
+                raise ConfigError(
+                    f"model: its tokenizer gives the token {used[-1]}, its embeddings end at "
+                    f"{full.num_embeddings - 1}; save model and tokenizer together"
+                )
             self.used_tokens = used
             self.full_embedding = full.weight.detach().cpu().clone()
             model.set_input_embeddings(UsedRowsEmbedding(full, used).to(full.weight.device))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sft_ray.config import Experiment
@@ -200,9 +199,7 @@ def _model_problems(experiment: Experiment, model: ModelFacts) -> Iterator[str]:
 def _data_problems(prepared: Prepared) -> Iterator[str]:
     """What only the data can tell."""
     task, dataset, train = prepared.task, prepared.dataset, prepared.experiment.train
-    rows = len(dataset.validation.tokens) if task.per_token else len(dataset.validation)
-    outputs = np.zeros((rows, task.outputs_of(dataset.label_set)))
-    known = task.score(outputs, dataset.validation, dataset.label_set)
+    known = task.available_metrics(dataset.validation, dataset.label_set)
     if prepared.objective not in known:
         yield (
             f"search.objective: this data has no {prepared.objective} (f1 needs two labels, mrr "

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sft_ray.config import Experiment
 from sft_ray.training.data import load_tokenizer, open_dataset
 from sft_ray.training.examples import Dataset
@@ -19,7 +21,7 @@ class Setup:
     """One worker's share of an experiment, ready for any number of trials.
 
     Attributes:
-        micro_batches: (frozen layers, batch size) -> what the probe found, for later trials.
+        micro_batches: (frozen layers, batch size, number format) -> what the probe found.
     """
 
     task: Task
@@ -27,7 +29,7 @@ class Setup:
     pretrained: Pretrained
     tokenizer: Any
     world: World
-    micro_batches: dict[tuple[int | str, int], int] = field(default_factory=dict)
+    micro_batches: dict[tuple[int | str, int, str], int] = field(default_factory=dict)
 
 
 def load_setup(experiment: Experiment, dataset_folder: Path, world: World) -> Setup:
@@ -38,14 +40,15 @@ def load_setup(experiment: Experiment, dataset_folder: Path, world: World) -> Se
     """
     task, dataset = find_task(experiment.task), open_dataset(dataset_folder)
     model_folder = resolve_model(experiment.model)
+    tokenizer = load_tokenizer(model_folder, experiment.revision)
     pretrained = load_pretrained(
         model_folder,
         task,
         dataset.label_set,
         seed=experiment.seed,
         device=world.device,
-        used_tokens=dataset.used_tokens,
+        # The tokenizer pads with what the model's configuration may not call padding.
+        used_tokens=np.union1d(dataset.used_tokens, [tokenizer.pad_token_id]),
         revision=experiment.revision,
     )
-    tokenizer = load_tokenizer(model_folder, experiment.revision)
     return Setup(task, dataset, pretrained, tokenizer, world)

@@ -20,10 +20,19 @@ import pyarrow.parquet as pq
 
 from sft_ray.config import Data, Split, Splits
 from sft_ray.errors import DataError, did_you_mean
-from sft_ray.training.columns import Fields, is_name, select_fields
+from sft_ray.training.columns import Fields, is_name, number, select_fields
 from sft_ray.training.seeds import derived_seed
 
 FILE_TYPES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+# What readers raise for a damaged file; deep nesting and huge numbers included.
+READ_ERRORS = (
+    pa.ArrowException,
+    ValueError,
+    AttributeError,
+    OSError,
+    OverflowError,
+    RecursionError,
+)
 SPLITS = ("train", "validation", "test")
 
 
@@ -62,7 +71,7 @@ def read_splits(data: Data, fields: Fields, seed: int, splits: tuple[str, ...] =
         split = data.split or Split()
         if "test" in selected:  # there is one already
             split = split.model_copy(update={"test": 0.0})
-        selected |= _cut(selected["train"], split, fields.target_name, seed)
+        selected |= _cut(selected["train"], split, fields, seed)
     target = data.columns.get(fields.target_name) or fields.target_name
     known = names.get(str(target))
     return Source(selected, tuple(data.label_names) if data.label_names else known)
@@ -87,9 +96,10 @@ def read_file(path: str) -> pa.Table:
     try:
         table = _parse(path, suffix)
         table.validate(full=True)  # texts that are no UTF-8, for one
-    except (pa.ArrowException, ValueError, AttributeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        mend = "; save the file as UTF-8" if "UTF8" in reason or "utf-8" in reason else ""
+    except READ_ERRORS as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        foreign = ("UTF8" in reason or "utf-8" in reason) and "surrogates" not in reason
+        mend = "; save the file as UTF-8" if foreign else ""
         raise DataError(f"{path}: cannot be read as {suffix[1:]}: {reason[:300]}{mend}") from None
     return table
 
@@ -200,32 +210,37 @@ def _sliced(tables: dict[str, pa.Table], splits: Splits, source: str) -> dict[st
     return found
 
 
-def _cut(table: pa.Table, split: Split, target: str, seed: int) -> dict[str, pa.Table]:
+def _cut(table: pa.Table, split: Split, fields: Fields, seed: int) -> dict[str, pa.Table]:
     """Seeded parts of one table, stratified by label; the sealed test part is cut off first."""
+    labels = None
+    values = table.column(fields.target_name)
+    if is_name(values.type) and fields.target[fields.target_name] is not number:
+        labels = np.array([str(value) for value in values.to_pylist()])
+    rest = np.arange(table.num_rows)
+    parts = {}
+    random_state = derived_seed(seed, "split")
+    try:
+        for name, share in (("test", split.test), ("validation", split.validation)):
+            if share > 0:
+                count = round(share * table.num_rows)
+                rest, parts[name] = _hold_out(rest, count, labels, random_state)
+    except ValueError as error:
+        raise DataError(f"data.split: {table.num_rows} rows cannot be split: {error}") from None
+    parts["train"] = rest
+    return {name: table.take(pa.array(np.sort(rows))) for name, rows in parts.items()}
+
+
+def _hold_out(rows: Any, count: int, labels: Any, random_state: int) -> Any:
+    """The other rows and `count` held-out ones; stratified where every class has two and a place.
+
+    Raises:
+        ValueError: one of the two would be empty.
+    """
     from sklearn.model_selection import train_test_split
 
     stratify = None
-    if is_name(table.column(target).type):
-        labels = np.array(table.column(target).to_pylist())
-        if min(Counter(labels.tolist()).values()) >= 2:
-            stratify = labels
-    order = np.arange(table.num_rows)
-    random_state = derived_seed(seed, "split")
-    parts = {}
-    try:
-        if split.test > 0:
-            order, parts["test"] = train_test_split(
-                order,
-                test_size=round(split.test * table.num_rows),
-                random_state=random_state,
-                stratify=stratify,
-            )
-        parts["train"], parts["validation"] = train_test_split(
-            order,
-            test_size=round(split.validation * table.num_rows),
-            random_state=random_state,
-            stratify=None if stratify is None else stratify[order],
-        )
-    except ValueError as error:
-        raise DataError(f"data.split: {table.num_rows} rows cannot be split: {error}") from None
-    return {name: table.take(pa.array(np.sort(rows))) for name, rows in parts.items()}
+    if labels is not None:
+        sizes = Counter(labels[rows].tolist())
+        if min(sizes.values()) >= 2 and len(sizes) <= min(count, len(rows) - count):
+            stratify = labels[rows]
+    return train_test_split(rows, test_size=count, random_state=random_state, stratify=stratify)

@@ -98,6 +98,14 @@ class Task:
         names = [*self.fields.inputs, *(["text_pair"] if has_pair else [])]
         return "{" + ", ".join(f'"{name}": "…"' for name in names) + "}"
 
+    def available_metrics(self, examples: Examples, label_set: LabelSet) -> list[str]:
+        """The metrics that these examples have: F1 needs two classes, ranking needs groups."""
+        missing = set()
+        if self.name == "text-classification":
+            missing |= {"f1"} if len(label_set.names) != 2 else set()
+            missing |= {"mrr", "ndcg"} if not examples.has("group") else set()
+        return [name for name in self.metrics if name not in missing]
+
     def outputs_of(self, label_set: LabelSet) -> int:
         """Numbers per item or token."""
         return len(label_set.names) if self.classes else self.num_outputs
@@ -214,7 +222,7 @@ def score_classes(logits: Floats, examples: Examples, label_set: LabelSet) -> di
         groups, places = examples.column("group"), np.arange(logits.shape[1])
         scores = softmax(logits, axis=1) @ places
         gains = truth @ places if truth.ndim == 2 else truth.astype(float)
-        found["mrr"] = metrics.mean_reciprocal_rank(scores, gains, groups)
+        found["mrr"] = metrics.mean_reciprocal_rank(scores, ids > 0, groups)
         found["ndcg"] = metrics.mean_ndcg(scores, gains, groups)
     return found
 
@@ -231,8 +239,9 @@ def score_values(outputs: Floats, examples: Examples, label_set: LabelSet) -> di
 def score_tags(logits: Floats, examples: Examples, label_set: LabelSet) -> dict[str, float]:
     """Against all words of a row; those that were cut off count as predicted to be outside."""
     labelled = examples.labels != IGNORED
+    found = predicted_tags(logits, examples, label_set)
     return {
-        **metrics.entities(examples.column("tags"), predicted_tags(logits, examples, label_set)),
+        **metrics.entities(examples.column("tags"), found, label_set.names),
         "loss": metrics.log_loss(logits[labelled], examples.labels[labelled]),
     }
 
@@ -312,9 +321,9 @@ def answer_tags(logits: Floats, examples: Examples, label_set: LabelSet) -> list
 
 
 def predicted_tags(logits: Floats, examples: Examples, label_set: LabelSet) -> list[list[str]]:
-    """One tag per word of every row; `O` for words that were cut off or have no token."""
+    """One tag per word of every row; for words that were cut off or have no token `O`, or `?`."""
     assert examples.words is not None  # encode_words says where words begin
-    outside = "O" if "O" in label_set.names else label_set.names[0]
+    outside = "O" if "O" in label_set.names else "?"
     found = [[outside] * len(words) for words in examples.column("tokens")]
     best = logits.argmax(axis=1)
     for item, row in enumerate(examples.rows):
@@ -337,25 +346,28 @@ def answer_spans(logits: Floats, examples: Examples, label_set: LabelSet) -> lis
     empty = [float("inf")] * len(contexts)
     for item, row in enumerate(examples.rows):
         where = examples[item]
-        start, end = logits[where, 0].astype(np.float64), logits[where, 1].astype(np.float64)
+        start, end = logits[where].astype(np.float64).T
         empty[row] = min(empty[row], float(start[0] + end[0]))
-        inside = np.flatnonzero(examples.spans[where, 0] >= 0)
-        if not len(inside):
+        inside = examples.spans[where, 0] >= 0
+        if not inside.any():
             continue
-        sums = start[inside, None] + end[None, inside]
-        reach = np.subtract.outer(inside, inside)  # start - end
-        sums[(reach > 0) | (reach <= -MAX_ANSWER_TOKENS)] = -np.inf
-        first, last = divmod(int(sums.argmax()), len(inside))
-        if sums[first, last] > best[row][0]:
+        # Sums of a start and each of the next ends, as far as an answer reaches.
+        ends = np.where(inside, end, -np.inf)
+        ahead = np.pad(ends, (0, MAX_ANSWER_TOKENS - 1), constant_values=-np.inf)
+        reach = np.lib.stride_tricks.sliding_window_view(ahead, MAX_ANSWER_TOKENS)
+        sums = np.where(inside, start, -np.inf)[:, None] + reach
+        first, length = divmod(int(sums.argmax()), MAX_ANSWER_TOKENS)
+        if sums[first, length] > best[row][0]:
             spans = examples.spans[where]
-            best[row] = (float(sums[first, last]), spans[inside[first], 0], spans[inside[last], 1])
+            ends_at = spans[first + length, 1]
+            best[row] = (float(sums[first, length]), spans[first, 0], ends_at)
     found = []
-    for context, (score, first, past), none in zip(contexts, best, empty, strict=True):
-        if label_set.negative == "" and none > score:
+    for context, (score, begin, past), none in zip(contexts, best, empty, strict=True):
+        if score == -np.inf or (label_set.negative == "" and none > score):
             found.append({"answer": "", "start": 0, "end": 0, "score": none})
         else:
-            place = {"start": int(first), "end": int(past)}
-            found.append({"answer": context[first:past], **place, "score": score})
+            place = {"start": int(begin), "end": int(past)}
+            found.append({"answer": context[begin:past], **place, "score": score})
     return found
 
 

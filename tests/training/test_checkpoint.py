@@ -62,6 +62,7 @@ def test_the_folder_holds_no_pickles_and_says_how_to_feed_the_model(trained) -> 
         "task": trained.task.name,
         "max_length": 32,
         "doc_stride": 64,
+        "precision": "float32",
         "negative_label": "none" if trained.task.name == RELATE else None,
         "data_fingerprint": trained.dataset.fingerprint,
     }

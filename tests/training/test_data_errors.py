@@ -146,10 +146,10 @@ CASES: dict[str, Case] = {
     ),
     "too few rows to split": (
         lambda at: {
-            "train": csv(at / "a.csv", GOOD[:6]),
+            "train": csv(at / "a.csv", GOOD[:3]),
             "split": Split(validation=0.1, test=0.1),
         },
-        ["data.split", "6 rows cannot be split"],
+        ["data.split", "3 rows cannot be split"],
     ),
     "unknown slice": (
         lambda at: {"path": saved(at / "folder", [0, 1]), "splits": Splits(train="trian[:50%]")},

@@ -99,7 +99,7 @@ def test_ranking_metrics_agree_with_hand_computed_values() -> None:
     scores = np.array([0.2, 0.9, 0.5, 0.1, 0.4, 0.3])
     gains = np.array([1, 0, 0, 1, 1, 0])
     # x ranks 2 0: the gain comes second.  y ranks 1 4 3: gains come second and third.  z has none.
-    assert metrics.mean_reciprocal_rank(scores, gains, groups) == pytest.approx(
+    assert metrics.mean_reciprocal_rank(scores, gains > 0, groups) == pytest.approx(
         (1 / 2 + 1 / 2 + 0) / 3
     )
     second, third = 1 / math.log2(3), 1 / math.log2(4)
@@ -123,13 +123,16 @@ def test_a_group_of_one_candidate_ranks_it_first_or_is_left_out() -> None:
     assert metrics.mean_ndcg(np.array([0.1, 0.2]), np.array([1, 0]), ["x", "y"]) == 1
     assert metrics.mean_ndcg(np.array([0.1, 0.2]), np.array([0, 0]), ["x", "y"]) == 0
     scores, gains = np.array([0.1, 0.2]), np.array([1, 0])
-    assert metrics.mean_reciprocal_rank(scores, gains, ["x", "y"]) == 1 / 2
+    assert metrics.mean_reciprocal_rank(scores, gains > 0, ["x", "y"]) == 1 / 2
 
 
-def test_candidates_of_equal_score_rank_in_their_order() -> None:
+def test_a_constant_answer_gains_nothing_by_the_order_of_its_candidates() -> None:
     scores = np.zeros(3)
-    assert metrics.mean_reciprocal_rank(scores, np.array([0, 0, 1]), [1, 1, 1]) == 1 / 3
-    assert metrics.mean_reciprocal_rank(scores, np.array([1, 0, 0]), [1, 1, 1]) == 1
+    for first in ([0, 0, 1], [1, 0, 0]):
+        gains = np.array(first)
+        assert metrics.mean_reciprocal_rank(scores, gains > 0, [1, 1, 1]) == 1 / 3
+        mean_discount = np.mean(1 / np.log2([2, 3, 4]))
+        assert metrics.mean_ndcg(scores, gains, [1, 1, 1]) == pytest.approx(mean_discount)
 
 
 # -- multi-label ---------------------------------------------------------------------------------
@@ -205,12 +208,18 @@ def test_predictions_that_hardly_differ_still_have_a_correlation() -> None:
 
 # -- entities ------------------------------------------------------------------------------------
 
+
+def entities(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
+    """Scored over the tags that occur."""
+    return metrics.entities(truth, predicted, {tag for row in truth + predicted for tag in row})
+
+
 TRUTH = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-LOC", "B-LOC", "O"]]
 FOUND = [["B-PER", "I-PER", "O", "O"], ["O", "B-LOC", "I-LOC", "B-PER"]]
 
 
 def test_entity_metrics_agree_with_seqeval_and_hand_computed_values() -> None:
-    found = metrics.entities(TRUTH, FOUND)
+    found = entities(TRUTH, FOUND)
     # 4 entities; 3 are predicted, of which one (PER) is right.
     assert found["precision"] == pytest.approx(1 / 3)
     assert found["recall"] == pytest.approx(1 / 4)
@@ -221,31 +230,31 @@ def test_entity_metrics_agree_with_seqeval_and_hand_computed_values() -> None:
 
 
 def test_an_entity_may_begin_with_inside_as_conlleval_counts() -> None:
-    assert metrics.entities([["O", "I-LOC"]], [["O", "B-LOC"]])["f1"] == 1
-    assert metrics.entities([["B-LOC", "I-PER"]], [["B-LOC", "B-PER"]])["f1"] == 1
+    assert entities([["O", "I-LOC"]], [["O", "B-LOC"]])["f1"] == 1
+    assert entities([["B-LOC", "I-PER"]], [["B-LOC", "B-PER"]])["f1"] == 1
 
 
 def test_tags_without_a_prefix_count_every_word() -> None:
     truth = [["DET", "NOUN", "VERB"], ["NOUN", "NOUN"]]
     predicted = [["DET", "NOUN", "NOUN"], ["NOUN", "VERB"]]
-    found = metrics.entities(truth, predicted)
+    found = entities(truth, predicted)
     assert found == {"f1": 0.6, "precision": 0.6, "recall": 0.6, "accuracy": 0.6}
 
 
 def test_runs_of_a_tag_without_a_prefix_are_entities_where_there_is_an_outside() -> None:
     truth = [["PER", "PER", "O", "LOC"]]
     predicted = [["PER", "PER", "O", "O"]]
-    found = metrics.entities(truth, predicted)
+    found = entities(truth, predicted)
     assert found["recall"] == pytest.approx(1 / 2)
     assert found["precision"] == 1
 
 
 def test_tags_without_a_prefix_beside_an_outside_are_scored_without_a_warning() -> None:
-    metrics.entities([["PER", "O"]], [["PER", "O"]])
+    entities([["PER", "O"]], [["PER", "O"]])
 
 
 def test_rows_without_any_entity_score_0_and_not_an_error() -> None:
-    found = metrics.entities([["O", "O"]], [["O", "O"]])
+    found = entities([["O", "O"]], [["O", "O"]])
     assert found == {"f1": 0, "precision": 0, "recall": 0, "accuracy": 1}
 
 

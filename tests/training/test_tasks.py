@@ -428,7 +428,7 @@ LONG = " ".join(["the old road"] * 12 + ["near cats"] + ["a house"] * 12)
 
 def test_a_long_context_becomes_several_overlapping_windows(build) -> None:
     dataset = build(ANSWER, [question(LONG, "cats"), question("a cat", "cat")], max_length=16)
-    examples = dataset.train
+    examples = dataset.validation
     assert examples.lengths.max() <= 16
     assert examples.rows.tolist() == [0] * (len(examples) - 1) + [1]
     ends = []
