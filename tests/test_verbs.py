@@ -252,3 +252,38 @@ def test_the_predictions_of_the_winner_are_kept(run: Path) -> None:
     right = sum(a == b for a, b in zip(labels, answers, strict=True))
     assert right / len(labels) == pytest.approx(reported)
     assert table.column("text")[0].as_py()
+
+
+@pytest.mark.parametrize(
+    "change", [{"train": {**ARGUMENTS, "precision": "bf16"}}, {"data": {"max_length": 80}}]
+)
+def test_a_model_is_scored_the_way_it_was_trained(make, toy_csv: Path, change: Any) -> None:
+    tree = make().to_tree()
+    for section, values in change.items():
+        tree[section] |= values
+    result = run_training(Experiment.from_tree(tree), quiet=True)
+    found = run_evaluation(result.location, "validation").metrics
+    assert found == pytest.approx(result.best["validation"], abs=1e-6)
+
+
+def test_marks_of_an_attempt_that_ran_out_of_memory_are_not_kept(make, monkeypatch) -> None:
+    honest = fit_module._Trial.take_step
+
+    def refuse(trial: Any, indices: Any) -> Any:
+        if trial.step == 8 and trial.most_per_pass > 16:
+            raise MemoryError
+        return honest(trial, indices)
+
+    monkeypatch.setattr(fit_module._Trial, "take_step", refuse)
+    result = run_training(make(), quiet=True)
+    lines = Path(result.location, "trials/0/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["percent"] for line in lines] == [10, 33, 50, 100]
+    found = run_evaluation(result.location, "validation").metrics
+    assert found == pytest.approx(result.best["validation"], abs=1e-6)
+
+
+@pytest.mark.parametrize("value", ['"a \\ud83d"', str(2**70), "[" * 100_000])
+def test_odd_inputs_are_refused_in_a_line(run: Path, value: str) -> None:
+    line = '{"text": ' + value + "}"
+    with pytest.raises(DataError):
+        predictions(run, [line])

@@ -231,16 +231,26 @@ def _cut(table: pa.Table, split: Split, fields: Fields, seed: int) -> dict[str, 
 
 
 def _hold_out(rows: Any, count: int, labels: Any, random_state: int) -> Any:
-    """The other rows and `count` held-out ones; stratified where every class has two and a place.
+    """The other rows and `count` held-out ones, as many of each class as there should be.
+
+    Classes of one or two rows stay where they can be learned; with more classes than held-out rows
+    the cut is plain.
 
     Raises:
         ValueError: one of the two would be empty.
     """
     from sklearn.model_selection import train_test_split
 
-    stratify = None
+    kept, stratify = rows[:0], None
     if labels is not None:
+        sizes = Counter(labels[rows].tolist())
+        rare = np.array([sizes[label] < 3 for label in labels[rows]])
+        if np.count_nonzero(~rare) > count:
+            kept, rows = rows[rare], rows[~rare]
         sizes = Counter(labels[rows].tolist())
         if min(sizes.values()) >= 2 and len(sizes) <= min(count, len(rows) - count):
             stratify = labels[rows]
-    return train_test_split(rows, test_size=count, random_state=random_state, stratify=stratify)
+    rest, held = train_test_split(
+        rows, test_size=count, random_state=random_state, stratify=stratify
+    )
+    return np.concatenate([kept, rest]), held
