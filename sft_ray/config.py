@@ -169,7 +169,7 @@ class Train(Section):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # learning rate, per layer downwards
     head_learning_rate_multiplier: Annotated[float, Field(gt=0, le=1000)] = 1.0
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 32  # global: over all workers
-    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # per worker and pass
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # most per worker and pass
     epochs: Annotated[int, Field(ge=1, le=1000)] = 3
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     regularization: Regularization = Regularization(kind="weight_decay", strength=0.01)

@@ -131,7 +131,7 @@ def test_a_step_without_memory_is_tried_with_half(make, monkeypatch, capsys) -> 
         return honest(trial, indices)
 
     monkeypatch.setattr(fit_module._Trial, "take_step", refuse)
-    result = run_training(make())
+    result = run_training(make(train={**ARGUMENTS, "micro_batch": 32}))
     assert result.trials[0]["micro_batch"] == 8
     assert capsys.readouterr().out.count("out of memory; going on with") == 2
 
@@ -270,7 +270,7 @@ def test_marks_of_an_attempt_that_ran_out_of_memory_are_not_kept(make, monkeypat
     honest = fit_module._Trial.take_step
 
     def refuse(trial: Any, indices: Any) -> Any:
-        if trial.step == 8 and trial.most_per_pass > 16:
+        if trial.step == 8 and trial.most_per_pass > 4:
             raise MemoryError
         return honest(trial, indices)
 

@@ -16,12 +16,8 @@ from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import IGNORED, Examples
 from sft_ray.training.seeds import derived_seed
 
-# Batches that are sorted by length together: the fewest and the most, and how many such buckets an
-# epoch should have.  Batches of one length carry little noise about lengths and much about labels
-# that go with them; on small data that costs accuracy (benchmarks/RESULTS.md).
-BUCKET_BATCHES = (4, 50)
-BUCKETS_PER_EPOCH = 8
 EVAL_TOKENS_PER_BATCH = 4096
+CPU_MICRO_BATCH = 8  # examples per pass: fewer save padding, more save calls (measured)
 
 
 @dataclass(frozen=True)
@@ -46,20 +42,13 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
 def global_batches(lengths: IntArray, *, batch_size: int, seed: int, epoch: int) -> list[IntArray]:
     """Indices of the examples of every optimiser step of one epoch, each example exactly once.
 
-    Shuffled, then sorted by length within buckets of some batches so that examples of like length
-    share a batch, then the batches are shuffled.
+    Membership is random.  Batches of like length would save padding, and cost accuracy where
+    labels go with length (benchmarks/RESULTS.md); instead every batch is sorted by length here and
+    padded in parts, see `micro_batches`.
     """
-    rng = np.random.default_rng(derived_seed(seed, "order", epoch))
-    order = rng.permutation(len(lengths))
-    fewest, most = BUCKET_BATCHES
-    per_bucket = steps_per_epoch(len(lengths), batch_size) // BUCKETS_PER_EPOCH
-    bucket = batch_size * min(most, max(fewest, per_bucket))
-    batches: list[IntArray] = []
-    for start in range(0, len(order), bucket):
-        chunk = order[start : start + bucket]
-        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
-        batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+    order = np.random.default_rng(derived_seed(seed, "order", epoch)).permutation(len(lengths))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return [batch[np.argsort(lengths[batch], kind="stable")] for batch in batches]
 
 
 def share(indices: IntArray, rank: int, size: int) -> IntArray:
@@ -67,11 +56,12 @@ def share(indices: IntArray, rank: int, size: int) -> IntArray:
     return indices[rank::size]
 
 
-def micro_batches(mine: IntArray, size: int | None) -> list[IntArray]:
-    """A share in parts of at most `size` examples, at least one part; None leaves it whole."""
-    if size is None or len(mine) <= size:
-        return [mine]
-    return [mine[start : start + size] for start in range(0, len(mine), size)]
+def micro_batches(mine: IntArray, size: int) -> list[IntArray]:
+    """A length-sorted share in parts of at most `size` examples; at least one, which may be empty.
+
+    Each is padded to its own longest, so that small parts save padding.
+    """
+    return [mine[start : start + size] for start in range(0, max(len(mine), 1), size)]
 
 
 def token_positions(examples: Examples, indices: IntArray) -> IntArray:

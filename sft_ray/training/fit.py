@@ -401,6 +401,8 @@ class _Trial:
         most = min(share, most or share)
         if train.micro_batch != "auto":
             return min(most, train.micro_batch)
+        if self.world.device.type == "cpu":
+            most = min(most, batches.CPU_MICRO_BATCH)
         key = (train.frozen_layers, train.batch_size, str(self.dtype))
         if key not in known:
             known[key] = self.probe_micro_batch(share)

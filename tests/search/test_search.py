@@ -199,6 +199,7 @@ def test_a_restarted_trial_goes_on_from_its_last_state_as_if_nothing_had_happene
             {"train.learning_rate": r, "train.epochs": 2, "train.batch_size": 32} for r in rates
         ],
     ).to_tree()
+    tree["train"]["micro_batch"] = 16
     often = {"every_minutes": 1e-6, "keep": 5}
     undisturbed = run_search(Experiment.from_tree({**tree, "name": "undisturbed"}), quiet=True)
     faults.order("a", learning_rate=rates[0], step=10, rank=1, action="die")

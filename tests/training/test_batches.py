@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from sft_ray.training.batches import (
+    CPU_MICRO_BATCH,
     EVAL_TOKENS_PER_BATCH,
     collate,
     evaluation_shares,
     global_batches,
+    micro_batches,
     share,
     steps_per_epoch,
 )
@@ -132,16 +134,29 @@ def test_an_empty_share_is_one_example_that_counts_nothing() -> None:
     assert batch.weights.tolist() == [0]
 
 
-def test_bucketing_removes_most_of_the_padding() -> None:
+def padding_share(batches: list[IntArray]) -> float:
     examples = ragged(LENGTHS)
+    masks = [
+        collate(examples, batch, pad_token=0, device=CPU).inputs["attention_mask"]
+        for batch in batches
+    ]
+    return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
 
-    def padding_share(batches: list[IntArray]) -> float:
-        masks = [
-            collate(examples, batch, pad_token=0, device=CPU).inputs["attention_mask"]
-            for batch in batches
-        ]
-        return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
 
-    order = np.random.default_rng(1).permutation(len(LENGTHS))
-    unsorted = [order[i : i + 16] for i in range(0, len(order), 16)]
-    assert padding_share(batches_of()) < padding_share(unsorted) / 4
+def test_sorted_parts_of_random_batches_save_padding() -> None:
+    whole = global_batches(LENGTHS, batch_size=32, seed=17, epoch=0)
+    parts = [part for batch in whole for part in micro_batches(batch, CPU_MICRO_BATCH)]
+    assert padding_share(parts) < padding_share(whole) / 2
+
+
+def test_parts_hold_every_example_of_a_share_once_and_an_empty_share_is_one_part() -> None:
+    share_ = np.arange(19)
+    parts = micro_batches(share_, 8)
+    assert [len(part) for part in parts] == [8, 8, 3]
+    assert np.concatenate(parts).tolist() == share_.tolist()
+    assert [len(part) for part in micro_batches(share_[:0], 8)] == [0]
+
+
+def test_membership_is_random_and_does_not_follow_length() -> None:
+    means = [LENGTHS[b].mean() for b in global_batches(LENGTHS, batch_size=50, seed=1, epoch=0)]
+    assert np.std(means) < 2 * LENGTHS.std() / np.sqrt(50)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sft_ray.training import micro_batch
+from sft_ray.training.batches import CPU_MICRO_BATCH
 from sft_ray.training.examples import Dataset
 from sft_ray.training.micro_batch import (
     NothingFitsError,
@@ -151,16 +152,16 @@ SETTINGS = {"rungs": (), "epochs": 1, "dropout": 0.0}
 def test_a_trial_follows_the_memory_and_learns_the_same(tiny_bert, toy, monkeypatch) -> None:
     pretrained = load_tiny(tiny_bert, toy)
     found = {}
-    for mebibytes in (4000, 3, 0.1):
+    for mebibytes in (4000, 0.6, 0.1):
         monkeypatch.setattr(micro_batch, "worker_memory_bytes", lambda m=mebibytes: m * MIB)
         (report,) = run_fit(pretrained, toy, **SETTINGS)
         found[report.micro_batch] = report.train_loss
     sizes = list(found)
     assert len(sizes) == 3
-    assert sizes[0] == 32
-    assert 1 < sizes[1] < 32
+    assert sizes[0] == CPU_MICRO_BATCH
+    assert 1 < sizes[1] < CPU_MICRO_BATCH
     assert sizes[2] == 1
-    assert list(found.values()) == pytest.approx([found[32]] * 3, abs=1e-5)
+    assert list(found.values()) == pytest.approx([found[sizes[0]]] * 3, abs=1e-5)
 
 
 def test_a_configured_size_is_taken_and_never_exceeds_the_batch(tiny_bert, toy: Dataset) -> None:
@@ -173,16 +174,18 @@ def test_a_configured_size_is_taken_and_never_exceeds_the_batch(tiny_bert, toy: 
 @pytest.mark.parametrize("configured", ["auto", 20])
 def test_an_upper_bound_is_kept(tiny_bert, toy: Dataset, configured) -> None:
     pretrained = load_tiny(tiny_bert, toy)
-    (report,) = run_fit(pretrained, toy, **SETTINGS, micro_batch=configured, most_per_pass=8)
-    assert report.micro_batch == 8
+    (report,) = run_fit(pretrained, toy, **SETTINGS, micro_batch=configured, most_per_pass=4)
+    assert report.micro_batch == 4
     (report,) = run_fit(pretrained, toy, **SETTINGS, micro_batch=configured, most_per_pass=500)
-    assert report.micro_batch == (32 if configured == "auto" else 20)
+    assert report.micro_batch == (CPU_MICRO_BATCH if configured == "auto" else 20)
 
 
 def test_the_probe_leaves_no_trace_in_the_trial(tiny_bert, toy: Dataset) -> None:
     pretrained = load_tiny(tiny_bert, toy)
     settings = {"rungs": (), "epochs": 1, "dropout": 0.3}
-    probed, told = (run_fit(pretrained, toy, **settings, micro_batch=m)[0] for m in ("auto", 32))
+    probed, told = (
+        run_fit(pretrained, toy, **settings, micro_batch=m)[0] for m in ("auto", CPU_MICRO_BATCH)
+    )
     assert probed.train_loss == told.train_loss
     assert probed.metrics == told.metrics
 
