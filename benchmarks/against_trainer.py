@@ -192,7 +192,8 @@ def _trainer_batch(
     labels = batch.labels
     if task.name == "question-answering":
         return {**batch.inputs, "start_positions": labels[:, 0], "end_positions": labels[:, 1]}
-    return {**batch.inputs, "labels": labels.float() if labels.is_floating_point() else labels}
+    wants_numbers = labels.is_floating_point() or task.name == "multi-label"
+    return {**batch.inputs, "labels": labels.float() if wants_numbers else labels}
 
 
 def select_items(examples: Examples, items: IntArray) -> Examples:
