@@ -172,7 +172,7 @@ def _option_problems(task: Task, experiment: Experiment) -> Iterator[str]:
                 yield f"train.{option}: {task.name} has no use for it; remove it"
     if data.label_names is not None and not task.classes:
         yield f"data.label_names: {task.name} has no classes to name; remove it"
-    if data.negative_label is not None and task.name != "relation-extraction":
+    if data.negative_label is not None and not task.negative_label:
         yield f"data.negative_label: only relation-extraction has one, got task {task.name}"
 
 

@@ -67,6 +67,8 @@ def read_splits(data: Data, fields: Fields, seed: int, splits: tuple[str, ...] =
     selected, problems = select_fields(tables, fields, data.columns, where)
     if problems:
         raise DataError(*problems)
+    if data.split is not None and "validation" in selected:
+        raise DataError(f"data.split: {data.path} has a validation split already; remove `split`")
     if "validation" not in selected:
         split = data.split or Split()
         if "test" in selected:  # there is one already

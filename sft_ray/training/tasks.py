@@ -41,6 +41,11 @@ class LossOptions:
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, LossOptions], torch.Tensor]
 
 
+def none_missing(examples: Examples, label_set: LabelSet) -> set[str]:
+    """Every metric of the task exists for all of its data."""
+    return set()
+
+
 @dataclass(frozen=True)
 class Task:
     """One kind of supervised fine-tuning.
@@ -51,12 +56,13 @@ class Task:
         label: rows and their encoding to the labels of `Examples`.
         auto_model: name of the `transformers` auto class that carries the head.
         loss: one loss per item; per-token tasks sum over an item's tokens.
-        metrics: name -> better direction; the first is the default objective.  Some exist only for
-            some data: `score` tells.
+        metrics: name -> better direction; the first is the default objective.
+        missing_metrics: those of `metrics` that some data does not have.
         score: outputs of a whole split to its metrics.
         answer: outputs to one answer per row, as `predict` writes it.
         constant: the constant output [classes] with the smallest training loss, or None.
         classes: whether labels are names to choose from; else `num_outputs` is fixed.
+        negative_label: whether one label can mean that there is none.
         label_options: whether label smoothing and class weights apply.
         per_token: whether outputs are per token.
         problem_type: what `transformers` calls the kind of label, for its pipelines.
@@ -72,7 +78,9 @@ class Task:
     score: Callable[[Floats, Examples, LabelSet], dict[str, float]]
     answer: Callable[[Floats, Examples, LabelSet], list[dict[str, Any]]]
     constant: Callable[[Examples, LabelSet], Floats | None]
+    missing_metrics: Callable[[Examples, LabelSet], set[str]] = none_missing
     classes: bool = True
+    negative_label: bool = False
     num_outputs: int = 0
     label_options: bool = True
     per_token: bool = False
@@ -99,11 +107,8 @@ class Task:
         return "{" + ", ".join(f'"{name}": "…"' for name in names) + "}"
 
     def available_metrics(self, examples: Examples, label_set: LabelSet) -> list[str]:
-        """The metrics that these examples have: F1 needs two classes, ranking needs groups."""
-        missing = set()
-        if self.name == "text-classification":
-            missing |= {"f1"} if len(label_set.names) != 2 else set()
-            missing |= {"mrr", "ndcg"} if not examples.has("group") else set()
+        """The metrics that `score` finds for these examples."""
+        missing = self.missing_metrics(examples, label_set)
         return [name for name in self.metrics if name not in missing]
 
     def outputs_of(self, label_set: LabelSet) -> int:
@@ -225,6 +230,12 @@ def score_classes(logits: Floats, examples: Examples, label_set: LabelSet) -> di
         found["mrr"] = metrics.mean_reciprocal_rank(scores, ids > 0, groups)
         found["ndcg"] = metrics.mean_ndcg(scores, gains, groups)
     return found
+
+
+def missing_of_classes(examples: Examples, label_set: LabelSet) -> set[str]:
+    """F1 needs two classes, ranking needs groups."""
+    missing = {"f1"} if len(label_set.names) != 2 else set()
+    return missing if examples.has("group") else missing | {"mrr", "ndcg"}
 
 
 def score_labels(logits: Floats, examples: Examples, label_set: LabelSet) -> dict[str, float]:
@@ -477,6 +488,7 @@ TASKS = {
                 "ndcg": "maximize",
                 "loss": "minimize",
             },
+            missing_metrics=missing_of_classes,
             score=score_classes,
             answer=answer_classes,
             constant=class_frequencies,
@@ -603,6 +615,7 @@ TASKS = {
                 "accuracy": "maximize",
                 "loss": "minimize",
             },
+            negative_label=True,
             score=score_relations,
             answer=answer_classes,
             constant=class_frequencies,
