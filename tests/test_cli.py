@@ -81,7 +81,7 @@ def test_all_kinds_of_problems_are_reported_together(
     ("data", "more", "message"),
     [
         ("train: nowhere.csv", "", "nowhere.csv: no such file"),
-        ("train: {csv}, validation: {odd}", "", "'mineral' (3 rows) does not occur in training"),
+        ("train: {csv}, validation: {odd}", "", "odd.csv): the label 'mineral' (3 times) is not"),
         ("train: {one}", "", "at least two labels"),
         ("train: {csv}, columns: {{label: lable}}", "", "did you mean 'label'"),
         ("path: builtin:docstring", "", "did you mean 'builtin:docstrings'"),

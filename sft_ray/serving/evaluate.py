@@ -80,8 +80,8 @@ def score_split(
     if is_unlabelled(table, target):
         raise DataError(f"data: the {split} split is unlabelled; it cannot be scored")
     if task.classes:
-        table = labels.with_names(table, target, source.names, f"data, {split}")
-        labels.check_names(table, target, predictor.label_set.names, f"data, {split}")
+        table = labels.with_names(table, target, source.names, source.where[split])
+        labels.check_names(table, target, predictor.label_set.names, source.where[split])
     if split == "validation":
         table = limited(table, data.limit.validation, experiment.seed, split)
     examples = encode_split(table, task, predictor.encoder, predictor.label_set)

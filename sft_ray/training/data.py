@@ -140,14 +140,14 @@ def with_classes(source: Source, data: Data, task: Task) -> tuple[dict[str, pa.T
     named = {
         split: table
         if is_unlabelled(table, target)
-        else labels.with_names(table, target, source.names, f"data, {split}")
+        else labels.with_names(table, target, source.names, source.where[split])
         for split, table in tables.items()
     }
     rare = labels.unknown_names(named["validation"], target, classes)
     if source.names is None and rare.total() <= RARE * named["validation"].num_rows:
         classes += tuple(sorted(rare))
     for split in ("train", "validation"):  # the test split is sealed: told when it is scored
-        labels.check_names(named[split], target, classes, f"data, {split}")
+        labels.check_names(named[split], target, classes, source.where[split])
     if data.negative_label is not None and data.negative_label not in classes:
         raise DataError(
             f"data.negative_label: {data.negative_label!r} is no label; there are "

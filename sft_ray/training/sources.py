@@ -43,10 +43,12 @@ class Source:
     Attributes:
         tables: by split; `test` only where the experiment names one that is at hand.
         names: of labels that are whole numbers, where the data set knows them.
+        where: split -> how messages call it.
     """
 
     tables: dict[str, pa.Table]
     names: tuple[str, ...] | None
+    where: dict[str, str]
 
 
 def read_splits(data: Data, fields: Fields, seed: int, splits: tuple[str, ...] = SPLITS) -> Source:
@@ -76,12 +78,14 @@ def read_splits(data: Data, fields: Fields, seed: int, splits: tuple[str, ...] =
         selected |= _cut(selected["train"], split, fields, seed)
     target = data.columns.get(fields.target_name) or fields.target_name
     known = names.get(str(target))
-    return Source(selected, tuple(data.label_names) if data.label_names else known)
+    return Source(selected, tuple(data.label_names) if data.label_names else known, where)
 
 
 def _name_of(data: Data, split: str) -> str:
+    if data.path is not None:
+        return f"data ({data.path}, {split})"
     file = getattr(data, split)
-    return f"data.{split} ({file})" if file else f"data ({data.path}, {split})"
+    return f"data.{split} ({file})" if file else f"data.train ({data.train}), its {split} part"
 
 
 def read_file(path: str) -> pa.Table:
