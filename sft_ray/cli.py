@@ -7,12 +7,16 @@ import sys
 import tempfile
 import traceback
 import warnings
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.exceptions import TyperException
 
 from sft_ray.errors import SftError, TrialError
+
+if TYPE_CHECKING:
+    from sft_ray.config import Experiment
 
 INTERRUPTED = 130
 
@@ -28,6 +32,22 @@ app = typer.Typer(
 @app.callback()
 def _verbs() -> None:
     """Search the hyperparameters of fine-tuning BERT-type encoders on Ray."""
+
+
+def _load(
+    file: str, overrides: list[str] | None, more_problems: Callable[[Experiment], list[str]]
+) -> Experiment:
+    """The experiment of a file; with what else is wrong if some of its keys are refused."""
+    from sft_ray.config import Experiment
+    from sft_ray.errors import ConfigError
+    from sft_ray.yaml_text import read_tree
+
+    tree = read_tree(file, overrides or [])
+    try:
+        return Experiment.from_tree(tree, source=file)
+    except ConfigError as error:
+        rest = Experiment.what_is_valid(tree)
+        raise ConfigError(*error.problems, *(more_problems(rest) if rest else [])) from None
 
 
 @app.command()
@@ -50,20 +70,14 @@ def search(
     ] = 0,
 ) -> None:
     """Search, or go on with an interrupted search; ends with the best checkpoint."""
-    from sft_ray.config import Experiment
-    from sft_ray.errors import ConfigError
-    from sft_ray.yaml_text import read_tree
 
-    tree = read_tree(experiment, overrides or [])
-    try:
-        parsed = Experiment.from_tree(tree, source=experiment)
-    except ConfigError as error:
+    def more_problems(rest: Experiment) -> list[str]:
         from sft_ray.search.cluster import capacity_here
         from sft_ray.search.preflight import find_problems
 
-        rest = Experiment.what_is_valid(tree)
-        more = find_problems(rest, capacity_here(address)) if rest else []
-        raise ConfigError(*error.problems, *more) from None
+        return find_problems(rest, capacity_here(address))
+
+    parsed = _load(experiment, overrides, more_problems)
     from sft_ray.search.tuner import run_search
 
     source = shlex.join([experiment, *(overrides or [])])
@@ -82,18 +96,13 @@ def train(
     ] = False,
 ) -> None:
     """Train the experiment's one configuration, without Ray; ends with the best checkpoint."""
-    from sft_ray.config import Experiment
-    from sft_ray.errors import ConfigError
-    from sft_ray.yaml_text import read_tree
 
-    tree = read_tree(experiment, overrides or [])
-    try:
-        parsed = Experiment.from_tree(tree, source=experiment)
-    except ConfigError as error:
+    def more_problems(rest: Experiment) -> list[str]:
         from sft_ray.training.preparation import find_problems
 
-        rest = Experiment.what_is_valid(tree)
-        raise ConfigError(*error.problems, *(find_problems(rest) if rest else [])) from None
+        return find_problems(rest)
+
+    parsed = _load(experiment, overrides, more_problems)
     from sft_ray.single_trial import run_training
 
     run_training(parsed, fresh=fresh)
