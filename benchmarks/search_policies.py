@@ -13,6 +13,7 @@ used; higher is better.  Pools of our own may hold frozen_layers and regularizat
 from __future__ import annotations
 
 import argparse
+import functools
 import heapq
 import json
 import math
@@ -44,12 +45,14 @@ class Pool:
     """Recorded runs.
 
     Attributes:
+        ends: smallest and largest value of each dimension.
         features: what is searched, normalised to 0..1 over the pool, [runs, dimensions].
         curves: of each run (share of its schedule, score) in order.
         final: last score of each run, [runs].
         epochs: length of each run, [runs].
     """
 
+    ends: tuple[Floats, Floats]
     features: Floats
     curves: list[list[tuple[float, float]]]
     final: Floats
@@ -70,6 +73,7 @@ DIMENSIONS: dict[str, Callable[[dict[str, Any]], float]] = {
 }
 
 
+@functools.cache  # once per process, for all its repeats
 def read_pool(path: Path) -> Pool:
     runs = [json.loads(line) for line in path.read_text().splitlines()]
     raw = np.array([[read(run) for read in DIMENSIONS.values()] for run in runs], dtype=float)
@@ -79,17 +83,12 @@ def read_pool(path: Path) -> Pool:
         recorded = next(iter(run["learning_curves"].values()))
         curves.append([(step / run["total_model_steps"], score) for step, score in recorded])
     return Pool(
+        ends=(low, high),
         features=(raw - low) / np.maximum(high - low, 1e-12),
         curves=curves,
         final=np.array([curve[-1][1] for curve in curves]),
         epochs=np.array([float(run["num_train_epochs"]) for run in runs]),
     )
-
-
-def ends_of(path: Path) -> tuple[Floats, Floats]:
-    runs = [json.loads(line) for line in path.read_text().splitlines()]
-    raw = np.array([[read(run) for read in DIMENSIONS.values()] for run in runs], dtype=float)
-    return raw.min(axis=0), raw.max(axis=0)
 
 
 @dataclass(frozen=True)
@@ -171,10 +170,8 @@ class Repeat:
     regret: dict[int, float]
 
 
-def replay(
-    policy: Policy, pool: Pool, ends: tuple[Floats, Floats], slots: int, seed: int
-) -> Repeat:
-    experiment = experiment_of(policy, seed, *ends)
+def replay(policy: Policy, pool: Pool, slots: int, seed: int) -> Repeat:
+    experiment = experiment_of(policy, seed, *pool.ends)
     study = SearchStudy(
         experiment,
         optuna.storages.InMemoryStorage(),
@@ -197,7 +194,7 @@ def replay(
         planned = study.next_trial()
         if planned is None or not unused.any():
             return
-        run = nearest(planned, pool, ends, unused)
+        run = nearest(planned, pool, unused)
         unused[run] = False
         push(now, planned.number, run, 0.0)
 
@@ -243,10 +240,8 @@ def replay(
     return Repeat(found1, found5, regret)
 
 
-def nearest(
-    planned: PlannedTrial, pool: Pool, ends: tuple[Floats, Floats], unused: npt.NDArray[np.bool_]
-) -> int:
-    low, high = ends
+def nearest(planned: PlannedTrial, pool: Pool, unused: npt.NDArray[np.bool_]) -> int:
+    low, high = pool.ends
     train = planned.train
     wanted = np.array(
         [
@@ -303,8 +298,7 @@ def summarize(repeats: list[Repeat]) -> dict[str, Any]:
 def run_job(job: tuple[str, int, int, str]) -> tuple[str, int, Repeat]:
     name, slots, seed, path = job
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    pool, ends = read_pool(Path(path)), ends_of(Path(path))
-    return name, slots, replay(POLICIES[name], pool, ends, slots, seed)
+    return name, slots, replay(POLICIES[name], read_pool(Path(path)), slots, seed)
 
 
 def main() -> None:

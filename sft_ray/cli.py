@@ -35,9 +35,9 @@ def _verbs() -> None:
 
 
 def _load(
-    file: str, overrides: list[str] | None, more_problems: Callable[[Experiment], list[str]]
+    file: str, overrides: list[str] | None, check: Callable[[Experiment], object]
 ) -> Experiment:
-    """The experiment of a file; with what else is wrong if some of its keys are refused."""
+    """The experiment of a file; if some of its keys are refused, `check` looks at the rest."""
     from sft_ray.config import Experiment
     from sft_ray.errors import ConfigError
     from sft_ray.yaml_text import read_tree
@@ -46,8 +46,14 @@ def _load(
     try:
         return Experiment.from_tree(tree, source=file)
     except ConfigError as error:
+        problems = list(error.problems)
         rest = Experiment.what_is_valid(tree)
-        raise ConfigError(*error.problems, *(more_problems(rest) if rest else [])) from None
+    if rest is not None:
+        try:
+            check(rest)
+        except SftError as error:
+            problems += error.problems
+    raise ConfigError(*problems)
 
 
 @app.command()
@@ -71,13 +77,13 @@ def search(
 ) -> None:
     """Search, or go on with an interrupted search; ends with the best checkpoint."""
 
-    def more_problems(rest: Experiment) -> list[str]:
+    def check(rest: Experiment) -> object:
         from sft_ray.search.cluster import capacity_here
-        from sft_ray.search.preflight import find_problems
+        from sft_ray.search.preflight import prepare_experiment
 
-        return find_problems(rest, capacity_here(address))
+        return prepare_experiment(rest, capacity_here(address))
 
-    parsed = _load(experiment, overrides, more_problems)
+    parsed = _load(experiment, overrides, check)
     from sft_ray.search.tuner import run_search
 
     source = shlex.join([experiment, *(overrides or [])])
@@ -97,12 +103,12 @@ def train(
 ) -> None:
     """Train the experiment's one configuration, without Ray; ends with the best checkpoint."""
 
-    def more_problems(rest: Experiment) -> list[str]:
-        from sft_ray.training.preparation import find_problems
+    def check(rest: Experiment) -> object:
+        from sft_ray.training.preparation import prepare_training
 
-        return find_problems(rest)
+        return prepare_training(rest)
 
-    parsed = _load(experiment, overrides, more_problems)
+    parsed = _load(experiment, overrides, check)
     from sft_ray.single_trial import run_training
 
     run_training(parsed, fresh=fresh)

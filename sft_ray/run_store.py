@@ -301,6 +301,15 @@ def check_folder_rule(
     return "extended" if changed else "same"
 
 
+def finished_results(store: RunStore, experiment: Experiment) -> Any:
+    """results.json of exactly this experiment, if it has ended and no budget has grown since.
+
+    Raises:
+        ConfigError: the folder holds another experiment.
+    """
+    return store.read_json(RESULTS) if check_folder_rule(store, experiment) == "same" else None
+
+
 def write_experiment(store: RunStore, experiment: Experiment) -> None:
     store.write_text(EXPERIMENT, dump_yaml(experiment.to_tree()))
 

@@ -21,26 +21,21 @@ from sft_ray.run_store import (
     PREDICTIONS,
     RESULTS,
     RunStore,
-    check_folder_rule,
+    finished_results,
     trial_folder,
     write_experiment,
 )
 from sft_ray.screen import Screen, duration, short_params
-from sft_ray.training.checkpoint import (
-    ResumeState,
-    load_resume_state,
-    save_model,
-    save_predictions,
-    save_resume_state,
-)
+from sft_ray.training.checkpoint import ResumeState, save_model, save_predictions
 from sft_ray.training.fit import Progress, fit
+from sft_ray.training.last_state import LastState
 from sft_ray.training.micro_batch import StepOutOfMemoryError
 from sft_ray.training.preparation import Prepared, prepare_training
 from sft_ray.training.setup import Setup, load_setup
 from sft_ray.training.world import World
 
-FOLDER = trial_folder(0)
-LAST = f"{FOLDER}/last"
+NUMBER = 0
+FOLDER = trial_folder(NUMBER)
 METRICS = f"{FOLDER}/metrics.jsonl"
 TIMES_HALVED = 2  # after running out of memory later than at the probe
 
@@ -65,13 +60,12 @@ def run_training(
     screen = Screen(quiet)
     prepared = prepare_training(experiment)
     store = RunStore(experiment.storage, experiment.name)
-    if not fresh and check_folder_rule(store, experiment) == "same":
-        tree = store.read_json(RESULTS)
-        if tree is not None:
-            screen.say(f"{store.location} is finished; its outcome:")
-            result = SearchResult(store.location, tree)
-            _say_outcome(screen, result, prepared)
-            return result
+    tree = None if fresh else finished_results(store, experiment)
+    if tree is not None:
+        screen.say(f"{store.location} is finished; its outcome:")
+        result = SearchResult(store.location, tree)
+        _say_outcome(screen, result, prepared)
+        return result
     if fresh and store.is_there():
         screen.say(f"the old folder is now {store.set_aside()}")
     with store.locked():
@@ -96,7 +90,8 @@ class _Run:
         self.prepared, self.setup, self.store, self.screen = prepared, setup, store, screen
         self.messages: list[dict[str, Any]] = []
         self._saved_percent: int | None = None
-        self._written_at = self._began = time.monotonic()
+        self._began = time.monotonic()
+        self.last = LastState(store, NUMBER, prepared.experiment.checkpoint.every_minutes)
         self._seconds_before = 0.0
 
     @property
@@ -149,12 +144,7 @@ class _Run:
         lines = "".join(f"{json.dumps(m)}\n" for m in self.messages)
         self.store.write_text(METRICS, lines)
         self._say_mark(progress)
-        minutes = (time.monotonic() - self._written_at) / 60
-        due = minutes >= self.prepared.experiment.checkpoint.every_minutes
-        if due and progress.resume_state is not None and not progress.finished:
-            with self.store.replacing_folder(LAST) as folder:
-                save_resume_state(folder, progress.resume_state())
-            self._written_at = time.monotonic()
+        self.last.consider(progress)
         return True
 
     def _say_mark(self, progress: Progress) -> None:
@@ -167,11 +157,10 @@ class _Run:
 
     def _take_up(self) -> ResumeState | None:
         """The state of an interrupted training, with the marks that lead up to it."""
-        if not self.store.exists(f"{LAST}/state.json"):
+        state = self.last.load()
+        if state is None:
             self.messages, self._saved_percent = [], None
             return None
-        with self.store.fetched_folder(LAST) as folder:
-            state = load_resume_state(folder)
         kept = [json.loads(line) for line in (self.store.read_text(METRICS) or "").splitlines()]
         self.messages = kept[: state.facts["last"]["index"] + 1]
         self._saved_percent = state.facts["best"]["percent"]
@@ -190,7 +179,7 @@ def _conclude(
     """Write the trial, the model card and results.json, which comes last."""
     experiment = prepared.experiment
     row = trial_row(
-        number=0,
+        number=NUMBER,
         state="PRUNED" if outcome.fault else "COMPLETE",
         role="single",
         params=settings_of(experiment.train),
@@ -214,7 +203,7 @@ def _conclude(
     card = model_card(tree, experiment.to_tree(), prepared.dataset.label_names)
     store.write_text(f"{BEST}/README.md", card)
     store.write_json(RESULTS, tree)
-    store.delete_folder(LAST)
+    run.last.delete()
     return tree
 
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from sft_ray import space as spaces
 from sft_ray.config import Experiment
-from sft_ray.errors import SftError, did_you_mean
+from sft_ray.errors import did_you_mean
 from sft_ray.search.cluster import plan_layout
 from sft_ray.search.samplers import grid_points
 from sft_ray.search.study import default_recipe
 from sft_ray.training.model import ModelFacts, inspect_model
-from sft_ray.training.preparation import Prepared, collect, prepare_training
+from sft_ray.training.preparation import Prepared, collect, prepare_with_model
 
 
 def prepare_experiment(experiment: Experiment, has: Mapping[str, float] | None = None) -> Prepared:
@@ -25,8 +25,7 @@ def prepare_experiment(experiment: Experiment, has: Mapping[str, float] | None =
         SftError: every problem found, one line each.
     """
     problems: list[str] = []
-    # What cannot be read is reported by the preparation of training; here it is only needed.
-    model = collect([], inspect_model, experiment.model, experiment.revision)
+    model = collect(problems, inspect_model, experiment.model, experiment.revision)
     if experiment.search.space is None and model is not None:
         rate = default_recipe(model.num_parameters)["train.learning_rate"]
         experiment = experiment.with_space(spaces.default_space(model.num_layers, rate))
@@ -37,16 +36,7 @@ def prepare_experiment(experiment: Experiment, has: Mapping[str, float] | None =
         collect(problems, grid_points, experiment.search.domains)
     if has is not None:
         collect(problems, plan_layout, experiment, has)
-    return prepare_training(experiment, problems)
-
-
-def find_problems(experiment: Experiment, has: Mapping[str, float] | None) -> list[str]:
-    """Further problems of an experiment some of whose keys were already refused."""
-    try:
-        prepare_experiment(experiment, has)
-    except SftError as error:
-        return list(error.problems)
-    return []
+    return prepare_with_model(experiment, model, problems)
 
 
 def _depth_problems(experiment: Experiment, model: ModelFacts) -> list[str]:

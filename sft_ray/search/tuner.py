@@ -20,7 +20,7 @@ from sft_ray.run_store import (
     PREDICTIONS,
     RESULTS,
     RunStore,
-    check_folder_rule,
+    finished_results,
     trial_folder,
     write_experiment,
 )
@@ -64,11 +64,12 @@ def run_search(
     prepared = prepare_experiment(experiment, capacity_here(address))
     experiment = prepared.experiment
     store = RunStore(experiment.storage, experiment.name)
-    finished = None if fresh else _finished(store, experiment)
-    if finished is not None:
+    tree = None if fresh else finished_results(store, experiment)
+    if tree is not None:
         screen.say(f"{store.location} is finished; its outcome:")
-        say_outcome(screen, finished, prepared, source)
-        return finished
+        result = SearchResult(store.location, tree)
+        say_outcome(screen, result, prepared, source)
+        return result
     with connected(address):
         layout = plan_layout(experiment, capacity())
         if fresh and store.is_there():
@@ -108,13 +109,6 @@ def extended(experiment: Experiment, by: int) -> Experiment:
     )
     search = experiment.search.model_copy(update={"trials": stored.search.trials + by})
     return experiment.model_copy(update={"search": search})
-
-
-def _finished(store: RunStore, experiment: Experiment) -> SearchResult | None:
-    """The outcome of exactly this experiment, if it has ended and no budget has grown since."""
-    same = check_folder_rule(store, experiment)
-    tree = store.read_json(RESULTS) if same == "same" else None
-    return None if tree is None else SearchResult(store.location, tree)
 
 
 def _open_study(prepared: Prepared, store: RunStore) -> SearchStudy:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import time
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -22,15 +21,10 @@ import torch
 
 from sft_ray.config import Experiment, Train
 from sft_ray.run_store import PREDICTIONS, RunStore, trial_folder
-from sft_ray.training.checkpoint import (
-    ResumeState,
-    load_resume_state,
-    save_model,
-    save_predictions,
-    save_resume_state,
-)
-from sft_ray.training.data import prepare_here
+from sft_ray.training.checkpoint import save_model, save_predictions
+from sft_ray.training.data import prepare, prepare_here
 from sft_ray.training.fit import Progress, fit
+from sft_ray.training.last_state import LastState
 from sft_ray.training.micro_batch import StepOutOfMemoryError
 from sft_ray.training.model import resolve_model
 from sft_ray.training.setup import Setup, load_setup
@@ -93,14 +87,12 @@ def load(settings: dict[str, Any], rank: int, size: int) -> Loaded:
     experiment = Experiment.model_validate(settings["experiment"])
     torch.set_num_threads(max(1, math.floor(experiment.resources.cpus_per_worker)))
     world = World(rank, size, ray.train.torch.get_device())
-    dataset_folder = prepare_here(
-        Path(settings["dataset_folder"]),
-        experiment.data,
-        find_task(experiment.task),
-        resolve_model(experiment.model),
-        experiment.revision,
-        experiment.seed,
-    )
+
+    def encode() -> Path:
+        task, model_folder = find_task(experiment.task), resolve_model(experiment.model)
+        return prepare(experiment.data, task, model_folder, experiment.revision, experiment.seed)
+
+    dataset_folder = prepare_here(Path(settings["dataset_folder"]), encode)
     return Loaded(
         experiment=experiment,
         setup=load_setup(experiment, dataset_folder, world),
@@ -114,13 +106,14 @@ def run_trial(
     """Fit one configuration, posting every mark and asking leave to go on."""
     setup = loaded.setup
     keep = Keeper(assignment, loaded, setup.task.sign(objective))
+    last = LastState(loaded.store, assignment["number"], loaded.experiment.checkpoint.every_minutes)
 
     def report(progress: Progress) -> bool:
         if setup.world.rank == 0:
             keep.consider(progress)
             message = progress.message(keep.saved_percent, assignment["restarts"])
             ray.get(mailbox.post.remote(generation, progress.index, message))
-            keep.write_state(progress)
+            last.consider(progress)  # after the post, so that a resumed trial never owes a mark
         return bool(_poll(mailbox.may_continue, generation, progress.index + 1))
 
     if _poll(mailbox.may_continue, generation, 0):
@@ -131,25 +124,24 @@ def run_trial(
             rungs=loaded.experiment.search.rungs,
             seed=loaded.experiment.seed,
             report=report,
-            resume=keep.last_state(),
+            # Of these workers before they were restarted; what another driver left is not ours.
+            resume=last.load() if assignment["restarts"] else None,
             most_per_pass=assignment["most_per_pass"],
         )
     if setup.world.rank == 0:
-        keep.end()
+        last.delete()
 
 
 class Keeper:
-    """Writes a trial's weights to the run folder when they may be wanted.
+    """Writes a trial's best weights to the run folder when they may be wanted.
 
-    The best ones at its end if it beats the trials kept so far, and at every improvement while no
-    trial of the search has finished; the state to go on from every few minutes.
+    That is at its end if it beats the trials kept so far, and at every improvement while no trial
+    of the search has finished.
     """
 
     def __init__(self, assignment: dict[str, Any], loaded: Loaded, sign: int) -> None:
         self.saved_percent: int | None = None
         self._assignment, self._loaded, self._sign = assignment, loaded, sign
-        self._last = f"{trial_folder(assignment['number'])}/last"
-        self._written_at = time.monotonic()
 
     def consider(self, progress: Progress) -> None:
         best = progress.best
@@ -167,26 +159,6 @@ class Keeper:
                 save_model(folder, self._loaded.setup, best.weights, data, precision)
                 save_predictions(folder / PREDICTIONS, self._loaded.setup, best.outputs)
             self.saved_percent = best.percent
-
-    def write_state(self, progress: Progress) -> None:
-        """After a mark was posted, so that a resumed trial never owes a mark."""
-        minutes = (time.monotonic() - self._written_at) / 60
-        due = minutes >= self._loaded.experiment.checkpoint.every_minutes
-        if due and progress.resume_state is not None and not progress.finished:
-            with self._loaded.store.replacing_folder(self._last) as folder:
-                save_resume_state(folder, progress.resume_state())
-            self._written_at = time.monotonic()
-
-    def last_state(self) -> ResumeState | None:
-        """What the workers of this slot wrote before they were restarted."""
-        store = self._loaded.store
-        if self._assignment["restarts"] == 0 or not store.exists(self._last):
-            return None
-        with store.fetched_folder(self._last) as folder:
-            return load_resume_state(folder)
-
-    def end(self) -> None:
-        self._loaded.store.delete_folder(self._last)
 
 
 def is_lost_peer(error: BaseException) -> bool:

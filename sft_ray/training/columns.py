@@ -94,7 +94,7 @@ def select_fields(
             wanted[fields.target_name] not in table.column_names
         ):
             del wanted[fields.target_name]
-        found = list(_missing_columns(table, wanted, fields, columns))
+        found = list(_missing_columns(table, wanted))
         if table.num_rows == 0:
             found.append("has no rows")
         if not found:
@@ -135,9 +135,7 @@ def _without_views(table: pa.Table) -> pa.Table:
     return table
 
 
-def _missing_columns(
-    table: pa.Table, wanted: Mapping[str, str], fields: Fields, columns: Mapping[str, Any]
-) -> Iterator[str]:
+def _missing_columns(table: pa.Table, wanted: Mapping[str, str]) -> Iterator[str]:
     for field, column in wanted.items():
         times = table.column_names.count(column)
         if times > 1:
@@ -170,8 +168,7 @@ def text(values: pa.ChunkedArray) -> Iterator[str]:
         mend = "; save the file as UTF-8" if pa.types.is_binary(values.type) else ""
         yield f"must hold texts, got {values.type}{mend}"
         return
-    plain = values.cast(pa.large_string())
-    yield from _empty(plain, pc.equal(pc.utf8_trim_whitespace(plain), ""))
+    yield from _blank(values)
 
 
 def class_label(values: pa.ChunkedArray) -> Iterator[str]:
@@ -189,11 +186,10 @@ def class_name(values: pa.ChunkedArray) -> Iterator[str]:
         mend = "; store whole numbers as integers" if pa.types.is_floating(kind) else ""
         yield f"must hold labels that are texts or whole numbers, got {kind}{mend}"
     elif is_text(kind):
-        plain = values.cast(pa.large_string())
-        yield from _empty(plain, pc.equal(pc.utf8_trim_whitespace(plain), ""))
-        yield from _overlong(plain)
+        yield from _blank(values)
+        yield from _overlong(values.cast(pa.large_string()))
     else:
-        yield from _empty(values, None)
+        yield from _empty(values)
         yield from _minus_one(values)
 
 
@@ -202,7 +198,7 @@ def class_labels(values: pa.ChunkedArray) -> Iterator[str]:
     if not (is_list(values.type) and (is_name(values.type.value_type) or _no_values(values))):
         yield f"must hold a list of labels per row (json, jsonl or parquet), got {values.type}"
         return
-    yield from _empty(values, None)
+    yield from _empty(values)
     inside = pc.list_flatten(values)
     if inside.null_count:
         row = _first_row(values, lambda row: None in row)
@@ -217,7 +213,7 @@ def number(values: pa.ChunkedArray) -> Iterator[str]:
     if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind)):
         yield f"must hold numbers, got {kind}"
         return
-    yield from _empty(values, None)
+    yield from _empty(values)
     wrong = pc.invert(pc.is_finite(values.cast(pa.float64(), safe=False)))
     if pc.any(wrong).as_py():
         row = pc.index(wrong, True).as_py()
@@ -229,7 +225,7 @@ def words(values: pa.ChunkedArray) -> Iterator[str]:
     if not (is_list(values.type) and is_text(values.type.value_type)):
         yield f"must hold a list of words per row (json, jsonl or parquet), got {values.type}"
         return
-    yield from _empty(values, None)
+    yield from _empty(values)
     if row := _first_row(values, lambda row: None in row):
         yield f"has an empty word inside row {row}; remove it"
     elif row := _first_row(values, lambda row: not any(word.strip() for word in row)):
@@ -241,7 +237,7 @@ def tags(values: pa.ChunkedArray) -> Iterator[str]:
     if not (is_list(values.type) and is_name(values.type.value_type)):
         yield f"must hold a list of tags per row (json, jsonl or parquet), got {values.type}"
         return
-    yield from _empty(values, None)
+    yield from _empty(values)
     if row := _first_row(values, lambda row: None in row or -100 in row or -1 in row):
         yield f"has a word without a tag in row {row}; every word needs one"
 
@@ -251,7 +247,7 @@ def position(values: pa.ChunkedArray) -> Iterator[str]:
     if not pa.types.is_integer(values.type):
         yield f"must hold positions (whole numbers from 0), got {values.type}"
         return
-    yield from _empty(values, None)
+    yield from _empty(values)
     if pc.min(values).as_py() is not None and pc.min(values).as_py() < 0:
         row = pc.index(pc.less(values, 0), True).as_py()
         yield f"must not be negative, got {values[row].as_py()} in row {row + 1}"
@@ -267,7 +263,7 @@ def group_key(values: pa.ChunkedArray) -> Iterator[str]:
     if pa.types.is_nested(values.type):
         yield f"must hold texts or numbers, got {values.type}"
     else:
-        yield from _empty(values, None)
+        yield from _empty(values)
 
 
 def answers(values: pa.ChunkedArray) -> Iterator[str]:
@@ -278,7 +274,7 @@ def answers(values: pa.ChunkedArray) -> Iterator[str]:
     if not parts >= {"text", "answer_start"}:
         yield f"must hold {{text: [...], answer_start: [...]}} per row, got {_short(kind)}"
         return
-    yield from _empty(values, None)
+    yield from _empty(values)
     for row, value in enumerate(values.to_pylist()):
         try:
             pairs = answer_pairs(value)
@@ -327,10 +323,19 @@ def _no_values(values: pa.ChunkedArray) -> bool:
     return len(pc.list_flatten(values)) == 0
 
 
-def _empty(values: pa.ChunkedArray, blank: Any) -> Iterator[str]:
-    missing = pc.is_null(values, nan_is_null=pa.types.is_floating(values.type))
-    if blank is not None:
-        missing = pc.or_kleene(missing, blank)
+def _blank(values: pa.ChunkedArray) -> Iterator[str]:
+    """Texts that are missing or hold nothing but white space."""
+    plain = values.cast(pa.large_string())
+    yield from _missing(
+        pc.or_kleene(pc.is_null(plain), pc.equal(pc.utf8_trim_whitespace(plain), ""))
+    )
+
+
+def _empty(values: pa.ChunkedArray) -> Iterator[str]:
+    yield from _missing(pc.is_null(values, nan_is_null=pa.types.is_floating(values.type)))
+
+
+def _missing(missing: pa.ChunkedArray) -> Iterator[str]:
     if rows := pc.sum(missing).as_py():
         row = pc.index(missing, True).as_py()
         yield f"is empty in {rows} rows, first in row {row + 1}; fill or remove them"
@@ -350,7 +355,7 @@ def _overlong(values: pa.ChunkedArray) -> Iterator[str]:
 
 
 def _probabilities(values: pa.ChunkedArray) -> Iterator[str]:
-    yield from _empty(values, None)
+    yield from _empty(values)
     width = None
     for row, vector in enumerate(values.to_pylist(), start=1):
         width = len(vector) if width is None else width

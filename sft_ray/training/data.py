@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,8 @@ def prepare(data: Data, task: Task, model_folder: str, revision: str | None, see
     return build_once(cache_root() / "encoded" / key, build)
 
 
-def prepare_here(
-    folder: Path, data: Data, task: Task, model_folder: str, revision: str | None, seed: int
-) -> Path:
-    """`folder`, or the same data read and encoded on this machine, once for all its workers.
+def prepare_here(folder: Path, encode: Callable[[], Path]) -> Path:
+    """`folder`, or the same data as `encode` makes it on this machine, once for all its workers.
 
     Raises:
         DataError: this machine sees other data than the one that named the folder.
@@ -94,7 +93,7 @@ def prepare_here(
     with FileLock(f"{mine}.fetch"):
         if folder.exists():
             return folder
-        found = mine if mine.exists() else prepare(data, task, model_folder, revision, seed)
+        found = mine if mine.exists() else encode()
     if found.name != folder.name:
         raise DataError(
             f"data: this machine encodes to {found.name}, the driver's to {folder.name}; give all "

@@ -141,14 +141,7 @@ def encode_words(table: pa.Table, encoder: Encoder) -> Encoded:
             if place[token] > seen:
                 seen = int(place[token])
                 of_token[where.start + token] = numbers[item][seen]
-    return Encoded(
-        encoded.tokens,
-        encoded.offsets,
-        encoded.segments,
-        encoded.rows,
-        words=of_token,
-        num_truncated=encoded.num_truncated,
-    )
+    return replace(encoded, words=of_token, spans=None)
 
 
 def encode_windows(table: pa.Table, encoder: Encoder) -> Encoded:
@@ -184,14 +177,7 @@ def encode_windows(table: pa.Table, encoder: Encoder) -> Encoded:
         stride=stride,
         return_overflowing_tokens=True,
     )
-    return Encoded(
-        encoded.tokens,
-        encoded.offsets,
-        encoded.segments,
-        encoded.rows,
-        spans=encoded.spans,
-        num_truncated=num_truncated,
-    )
+    return replace(encoded, num_truncated=num_truncated)
 
 
 def predicate_position(words: Sequence[str], predicate: str | int) -> int | None:

@@ -28,6 +28,11 @@ class LabelSet:
     names: tuple[str, ...] = ()
     negative: str | None = None
 
+    @cached_property
+    def id_of(self) -> dict[str, int]:
+        """Name -> class id."""
+        return {name: i for i, name in enumerate(self.names)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Examples(Encoded):

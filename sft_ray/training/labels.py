@@ -29,7 +29,7 @@ def choose_classes(train: pa.Table, field: str, known: tuple[str, ...] | None) -
                 f"data.label_names: {width} names are needed, one per probability, got {len(known)}"
             )
         return known or tuple(str(i) for i in range(width))
-    found = values.combine_chunks().flatten() if is_list(values.type) else values
+    found = _one_by_one(values)
     present = sorted(set(found.to_pylist()))
     if len(present) < 2:
         got = f"only {str(present[0])[:60]!r}" if present else "none"
@@ -76,7 +76,7 @@ def unknown_names(table: pa.Table, field: str, classes: tuple[str, ...]) -> Coun
     values = table.column(field)
     if _are_probabilities(values.type):
         return Counter()
-    found = values.combine_chunks().flatten() if is_list(values.type) else values
+    found = _one_by_one(values)
     known = set(classes)
     return Counter(name for name in found.to_pylist() if name not in known)
 
@@ -103,6 +103,11 @@ def check_names(table: pa.Table, field: str, classes: tuple[str, ...], where: st
         )
 
 
+def _one_by_one(values: pa.ChunkedArray) -> Any:
+    """The labels of all rows, whether a row has one or a list of them."""
+    return values.combine_chunks().flatten() if is_list(values.type) else values
+
+
 def _are_probabilities(kind: pa.DataType) -> bool:
     return bool(is_list(kind) and pa.types.is_floating(kind.value_type))
 
@@ -112,17 +117,15 @@ def class_ids(table: pa.Table, encoded: Encoded, labels: LabelSet) -> npt.NDArra
     values = table.column("label")
     if is_list(values.type):
         return np.array(values.to_pylist(), dtype=np.float64)
-    id_of = {name: i for i, name in enumerate(labels.names)}
-    return np.array([id_of[name] for name in values.to_pylist()], dtype=np.int64)
+    return np.array([labels.id_of[name] for name in values.to_pylist()], dtype=np.int64)
 
 
 def membership(table: pa.Table, encoded: Encoded, labels: LabelSet) -> npt.NDArray[Any]:
     """1 for every class that a row has, [n, classes]."""
     rows = table.column("labels").to_pylist()
-    id_of = {name: i for i, name in enumerate(labels.names)}
     found = np.zeros((len(rows), len(labels.names)), dtype=np.uint8)
     for row, names in enumerate(rows):
-        found[row, [id_of[name] for name in names]] = 1
+        found[row, [labels.id_of[name] for name in names]] = 1
     return found
 
 
@@ -134,9 +137,10 @@ def values(table: pa.Table, encoded: Encoded, labels: LabelSet) -> npt.NDArray[A
 def tag_ids(table: pa.Table, encoded: Encoded, labels: LabelSet) -> npt.NDArray[Any]:
     """The id of a word's tag on its first token, `IGNORED` on others, [total]."""
     assert encoded.words is not None  # encode_words says where words begin
-    id_of = {name: i for i, name in enumerate(labels.names)}
     tags_of_rows = table.column("tags").to_pylist()
-    of_row = [np.array([id_of[tag] for tag in tags], dtype=np.int64) for tags in tags_of_rows]
+    of_row = [
+        np.array([labels.id_of[tag] for tag in tags], dtype=np.int64) for tags in tags_of_rows
+    ]
     found = np.full(len(encoded.tokens), IGNORED, dtype=np.int64)
     for item in range(len(encoded)):
         where = encoded[item]

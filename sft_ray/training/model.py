@@ -115,6 +115,7 @@ def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
     Raises:
         ConfigError: no configuration can be read, or the family does not work here.
     """
+    quiet_transformers()
     folder = resolve_model(model)
     try:
         config = transformers.AutoConfig.from_pretrained(

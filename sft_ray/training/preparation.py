@@ -15,7 +15,7 @@ from sft_ray.screen import Screen
 from sft_ray.training import sources
 from sft_ray.training.data import open_dataset, prepare, with_classes
 from sft_ray.training.examples import Dataset
-from sft_ray.training.model import ModelFacts, inspect_model, quiet_transformers
+from sft_ray.training.model import ModelFacts, inspect_model
 from sft_ray.training.tasks import Direction, Task, find_task
 from sft_ray.training.world import resolve_precision
 
@@ -92,20 +92,32 @@ class Prepared:
         screen.say(f"  sft-ray evaluate {location} --split test")
 
 
-def prepare_training(experiment: Experiment, found: Sequence[str] = ()) -> Prepared:
+def prepare_training(experiment: Experiment) -> Prepared:
     """Check task, model, data and settings; read and encode the data.
 
+    Raises:
+        SftError: every problem found, one line each.
+    """
+    problems: list[str] = []
+    model = collect(problems, inspect_model, experiment.model, experiment.revision)
+    return prepare_with_model(experiment, model, problems)
+
+
+def prepare_with_model(
+    experiment: Experiment, model: ModelFacts | None, found: Sequence[str]
+) -> Prepared:
+    """`prepare_training` behind a look at the model.
+
     Args:
-        experiment: as it was read.
+        experiment: as it was read, or with more filled in.
+        model: None if it could not be looked at; why is among the problems then.
         found: problems the caller knows of already; they are reported with the others.
 
     Raises:
         SftError: every problem found, one line each.
     """
-    quiet_transformers()
     problems = list(found)
     task = collect(problems, find_task, experiment.task)
-    model = collect(problems, inspect_model, experiment.model, experiment.revision)
     objective = experiment.search.objective
     if task is not None:
         objective = objective or task.default_objective
@@ -128,15 +140,6 @@ def prepare_training(experiment: Experiment, found: Sequence[str] = ()) -> Prepa
     if problems:
         raise ConfigError(*problems)
     return prepared
-
-
-def find_problems(experiment: Experiment) -> list[str]:
-    """Further problems of an experiment some of whose keys were already refused."""
-    try:
-        prepare_training(experiment)
-    except SftError as error:
-        return list(error.problems)
-    return []
 
 
 def collect(problems: list[str], check: Any, *arguments: Any) -> Any:

@@ -250,7 +250,7 @@ def test_runs_of_a_tag_without_a_prefix_are_entities_where_there_is_an_outside()
 
 
 def test_tags_without_a_prefix_beside_an_outside_are_scored_without_a_warning() -> None:
-    entities([["PER", "O"]], [["PER", "O"]])
+    assert entities([["PER", "O"]], [["PER", "O"]])["f1"] == 1
 
 
 def test_rows_without_any_entity_score_0_and_not_an_error() -> None:

@@ -99,7 +99,8 @@ def test_an_overflow_halves_the_loss_scale_and_leaves_out_the_step(
 def test_an_overflow_in_the_first_step_is_nothing_to_warn_of(pretrained, toy, monkeypatch) -> None:
     make = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", partial(make, init_scale=2.0**24))
-    run_fit(pretrained, toy, **SETTINGS, precision="fp16", rungs=(), stop_after=1)
+    (report,) = run_fit(pretrained, toy, **SETTINGS, precision="fp16", rungs=(), stop_after=1)
+    assert report.fault is None
 
 
 def test_an_overflow_in_the_first_step_does_not_end_the_trial(pretrained, toy, monkeypatch) -> None:
