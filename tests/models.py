@@ -350,6 +350,7 @@ def run_fit(
     stop_after: int | None = None,
     resume: ResumeState | None = None,
     most_per_pass: int | None = None,
+    end_diverged: bool = False,
     also: Callable[[Progress], Any] | None = None,
     **train: Any,
 ) -> list[Progress]:
@@ -375,6 +376,7 @@ def run_fit(
         report=report,
         resume=resume,
         most_per_pass=most_per_pass,
+        end_diverged=end_diverged,
     )
     return reports
 

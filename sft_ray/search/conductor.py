@@ -186,6 +186,7 @@ class StudySearcher(Searcher):
                 "train": planned.train.model_dump(mode="json"),
                 "save_above": planned.save_above,
                 "save_unfinished": planned.save_unfinished,
+                "end_diverged": not planned.is_yardstick,
             }
         }
 

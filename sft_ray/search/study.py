@@ -41,6 +41,7 @@ class PlannedTrial:
     Attributes:
         save_above: the score a finished trial must beat to be among those kept on disk.
         save_unfinished: no trial has finished yet, so an unfinished one may have to stand in.
+        is_yardstick: the default recipe, which is never ended early.
     """
 
     number: int
@@ -48,6 +49,7 @@ class PlannedTrial:
     params: dict[str, Any]
     save_above: float | None
     save_unfinished: bool
+    is_yardstick: bool
 
 
 class _HeldByTheRun(BaseJournalFileLock):
@@ -161,6 +163,7 @@ class SearchStudy:
             params=params,
             save_above=self.sign * complete[keep - 1] if len(complete) >= keep else None,
             save_unfinished=not complete,
+            is_yardstick=trial.user_attrs.get("role") == "default recipe",
         )
 
     def _values(self, trial: optuna.Trial) -> dict[str, Any]:

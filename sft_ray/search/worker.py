@@ -127,6 +127,7 @@ def run_trial(
             # Of these workers before they were restarted; what another driver left is not ours.
             resume=last.load() if assignment["restarts"] else None,
             most_per_pass=assignment["most_per_pass"],
+            end_diverged=assignment["end_diverged"],
         )
     if setup.world.rank == 0:
         last.delete()

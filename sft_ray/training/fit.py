@@ -19,6 +19,7 @@ from sft_ray.config import Train
 from sft_ray.training import batches, micro_batch
 from sft_ray.training.batches import Batch
 from sft_ray.training.checkpoint import ResumeState
+from sft_ray.training.divergence import DivergenceWatch, constant_loss
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import IGNORED, Examples
 from sft_ray.training.metrics import Floats
@@ -151,6 +152,7 @@ def fit(
     report: Report,
     resume: ResumeState | None = None,
     most_per_pass: int | None = None,
+    end_diverged: bool = False,
 ) -> None:
     """Train `setup.pretrained` from its pristine weights, reporting at every mark.
 
@@ -167,6 +169,8 @@ def fit(
         resume: state of a mark of this very configuration; the trial goes on behind it, with the
             same numbers as if it had never stopped.
         most_per_pass: upper bound of the micro-batch, after running out of memory.
+        end_diverged: a trial whose training loss is no better at a third of its schedule than that
+            of always answering the same is at fault too.
 
     Raises:
         ConfigError: the configuration does not fit the model.
@@ -177,7 +181,7 @@ def fit(
         rungs, train.epochs, batches.steps_per_epoch(len(setup.dataset.train), train.batch_size)
     )
     try:
-        trial = _Trial(train, setup, objective, seed, most_per_pass)
+        trial = _Trial(train, setup, objective, seed, most_per_pass, end_diverged)
     except micro_batch.NothingFitsError as error:
         report(_never_began(str(error)))
         return
@@ -206,7 +210,13 @@ class _Trial:
     """What one trial trains with, and what it has done so far."""
 
     def __init__(
-        self, train: Train, setup: Setup, objective: str, seed: int, most_per_pass: int | None
+        self,
+        train: Train,
+        setup: Setup,
+        objective: str,
+        seed: int,
+        most_per_pass: int | None,
+        end_diverged: bool = False,
     ) -> None:
         self.train, self.task, self.world = train, setup.task, setup.world
         self.pretrained, self.dataset = setup.pretrained, setup.dataset
@@ -237,6 +247,10 @@ class _Trial:
         # Since the previous mark:
         self.count = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        limit = None
+        if end_diverged:
+            limit = constant_loss(self.task, self.dataset, self.loss_options)
+        self.watch = DivergenceWatch(limit, self.num_steps, self.world)
 
     def batches_from(self, step: int) -> Iterator[IntArray]:
         """The global batches of the whole schedule, without those of the first `step` steps."""
@@ -256,10 +270,12 @@ class _Trial:
         mine = batches.share(indices, world.rank, world.size)
         count = max(1, int(examples.counts[indices].sum()))
         parts = batches.micro_batches(mine, self.most_per_pass)
+        loss = torch.zeros_like(self.loss_sum)
         for part in parts[:-1]:
             with world.accumulating(self.model):
-                self.backward(part, count)
-        self.backward(parts[-1], count)
+                loss += self.backward(part, count)
+        loss += self.backward(parts[-1], count)
+        self.loss_sum += loss
         self.scaler.unscale_(self.optimizer)
         self.penalty.add_gradient()
         norm = nn.utils.clip_grad_norm_(self.trainable, self.train.max_grad_norm)
@@ -274,10 +290,13 @@ class _Trial:
         self.set_rates(self.step)
         self.count += count
         self.examples_seen += len(indices)
-        return None
+        return self.watch.see(self.step, loss, count)
 
-    def backward(self, part: IntArray, count: int) -> None:
-        """Gradients of one micro-batch; `count` is what the whole global batch is divided by."""
+    def backward(self, part: IntArray, count: int) -> torch.Tensor:
+        """Gradients of one micro-batch, and its summed loss.
+
+        `count` is what the whole global batch is divided by.
+        """
         batch = batches.collate(
             self.dataset.train, part, pad_token=self.pad_token, device=self.world.device
         )
@@ -285,7 +304,7 @@ class _Trial:
         # Gradients are averaged over workers; the step wants the sum over the global batch
         # divided by its count.
         self.scaler.scale(loss * (self.world.size / count)).backward()
-        self.loss_sum += loss.detach()
+        return loss.detach()
 
     def lower_loss_scale(self) -> bool:
         """After fp16 gradients overflowed: leave the step out, go on at half the loss scale."""
@@ -327,6 +346,7 @@ class _Trial:
         """The report of a mark; what counts since the previous mark begins anew."""
         train_loss = float(self.world.sum(self.loss_sum)) / max(self.count, 1)
         penalty = self.penalty.value()
+        self.watch.gather()
         self.loss_sum, self.count = torch.zeros_like(self.loss_sum), 0
         self.clock.enter("other")
         self.last = Progress(
@@ -364,6 +384,7 @@ class _Trial:
         tensors["best_outputs"] = torch.from_numpy(self.best.outputs)
         best = {k: getattr(self.best, k) for k in ("percent", "score", "metrics")}
         facts = {"last": self.last.facts(), "best": best, "loss_scaler": self.scaler.state_dict()}
+        facts["watch"] = self.watch.state()
         return ResumeState(tensors, facts)
 
     def restore(self, state: ResumeState) -> int:
@@ -382,6 +403,7 @@ class _Trial:
         self.step, self.examples_seen = last["step"], last["examples_seen"]
         self.set_rates(self.step)
         self.scaler.load_state_dict(state.facts["loss_scaler"])
+        self.watch.restore(state.facts["watch"])
         outputs = state.tensors["best_outputs"].numpy()
         if self.world.rank == 0:
             self.best = Best(**state.facts["best"], weights=state.part("best/"), outputs=outputs)

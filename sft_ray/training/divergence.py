@@ -1,0 +1,95 @@
+"""Whether a trial learns anything: its training loss beside that of always answering the same."""
+
+from __future__ import annotations
+
+import torch
+
+from sft_ray.training.examples import Dataset
+from sft_ray.training.tasks import LossOptions, Task
+from sft_ray.training.world import World
+
+ASKED_AT_PERCENT = 33
+WINDOW = 0.1  # of all steps, up to the one at which it is asked
+FEWEST_STEPS = 5  # a mean over fewer batches says more about the batches
+
+
+def constant_loss(task: Task, dataset: Dataset, options: LossOptions) -> float | None:
+    """Smallest mean training loss of an output that ignores its input; None if a task has none.
+
+    Label smoothing and class weights move the best constant away from the labels' shares, so it
+    is minimised from there.
+    """
+    train = dataset.train
+    shares = task.constant(train, dataset.label_set)
+    if shares is None:
+        return None
+    labels, count = torch.tensor(train.labels), int(train.counts.sum())
+    constant = torch.tensor(shares, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(1, len(labels), dtype=torch.bool)
+
+    def mean_loss() -> torch.Tensor:
+        logits = constant.expand(len(labels), -1)
+        if task.per_token:
+            return task.loss(logits[None], labels[None], mask, options).sum() / count
+        return task.loss(logits, labels, mask, options).sum() / count
+
+    def closure() -> float:
+        constant.grad = None
+        loss = mean_loss()
+        loss.backward()
+        return float(loss.detach())
+
+    torch.optim.LBFGS([constant], line_search_fn="strong_wolfe").step(closure)
+    with torch.no_grad():
+        return float(mean_loss())
+
+
+class DivergenceWatch:
+    """The mean training loss of the last tenth of the steps, looked at once.
+
+    Short schedules, whose tenth is a handful of noisy batches, are not judged.
+
+    Args:
+        limit: the loss that a trial that learns something stays below.
+        num_steps: of the whole schedule.
+    """
+
+    def __init__(self, limit: float | None, num_steps: int, world: World) -> None:
+        self.limit, self.world = limit, world
+        self.last_step = round(num_steps * ASKED_AT_PERCENT / 100)
+        self.first_step = self.last_step - round(num_steps * WINDOW) + 1
+        self.is_on = limit is not None and self.last_step - self.first_step + 1 >= FEWEST_STEPS
+        self.count = 0
+        self.sum = torch.zeros((), dtype=torch.float64, device=world.device)
+
+    def see(self, step: int, loss: torch.Tensor, count: int) -> str | None:
+        """Take in this rank's share of a step's loss; what is wrong, the same on all ranks."""
+        if not self.is_on or not self.first_step <= step <= self.last_step:
+            return None
+        self.sum += loss
+        self.count += count
+        if step < self.last_step:
+            return None
+        mean = float(self.world.sum(self.sum.clone())) / max(self.count, 1)
+        assert self.limit is not None  # it is on
+        if mean < self.limit:
+            return None
+        return (
+            f"diverged: training loss {mean:.3f} at {ASKED_AT_PERCENT} % is not below "
+            f"{self.limit:.3f}, that of always answering the same"
+        )
+
+    def gather(self) -> None:
+        """Let rank 0 hold the sum of all, so that its state is the state."""
+        total = self.world.sum(self.sum)
+        if self.world.rank > 0:
+            total.zero_()
+
+    def state(self) -> dict[str, float]:
+        """Of rank 0, right behind `gather`."""
+        return {"sum": float(self.sum), "count": self.count}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Take up a state."""
+        self.sum.fill_(state["sum"] if self.world.rank == 0 else 0.0)
+        self.count = int(state["count"])

@@ -1,0 +1,131 @@
+"""A trial that learns nothing is found out at a third of its schedule."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+
+from sft_ray.training.divergence import DivergenceWatch, constant_loss
+from sft_ray.training.examples import Dataset, Examples, LabelSet
+from sft_ray.training.tasks import LossOptions, find_task
+from sft_ray.training.world import World
+from tests.models import load_tiny, run_fit
+
+
+def dataset(labels: Any, names: tuple[str, ...], words: Any = None, lengths: Any = None) -> Dataset:
+    lengths = np.ones(len(labels), dtype=int) if lengths is None else np.array(lengths)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    examples = Examples(
+        tokens=np.ones(offsets[-1], dtype=np.int64),
+        offsets=offsets,
+        rows=np.arange(len(lengths)),
+        segments=None,
+        words=words,
+        labels=np.array(labels),
+    )
+    return Dataset(examples, examples, LabelSet(names), "x", {})
+
+
+def test_of_classes_it_is_the_entropy_of_their_shares() -> None:
+    data = dataset([0, 0, 0, 1], ("a", "b"))
+    found = constant_loss(find_task("text-classification"), data, LossOptions())
+    assert found == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), abs=1e-6)
+
+
+def test_of_values_it_is_their_variance() -> None:
+    data = dataset([1.0, 2.0, 6.0], ())
+    found = constant_loss(find_task("regression"), data, LossOptions())
+    assert found == pytest.approx(np.var([1, 2, 6]), abs=1e-6)
+
+
+def test_of_tags_only_labelled_tokens_count() -> None:
+    words = np.zeros(5, dtype=np.int64)
+    data = dataset([0, -100, 0, 1, -100], ("O", "B-X"), words=words, lengths=[3, 2])
+    found = constant_loss(find_task("token-classification"), data, LossOptions())
+    assert found == pytest.approx(-(2 * math.log(2 / 3) + math.log(1 / 3)) / 3, abs=1e-6)
+
+
+def test_questions_have_none() -> None:
+    data = dataset([[0, 1]], ())
+    assert constant_loss(find_task("question-answering"), data, LossOptions()) is None
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weights", [None, [1.0, 3.0, 0.5]])
+def test_no_constant_has_a_smaller_loss(smoothing: float, weights: list[float] | None) -> None:
+    """Against a search over the simplex of all constant answers."""
+    labels = [0] * 5 + [1] * 2 + [2] * 3
+    options = LossOptions(smoothing, None if weights is None else torch.tensor(weights))
+    task = find_task("text-classification")
+    found = constant_loss(task, dataset(labels, ("a", "b", "c")), options)
+    rng = np.random.default_rng(0)
+    logits = torch.tensor(rng.normal(0, 1.5, (4000, 3)))
+    truth = torch.tensor(labels)
+    losses = [
+        float(task.loss(one.expand(10, 3), truth, torch.ones(10, 1), options).mean())
+        for one in logits
+    ]
+    assert found is not None
+    assert found <= min(losses) + 1e-9
+    assert found == pytest.approx(min(losses), abs=5e-3)
+    assert softmax(logits.numpy(), axis=1).min() < 0.05  # the search was wide
+
+
+def test_it_looks_at_a_tenth_of_the_steps_before_a_third_of_them() -> None:
+    watch = DivergenceWatch(1.0, 100, World())
+    seen = {}
+    for step in range(1, 101):
+        loss = 3.0 if 24 <= step <= 33 else 0.0
+        seen[step] = watch.see(step, torch.tensor(loss * 2), 2)
+    assert [step for step, verdict in seen.items() if verdict] == [33]
+    assert seen[33] is not None
+    assert "training loss 3.000 at 33 % is not below 1.000" in seen[33]
+
+
+def test_a_learning_trial_and_a_short_schedule_are_left_alone() -> None:
+    for num_steps, loss in ((100, 0.99), (40, 5.0)):
+        watch = DivergenceWatch(1.0, num_steps, World())
+        steps = range(1, num_steps + 1)
+        assert not any(watch.see(step, torch.tensor(loss), 1) for step in steps)
+
+
+def test_a_state_in_the_middle_goes_on_to_the_same_verdict() -> None:
+    losses = np.random.default_rng(1).uniform(0, 2.2, 100)
+    verdicts = []
+    for interrupted in (False, True):
+        watch = DivergenceWatch(0.5, 100, World())
+        for step in range(1, 34):
+            verdict = watch.see(step, torch.tensor(losses[step], dtype=torch.float64), 1)
+            if interrupted and step == 28:
+                watch.gather()
+                state = watch.state()
+                watch = DivergenceWatch(0.5, 100, World())
+                watch.restore(state)
+        verdicts.append(verdict)
+    assert verdicts[0] == verdicts[1] is not None
+
+
+@pytest.mark.parametrize("end_diverged", [True, False])
+def test_a_trial_that_learns_nothing_ends_at_a_third(tiny_bert, toy, end_diverged) -> None:
+    pretrained = load_tiny(tiny_bert, toy)
+    reports = run_fit(
+        pretrained, toy, learning_rate=1e-12, epochs=6, batch_size=32, end_diverged=end_diverged
+    )
+    assert reports[-1].num_steps == 60
+    if not end_diverged:
+        assert reports[-1].finished
+        return
+    assert reports[-1].fault is not None
+    assert reports[-1].fault.startswith("diverged: training loss 1.")
+    assert (reports[-1].step, reports[-1].percent) == (20, 33)
+
+
+def test_a_trial_that_learns_is_left_alone(tiny_bert, toy) -> None:
+    pretrained = load_tiny(tiny_bert, toy)
+    reports = run_fit(
+        pretrained, toy, learning_rate=5e-3, epochs=6, batch_size=32, end_diverged=True
+    )
+    assert reports[-1].finished
