@@ -2,12 +2,16 @@
 
 Every policy runs through `SearchStudy`: the same sampler, priors and rung pruner as a real search.
 A suggestion takes the nearest recorded run that the repeat has not used yet, in the normalised
-space; a mark takes the first recorded point at or after it and is charged for it, in epochs.  A
-repeat stops at its first hit: a run that was trained to its end and belongs to the top 1 %.
+space of what is searched: those dimensions of the default space that the recorded runs vary.
+What else they vary is chance.  A mark takes the first recorded point at or after it and is
+charged for it, in epochs.  A repeat stops at its first hit: a run that was trained to its end and
+belongs to the top 1 %.
 
 A line of --curves is one run: learning_rate, train_batch_size, num_train_epochs, total_model_steps,
-warmup_steps, cls_drop_out, and learning_curves {name: [[step, score], …]}, of which the first is
-used; higher is better.  Pools of our own may hold frozen_layers and regularization too.
+and learning_curves {name: [[step, score], …]}, of which the first is used; higher is better.
+frozen_layers and regularization {kind, strength} may be there too (`record_curves.py`), and
+model_type and num_parameters, from which the default space and its priors follow; without them
+a family named in the file's name counts.
 """
 
 from __future__ import annotations
@@ -17,9 +21,11 @@ import functools
 import heapq
 import json
 import math
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +33,22 @@ import numpy as np
 import numpy.typing as npt
 import optuna
 from optuna.trial import TrialState
+from scipy import stats
 
 from sft_ray.analysis.outcome import Outcome
 from sft_ray.config import Experiment
-from sft_ray.search.study import PlannedTrial, SearchStudy, default_recipe
+from sft_ray.recipes import BY_MODEL_TYPE, Recipe, default_recipe, recipe_of
+from sft_ray.search.study import SearchStudy
+from sft_ray.space import default_space
 
-EPOCHS_AT_MOST = 150.0
+WITHIN_EPOCHS = 150.0  # of which success is told
+GIVE_UP_EPOCHS = 1500.0
 REGRET_AT = (25, 50, 100, 200)
 SLOTS = (1, 4, 16, 64)
 HF_RANGE = [1e-6, 1e-4]  # of transformers' hyperparameter_search
 WIDE_RANGE = [1e-6, 1e-3]
+BASE_SIZE = 110_000_000  # parameters, where the file does not say
+KIND_DISTANCE = 0.5  # between two kinds of regularisation, as a share of a dimension's range
 Floats = npt.NDArray[np.float64]
 
 
@@ -45,49 +57,99 @@ class Pool:
     """Recorded runs.
 
     Attributes:
-        ends: smallest and largest value of each dimension.
-        features: what is searched, normalised to 0..1 over the pool, [runs, dimensions].
+        searched: paths of the default space that differ between runs.
+        values: of the searched numbers, [runs, dimensions]; the learning rate as a logarithm.
+        kinds: of regularisation, [runs], and the logarithm of the strength or 0.
         curves: of each run (share of its schedule, score) in order.
         final: last score of each run, [runs].
         epochs: length of each run, [runs].
     """
 
-    ends: tuple[Floats, Floats]
-    features: Floats
+    searched: list[str]
+    values: Floats
+    kinds: list[str]
+    strengths: Floats
     curves: list[list[tuple[float, float]]]
     final: Floats
     epochs: Floats
+    recipe: Recipe
+    num_parameters: int
+    num_layers: int
+
+    @functools.cached_property
+    def low(self) -> Floats:
+        return np.asarray(self.values.min(axis=0))
+
+    @functools.cached_property
+    def extent(self) -> Floats:
+        return np.asarray(np.maximum(np.ptp(self.values, axis=0), 1e-12))
 
     def top(self, share: float) -> frozenset[int]:
         """The best `share` of the runs."""
         count = max(1, round(share * len(self.final)))
-        return frozenset(np.argsort(-self.final)[:count].tolist())
+        return frozenset(np.argsort(-self.final, kind="stable")[:count].tolist())
+
+    def nearest(self, train: Mapping[str, Any], unused: npt.NDArray[np.bool_]) -> int:
+        """The unused run that is closest to a configuration."""
+        wanted = np.array([READ[path](train) for path in self.searched if path in READ])
+        distance = np.square((self.values - wanted) / self.extent).sum(axis=1)
+        if REGULARIZATION in self.searched:
+            kind, strength = train["regularization"]["kind"], _strength(train)
+            same = np.array([one == kind for one in self.kinds])
+            scale = max(float(np.ptp(self.strengths[same])), 1e-12) if same.any() else 1.0
+            apart = np.clip((self.strengths - strength) / scale, -1, 1)
+            distance += np.where(same, np.square(apart), KIND_DISTANCE)
+        distance[~unused] = np.inf
+        return int(distance.argmin())
 
 
-DIMENSIONS: dict[str, Callable[[dict[str, Any]], float]] = {
-    "train.learning_rate": lambda run: math.log(run["learning_rate"]),
-    "train.batch_size": lambda run: run["train_batch_size"],
-    "train.epochs": lambda run: run["num_train_epochs"],
-    "train.warmup": lambda run: run["warmup_steps"] / run["total_model_steps"],
-    "train.dropout": lambda run: run["cls_drop_out"],
+REGULARIZATION = "train.regularization"
+READ: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "train.learning_rate": lambda train: math.log(train["learning_rate"]),
+    "train.batch_size": lambda train: train["batch_size"],
+    "train.epochs": lambda train: train["epochs"],
+    "train.frozen_layers": lambda train: train["frozen_layers"],
 }
+RECORDED_AS = {"batch_size": "train_batch_size", "epochs": "num_train_epochs"}
+
+
+def _strength(train: Mapping[str, Any]) -> float:
+    strength = train["regularization"].get("strength")
+    return math.log(strength) if strength else 0.0
 
 
 @functools.cache  # once per process, for all its repeats
 def read_pool(path: Path) -> Pool:
     runs = [json.loads(line) for line in path.read_text().splitlines()]
-    raw = np.array([[read(run) for read in DIMENSIONS.values()] for run in runs], dtype=float)
-    low, high = raw.min(axis=0), raw.max(axis=0)
+    trains = []
+    for run in runs:
+        names = ("learning_rate", "batch_size", "epochs", "frozen_layers", "regularization")
+        recorded = {name: run.get(RECORDED_AS.get(name, name)) for name in names}
+        trains.append({name: value for name, value in recorded.items() if value is not None})
+    searched = [
+        f"train.{name}"
+        for name in trains[0]
+        if len({json.dumps(train[name], sort_keys=True) for train in trains}) > 1
+    ]
+    regularized = REGULARIZATION in searched
     curves = []
     for run in runs:
-        recorded = next(iter(run["learning_curves"].values()))
-        curves.append([(step / run["total_model_steps"], score) for step, score in recorded])
+        curve = next(iter(run["learning_curves"].values()))
+        curves.append([(step / run["total_model_steps"], score) for step, score in curve])
+    known = [name for name in sorted(BY_MODEL_TYPE, key=len) if name in path.stem.lower()]
+    model_type = runs[0].get("model_type") or (known[-1] if known else "")
+    num_parameters = runs[0].get("num_parameters", BASE_SIZE)
     return Pool(
-        ends=(low, high),
-        features=(raw - low) / np.maximum(high - low, 1e-12),
+        searched=searched,
+        values=np.array([[READ[p](t) for p in searched if p in READ] for t in trains], dtype=float),
+        kinds=[t["regularization"]["kind"] if regularized else "" for t in trains],
+        strengths=np.array([_strength(t) if regularized else 0.0 for t in trains]),
         curves=curves,
         final=np.array([curve[-1][1] for curve in curves]),
-        epochs=np.array([float(run["num_train_epochs"]) for run in runs]),
+        epochs=np.array([float(train["epochs"]) for train in trains]),
+        recipe=recipe_of(model_type, num_parameters),
+        num_parameters=num_parameters,
+        num_layers=max(int(train.get("frozen_layers", 0)) for train in trains),
     )
 
 
@@ -96,66 +158,77 @@ class Policy:
     """What differs from the default search.
 
     Attributes:
-        learning_rate: range, and prior if there is one, as YAML would write it.
-        absolute_rungs: epochs at which trials are compared instead of shares of the schedule.
+        learning_rates: range; None takes that of the default space.
+        priors: those of the default space.
+        search: other keys of the experiment's `search`.
+        absolute_rungs: epochs at which trials are compared, instead of shares of the schedule.
     """
 
-    learning_rate: dict[str, Any]
-    sampler: str = "tpe"
-    pruner: str = "successive_halving"
+    learning_rates: list[float] | None = None
+    priors: bool = True
+    search: dict[str, Any] = field(default_factory=dict)
     absolute_rungs: tuple[float, ...] = ()
-    default_recipe: bool = False
-    epochs_prior: dict[str, float] | None = None
 
 
-PRIOR = {"center": 2e-5, "spread": 3.0}
+PLAIN = {"default_recipe": False}
+NO_PRUNER = {**PLAIN, "pruner": "none"}
 POLICIES = {
-    "default": Policy(
-        {"log_uniform": [1e-6, 4e-4], "prior": PRIOR},
-        default_recipe=True,
-        epochs_prior={"center": 3, "spread": 1.0},
-    ),
-    "no_epoch_prior": Policy({"log_uniform": [1e-6, 4e-4], "prior": PRIOR}, default_recipe=True),
-    "no_prior": Policy({"log_uniform": [1e-6, 4e-4]}, default_recipe=True),
-    "no_prior_no_recipe": Policy({"log_uniform": [1e-6, 4e-4]}),
-    "random_hf": Policy({"log_uniform": HF_RANGE}, "random", "none"),
-    "tpe_hf": Policy({"log_uniform": HF_RANGE}, "tpe", "none"),
-    "random_rungs_hf": Policy({"log_uniform": HF_RANGE}, "random"),
-    "tpe_rungs_hf": Policy({"log_uniform": HF_RANGE}),
-    "random_wide": Policy({"log_uniform": WIDE_RANGE}, "random", "none"),
-    "tpe_rungs_wide": Policy({"log_uniform": WIDE_RANGE}),
+    "default": Policy(),
+    "no_recipe": Policy(search=PLAIN),
+    "no_prior": Policy(priors=False),
+    "no_rungs": Policy(search={"pruner": "none"}),
+    "random_hf": Policy(HF_RANGE, False, {**NO_PRUNER, "sampler": "random"}),
+    "random_rungs_hf": Policy(HF_RANGE, False, {**PLAIN, "sampler": "random"}),
+    "tpe_hf": Policy(HF_RANGE, False, NO_PRUNER),
+    "tpe_rungs_hf": Policy(HF_RANGE, False, PLAIN),
+    "tpe_rungs_wide": Policy(WIDE_RANGE, False, PLAIN),
+    "reduction_2": Policy(search={"reduction_factor": 2}),
+    "reduction_3": Policy(search={"reduction_factor": 3}),
+    "reduction_4": Policy(search={"reduction_factor": 4}),
     "asha_hf": Policy(
-        {"log_uniform": HF_RANGE}, "random", "successive_halving", absolute_rungs=(0.25, 1.0)
+        HF_RANGE, False, {**PLAIN, "sampler": "random", "reduction_factor": 3}, (0.25, 1.0)
     ),
 }
+EVERY_SLOTS = ("default", "random_hf", "tpe_rungs_hf", "asha_hf")  # the others with one slot
 
 
-def experiment_of(policy: Policy, seed: int, low: Floats, high: Floats) -> Experiment:
-    """The search as a user would write it, over the dimensions that were recorded."""
-    names = list(DIMENSIONS)
-    ends = {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
-    epochs: dict[str, Any] = {"int": [int(v) for v in ends["train.epochs"]]}
-    if policy.epochs_prior:
-        epochs["prior"] = policy.epochs_prior
+def space_of(policy: Policy, pool: Pool) -> dict[str, Any]:
+    """The default space as far as it was recorded, with the recorded ends."""
     space = {
-        "train.learning_rate": policy.learning_rate,
-        "train.batch_size": {"int": [int(v) for v in ends["train.batch_size"]]},
-        "train.epochs": epochs,
-        "train.warmup": {"uniform": [0.0, min(0.99, ends["train.warmup"][1])]},
-        "train.dropout": {"uniform": [0.0, min(0.99, ends["train.dropout"][1])]},
+        path: domain
+        for path, domain in default_space(pool.num_layers, pool.recipe).items()
+        if path in pool.searched
     }
+    columns = [path for path in pool.searched if path in READ]
+    for path in ("train.batch_size", "train.epochs"):
+        if path in space:
+            found = sorted(set(pool.values[:, columns.index(path)].astype(int).tolist()))
+            few = path == "train.batch_size" and len(found) <= 8
+            prior = space[path].get("prior")
+            space[path] = {"choice": found} if few else {"int": [found[0], found[-1]]}
+            if prior and policy.priors:
+                space[path]["prior"] = {**prior, "center": min(prior["center"], found[-1])}
+    rate = dict(space["train.learning_rate"])
+    if policy.learning_rates is not None:
+        rate["log_uniform"] = policy.learning_rates
+    if not policy.priors:
+        rate.pop("prior", None)
+    space["train.learning_rate"] = rate
+    if REGULARIZATION in space:
+        kinds = set(pool.kinds)
+        branches = space[REGULARIZATION]["one_of"]
+        space[REGULARIZATION] = {"one_of": [b for b in branches if b["kind"] in kinds]}
+    return space
+
+
+def experiment_of(policy: Policy, pool: Pool, seed: int) -> Experiment:
+    """The search as a user would write it."""
     return Experiment.from_tree(
         {
             "name": "replay",
             "model": "recorded",
             "data": {"path": "recorded"},
-            "search": {
-                "space": space,
-                "trials": 100_000,
-                "sampler": policy.sampler,
-                "pruner": policy.pruner,
-                "default_recipe": policy.default_recipe,
-            },
+            "search": {"space": space_of(policy, pool), "trials": 100_000, **policy.search},
             "seed": seed,
         }
     )
@@ -163,113 +236,92 @@ def experiment_of(policy: Policy, seed: int, low: Floats, high: Floats) -> Exper
 
 @dataclass
 class Repeat:
-    """One search until its first hit."""
+    """One search until its first hit; epochs that were spent until then."""
 
-    epochs_to_top1: float | None
-    epochs_to_top5: float | None
+    top1: float
+    top5: float
     regret: dict[int, float]
 
 
+@dataclass(frozen=True)
+class Running:
+    """One trial on one slot."""
+
+    number: int
+    run: int
+    marks: list[tuple[int, float]]  # those to come: percent, share of the schedule
+    done: float  # share
+
+
 def replay(policy: Policy, pool: Pool, slots: int, seed: int) -> Repeat:
-    experiment = experiment_of(policy, seed, *pool.ends)
+    experiment = experiment_of(policy, pool, seed)
     study = SearchStudy(
         experiment,
         optuna.storages.InMemoryStorage(),
-        recipe=default_recipe(184_000_000),
+        recipe=default_recipe(pool.num_parameters),
         direction="maximize",
     )
     top1, top5 = pool.top(0.01), pool.top(0.05)
     unused = np.ones(len(pool.final), dtype=bool)
-    found1: float | None = None
-    found5: float | None = None
-    best_final = -np.inf
-    regret: dict[int, float] = {}
-    spent = 0.0
-    rungs = [r / 100 for r in experiment.search.rungs]
-    heap: list[tuple[float, int, int, int, float, int]] = []  # time, order, number, run, share, i
-    order = 0
+    hits: dict[str, float] = {}
+    best, spent = -np.inf, 0.0
+    best_after: list[tuple[float, float]] = []
+    queue: list[tuple[float, int, Running]] = []  # when the next mark is reached, tie-break
+
+    def push(now: float, trial: Running) -> None:
+        cost = (trial.marks[0][1] - trial.done) * pool.epochs[trial.run]
+        heapq.heappush(queue, (now + cost, trial.number, trial))
 
     def start(now: float) -> None:
-        nonlocal order
-        planned = study.next_trial()
-        if planned is None or not unused.any():
-            return
-        run = nearest(planned, pool, unused)
-        unused[run] = False
-        push(now, planned.number, run, 0.0)
-
-    def push(now: float, number: int, run: int, done: float) -> None:
-        nonlocal order
-        marks = marks_of(policy, rungs, pool.epochs[run], pool.curves[run])
-        nxt = next((m for m in marks if m[1] > done + 1e-9), None)
-        assert nxt is not None
-        order += 1
-        cost = (nxt[1] - done) * pool.epochs[run]
-        heapq.heappush(heap, (now + cost, order, number, run, nxt[1], nxt[0]))
+        planned = study.next_trial() if unused.any() else None
+        if planned is not None:
+            run = pool.nearest(planned.train.model_dump(), unused)
+            unused[run] = False
+            marks = marks_of(policy, experiment.search.rungs, pool.epochs[run], pool.curves[run])
+            push(now, Running(planned.number, run, marks, 0.0))
 
     for _ in range(slots):
         start(0.0)
-    progress: dict[int, float] = {}
-    while heap and spent < max(REGRET_AT):
-        now, _, number, run, share, percent = heapq.heappop(heap)
-        spent += (share - progress.get(number, 0.0)) * pool.epochs[run]
-        progress[number] = share
+    while queue and spent < GIVE_UP_EPOCHS and "top1" not in hits:
+        now, _, trial = heapq.heappop(queue)
+        (percent, share), number, run = trial.marks[0], trial.number, trial.run
+        spent += (share - trial.done) * pool.epochs[run]
         score = next(s for at, s in pool.curves[run] if at >= share - 1e-9)
         reason = study.mark(number, percent, score, 0.0)
         if percent >= 100:
-            outcome = Outcome(score=score, score_percent=100, schedule_percent=100)
-            study.finish(number, TrialState.COMPLETE, outcome)
-            best_final = max(best_final, pool.final[run])
-            if run in top5 and found5 is None:
-                found5 = spent
-            if run in top1 and found1 is None:
-                found1 = spent
+            study.finish(number, TrialState.COMPLETE, Outcome(score=score, schedule_percent=100))
+            best = max(best, score)
+            best_after.append((spent, best))
+            for name, top in (("top5", top5), ("top1", top1)):
+                if run in top:
+                    hits.setdefault(name, spent)
         elif reason is not None:
-            study.finish(
-                number, TrialState.PRUNED, Outcome(reason=reason, schedule_percent=percent)
-            )
+            end = Outcome(reason=reason, score=score, schedule_percent=percent)
+            study.finish(number, TrialState.PRUNED, end)
         else:
-            push(now, number, run, share)
+            push(now, Running(number, run, trial.marks[1:], share))
             continue
-        for at in REGRET_AT:
-            if spent <= at:
-                regret[at] = 100 * (pool.final.max() - best_final)
-        if found1 is not None or spent >= EPOCHS_AT_MOST:
-            break
         start(now)
-    return Repeat(found1, found5, regret)
-
-
-def nearest(planned: PlannedTrial, pool: Pool, unused: npt.NDArray[np.bool_]) -> int:
-    low, high = pool.ends
-    train = planned.train
-    wanted = np.array(
-        [
-            math.log(train.learning_rate),
-            train.batch_size,
-            train.epochs,
-            train.warmup,
-            train.dropout or 0.0,
-        ]
-    )
-    wanted = (wanted - low) / np.maximum(high - low, 1e-12)
-    distance = np.square(pool.features - wanted).sum(axis=1)
-    distance[~unused] = np.inf
-    return int(distance.argmin())
+    worst = float(pool.final.min())
+    regret = {
+        at: 100 * (pool.final.max() - max([b for e, b in best_after if e <= at], default=worst))
+        for at in REGRET_AT
+    }
+    return Repeat(hits.get("top1", GIVE_UP_EPOCHS), hits.get("top5", GIVE_UP_EPOCHS), regret)
 
 
 def marks_of(
-    policy: Policy, rungs: list[float], epochs: float, curve: list[tuple[float, float]]
+    policy: Policy, rungs: list[int], epochs: float, curve: list[tuple[float, float]]
 ) -> list[tuple[int, float]]:
     """(percent as the study counts it, share that is charged) of rungs and the end.
 
     Absolute rungs are told to the study under the percents of its own rungs.
     """
-    wanted = list(rungs)
+    wanted = [rung / 100 for rung in rungs]
     if policy.absolute_rungs:
         wanted = [at / epochs for at in policy.absolute_rungs]
-    found = []
-    for share, percent in zip(wanted, (10, 33), strict=True):
+    found: list[tuple[int, float]] = []
+    for share, percent in zip(wanted, rungs, strict=True):
         recorded = next((at for at, _ in curve if at >= share - 1e-9), 1.0)
         if recorded < 1.0:
             found.append((percent, recorded))
@@ -277,70 +329,75 @@ def marks_of(
 
 
 def summarize(repeats: list[Repeat]) -> dict[str, Any]:
-    """Restricted means: a repeat without a hit counts the epochs at which it was given up."""
-    found = {}
+    """Means over repeats with the half width of their 95 % interval."""
+    found: dict[str, Any] = {}
     for name in ("top1", "top5"):
-        epochs = np.array(
-            [
-                min(value, EPOCHS_AT_MOST) if value is not None else EPOCHS_AT_MOST
-                for value in (getattr(r, f"epochs_to_{name}") for r in repeats)
-            ]
-        )
-        hits = [getattr(r, f"epochs_to_{name}") is not None for r in repeats]
+        epochs = np.array([getattr(repeat, name) for repeat in repeats])
         found[name] = {
             "epochs": float(epochs.mean()),
-            "interval": float(1.96 * epochs.std(ddof=1) / math.sqrt(len(epochs))),
-            "success": float(np.mean(hits)),
+            "interval": half_width(epochs),
+            "success": float(np.mean(epochs <= WITHIN_EPOCHS)),
+        }
+    for at in REGRET_AT:
+        regret = np.array([repeat.regret[at] for repeat in repeats])
+        found.setdefault("regret", {})[str(at)] = {
+            "points": float(regret.mean()),
+            "interval": half_width(regret),
         }
     return found
 
 
-def run_job(job: tuple[str, int, int, str]) -> tuple[str, int, Repeat]:
+def half_width(values: Floats) -> float:
+    if len(values) < 2:
+        return math.nan
+    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def run_job(job: tuple[str, int, int, str]) -> Repeat:
     name, slots, seed, path = job
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return name, slots, replay(POLICIES[name], read_pool(Path(path)), slots, seed)
+    return replay(POLICIES[name], read_pool(Path(path)), slots, seed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--curves", type=Path, required=True)
+    parser.add_argument("--curves", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--slots", type=int, nargs="*", default=list(SLOTS))
-    parser.add_argument("--policies", nargs="*", default=list(POLICIES))
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--policies", nargs="*", default=list(POLICIES), choices=list(POLICIES))
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    jobs = [
-        (name, slots, seed, str(options.curves))
-        for name in options.policies
+    cells = [
+        (name, slots)
+        for name in dict.fromkeys(["random_hf", *options.policies])
         for slots in options.slots
-        for seed in range(options.repeats)
+        if slots == min(options.slots) or name in EVERY_SLOTS
     ]
-    with ProcessPoolExecutor(options.processes) as workers:
-        done = list(workers.map(run_job, jobs, chunksize=4))
+    jobs = [(*cell, seed, str(options.curves)) for cell in cells for seed in range(options.repeats)]
     found: dict[str, dict[str, Any]] = {}
-    for name in options.policies:
-        for slots in options.slots:
-            repeats = [r for n, s, r in done if (n, s) == (name, slots)]
-            found.setdefault(name, {})[str(slots)] = summarize(repeats)
-    for by_slots in found.values():
-        for slots_text, figures in by_slots.items():
+    with ProcessPoolExecutor(options.processes) as workers:
+        repeats = workers.map(run_job, jobs, chunksize=4)
+        for name, slots in cells:
+            figures = summarize([next(repeats) for _ in range(options.repeats)])
+            base = found.get("random_hf", {}).get(str(slots), figures)
             for goal in ("top1", "top5"):
-                base = found.get("random_hf", {}).get(slots_text)
-                if base:
-                    figures[goal]["ratio"] = base[goal]["epochs"] / figures[goal]["epochs"]
+                figures[goal]["ratio"] = base[goal]["epochs"] / figures[goal]["epochs"]
+            found.setdefault(name, {})[str(slots)] = figures
+            print(line_of(name, slots, figures), file=sys.stderr, flush=True)
     if options.json:
         print(json.dumps(found, indent=2))
-        return
-    for name, by_slots in found.items():
-        for slots_text, figures in by_slots.items():
-            one, five = figures["top1"], figures["top5"]
-            print(
-                f"{name:18} {slots_text:>3} slots  top 1 %: {one['epochs']:6.1f} ± "
-                f"{one['interval']:4.1f} epochs, success {one['success']:.2f}, ratio "
-                f"{one.get('ratio', math.nan):.2f}   top 5 %: {five['epochs']:6.1f}, ratio "
-                f"{five.get('ratio', math.nan):.2f}"
-            )
+
+
+def line_of(name: str, slots: int, figures: dict[str, Any]) -> str:
+    one, five = figures["top1"], figures["top5"]
+    regret = " ".join(f"{at}: {r['points']:.2f}" for at, r in figures["regret"].items())
+    return (
+        f"{name:16} {slots:>2} slots  top 1 %: {one['epochs']:6.1f} ± {one['interval']:4.1f} "
+        f"epochs, success {one['success']:.2f}, ratio {one['ratio']:.2f}  top 5 %: "
+        f"{five['epochs']:5.1f} ± {five['interval']:4.1f}, ratio {five['ratio']:.2f}  "
+        f"regret {regret}"
+    )
 
 
 if __name__ == "__main__":

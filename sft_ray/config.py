@@ -25,6 +25,8 @@ from sft_ray import space as spaces
 from sft_ray.errors import ConfigError, did_you_mean
 from sft_ray.yaml_text import read_tree
 
+# Fields of a trial's outcome that a search can keep small beside its score.
+COSTS = ("train_seconds", "trained_parameters", "memory_bytes")
 ENV_REFERENCE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 UNION_TAG = re.compile(r"^(constrained-)?(int|float|str|(literal|list|dict)\[.*)$")
 QUOTED = re.compile(r"'([^']*)'")
@@ -217,10 +219,10 @@ class Budget(Section):
 class Search(Section):
     """What is searched, by what, and how long."""
 
-    objective: str | None = None
+    objective: str | list[str] | None = None  # a list: a score, then costs to keep small
     space: dict[str, Any] | None = None
     trials: Annotated[int, Field(ge=1, le=100_000)] = 32
-    sampler: Literal["tpe", "gp", "random", "qmc", "grid"] = "tpe"
+    sampler: Literal["tpe", "gp", "random", "qmc", "grid", "nsga2"] = "tpe"
     pruner: Literal["successive_halving", "median", "hyperband", "patient", "none"] = (
         "successive_halving"
     )
@@ -228,7 +230,49 @@ class Search(Section):
     reduction_factor: Annotated[int, Field(ge=2, le=100)] = 3
     default_recipe: bool = True
     enqueue: list[dict[str, Any]] = []
+    warm_start: list[Location] = []  # run folders whose best configurations run early
     budget: Budget = Budget()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _several_objectives(cls, tree: Any) -> Any:
+        """Their defaults: nsga2, and no pruner, because Optuna has none for them."""
+        if isinstance(tree, dict) and isinstance(tree.get("objective"), list):
+            tree = {"sampler": "nsga2", "pruner": "none", **tree}
+        return tree
+
+    @field_validator("objective")
+    @classmethod
+    def _score_and_costs(cls, objective: str | list[str] | None) -> str | list[str] | None:
+        if not isinstance(objective, list):
+            return objective
+        if len(objective) < 2 or len(set(objective)) < len(objective):
+            raise ValueError(f"a list needs a score and different costs, got {objective}")
+        if unknown := [cost for cost in objective[1:] if cost not in COSTS]:
+            raise ValueError(
+                f"beside the score come {', '.join(COSTS)}, got {unknown[0]!r}; "
+                f"{did_you_mean(unknown[0], COSTS)}"
+            )
+        return objective
+
+    @model_validator(mode="after")
+    def _unpruned(self) -> Self:
+        if isinstance(self.objective, list) and self.pruner != "none":
+            raise ValueError(
+                f"several objectives cannot be pruned, got pruner {self.pruner}; write "
+                "`pruner: none` or leave it out"
+            )
+        return self
+
+    @property
+    def costs(self) -> list[str]:
+        """The objectives beside the score."""
+        return self.objective[1:] if isinstance(self.objective, list) else []
+
+    @property
+    def score(self) -> str | None:
+        """The metric that decides which weights are best; None for the task's first."""
+        return self.objective[0] if isinstance(self.objective, list) else self.objective
 
     @field_validator("rungs")
     @classmethod

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft_ray.errors import ConfigError, did_you_mean
+from sft_ray.recipes import RECIPES, Recipe, learning_rate_range, prior_of
 
 NUMERIC_KINDS = ("uniform", "log_uniform", "int", "log_int")
 KINDS = (*NUMERIC_KINDS, "choice", "one_of")
@@ -130,6 +131,8 @@ def _parse_numeric(path: str, kind: str, body: Any, prior: Any) -> Numeric:
         raise ConfigError(f"{path}: {kind} needs a low end above 0, got {low}")
     if integer and not (isinstance(low, int) and isinstance(high, int)):
         raise ConfigError(f"{path}: {kind} needs whole numbers, got {body!r}")
+    if isinstance(prior, str):
+        prior = _named_prior(path, prior, low, high)
     parsed = _parse_prior(path, prior, log)
     if parsed is not None and not low <= parsed.center <= high:
         raise ConfigError(
@@ -139,11 +142,27 @@ def _parse_numeric(path: str, kind: str, body: Any, prior: Any) -> Numeric:
     return Numeric(low, high, log, integer, parsed)
 
 
+def _named_prior(path: str, name: str, low: float, high: float) -> dict[str, float]:
+    """A published recipe's prior; its center moves to the nearest value of the range."""
+    where = f"{path}.prior"
+    if name not in RECIPES:
+        raise ConfigError(f"{where}: no recipe {name!r}; {did_you_mean(name, RECIPES)}")
+    found = prior_of(RECIPES[name], path.removeprefix("search.space."))
+    if found is None:
+        raise ConfigError(
+            f"{where}: recipes know train.learning_rate and train.epochs only, got {name!r}; write "
+            "{center: …, spread: …}"
+        )
+    return {**found, "center": min(max(found["center"], low), high)}
+
+
 def _parse_prior(path: str, prior: Any, log: bool) -> Prior | None:
     if prior is None:
         return None
     if not isinstance(prior, dict) or set(prior) != {"center", "spread"}:
-        raise ConfigError(f"{path}.prior: needs exactly center and spread, got {prior!r}")
+        raise ConfigError(
+            f"{path}.prior: needs exactly center and spread, or the name of a recipe, got {prior!r}"
+        )
     if not all(map(_is_number, prior.values())):
         raise ConfigError(f"{path}.prior: center and spread must be numbers, got {prior!r}")
     if log and not (prior["center"] > 0 and prior["spread"] > 1):
@@ -261,16 +280,18 @@ def describe(domain: Any) -> str:
     return str(domain)
 
 
-def default_space(num_layers: int, learning_rate: float) -> dict[str, Any]:
+def default_space(num_layers: int, recipe: Recipe) -> dict[str, Any]:
     """The YAML form of a space over all five dimensions.
 
     Args:
         num_layers: depth of the encoder; frozen depth runs from nothing to all of it.
-        learning_rate: of the default recipe; the range is a factor of ten around it.
+        recipe: what was published for the model's family and size; the learning rate's range is
+            widened from it.
     """
     return {
         "train.learning_rate": {
-            "log_uniform": [float(f"{learning_rate * factor:.6g}") for factor in (0.1, 10)]
+            "log_uniform": learning_rate_range(recipe),
+            "prior": prior_of(recipe, "train.learning_rate"),
         },
         "train.batch_size": {"choice": [16, 32, 64]},
         "train.epochs": {"int": [1, 4]},

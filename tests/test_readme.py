@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sft_ray.config import Experiment
+from sft_ray.recipes import default_recipe
 from sft_ray.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +49,7 @@ def test_the_files_the_readme_points_to_exist() -> None:
 def test_the_python_of_the_readme_compiles_and_the_study_snippet_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sft_ray.search.study import SearchStudy, default_recipe, open_storage
+    from sft_ray.search.study import SearchStudy, open_storage
 
     python = [re.sub(r"^ {2}", "", block, flags=re.MULTILINE) for block in blocks("python")]
     for block in python:

@@ -7,6 +7,7 @@ import pytest
 from sft_ray import space as spaces
 from sft_ray.config import Train, apply_values
 from sft_ray.errors import ConfigError
+from sft_ray.recipes import RECIPES
 from sft_ray.space import Choice, Numeric, OneOf
 
 REGULARIZATION = {
@@ -102,7 +103,7 @@ def test_each_regularisation_kind_has_a_default_range() -> None:
 
 @pytest.mark.parametrize("layers", [2, 6, 12, 24])
 def test_the_default_space_covers_all_five_dimensions(layers: int) -> None:
-    space = spaces.parse_space(spaces.default_space(layers, 2e-5))
+    space = spaces.parse_space(spaces.default_space(layers, RECIPES["bert"]))
     assert set(space) == {
         "train.learning_rate",
         "train.batch_size",
@@ -111,7 +112,7 @@ def test_the_default_space_covers_all_five_dimensions(layers: int) -> None:
         "train.frozen_layers",
     }
     assert space["train.frozen_layers"] == Numeric(0, layers, integer=True)
-    assert space["train.learning_rate"].low == 2e-6
+    assert space["train.learning_rate"].low == 4e-6
     for path, value in spaces.boundary_values(space):
         assert apply_values(Train(), {path: value}) is not None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from optuna.trial import FrozenTrial
@@ -18,6 +18,8 @@ class Outcome:
         score: best evaluation of the objective, and the percent of the schedule it was made at.
         metrics: of that evaluation.
         has_checkpoint: whether `trials/<n>/best` was written with the weights of `score`.
+        trained_parameters: how many numbers were trained.
+        memory_bytes: most that one worker's device held (see `training.micro_batch`).
     """
 
     reason: str | None = None
@@ -31,6 +33,8 @@ class Outcome:
     epochs_run: float = 0.0
     examples_seen: int = 0
     micro_batch: int = 0
+    trained_parameters: int = 0
+    memory_bytes: int = 0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     overhead_seconds: float = 0.0
@@ -59,6 +63,8 @@ class Outcome:
             epochs_run=message.get("epochs_run", 0.0),
             examples_seen=message.get("examples_seen", 0),
             micro_batch=message.get("micro_batch", 0),
+            trained_parameters=message.get("trained_parameters", 0),
+            memory_bytes=message.get("memory_bytes", 0),
             train_seconds=train,
             eval_seconds=evaluation,
             overhead_seconds=seconds - train - evaluation,
@@ -73,10 +79,19 @@ class Outcome:
         """Training throughput."""
         return self.examples_seen / self.train_seconds if self.train_seconds else None
 
-    def to_tree(self) -> dict[str, Any]:
-        return asdict(self)
+    def to_attributes(self) -> dict[str, Any]:
+        """What differs from the defaults, as attributes of the study's trial."""
+        nothing = Outcome()
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: v for name, v in found.items() if v != getattr(nothing, name)}
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> Self:
         """What the study keeps of a trial that has ended."""
-        return cls(**trial.user_attrs["outcome"])
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: v for name, v in trial.user_attrs.items() if name in known})
+
+
+def score_of(trial: FrozenTrial) -> float:
+    """The first objective of a COMPLETE trial."""
+    return float(trial.values[0])

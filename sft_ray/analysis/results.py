@@ -9,7 +9,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from sft_ray.analysis.outcome import Outcome
+from sft_ray.analysis.outcome import Outcome, score_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def row_of(trial: FrozenTrial, seed: int) -> dict[str, Any]:
         role=trial.user_attrs.get("role", "sampled"),
         params=trial.user_attrs["params"],
         outcome=Outcome.of(trial),
-        curve=trial.intermediate_values,
+        curve=trial.intermediate_values or dict(trial.user_attrs.get("curve", [])),
         seed=seed,
     )
 
@@ -111,9 +111,7 @@ def gain_over_default(trials: Sequence[FrozenTrial], best: FrozenTrial, sign: in
     for trial in trials:
         is_default = trial.user_attrs.get("role") == "default recipe"
         if is_default and trial.state == TrialState.COMPLETE and best.state == TrialState.COMPLETE:
-            assert trial.value is not None  # COMPLETE trials have values
-            assert best.value is not None
-            return sign * (best.value - trial.value)
+            return sign * (score_of(best) - score_of(trial))
     return None
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from sft_ray import space as spaces
 from sft_ray.config import Experiment
 from sft_ray.errors import did_you_mean
+from sft_ray.recipes import recipe_of
 from sft_ray.search.cluster import plan_layout
 from sft_ray.search.samplers import grid_points
-from sft_ray.search.study import default_recipe
 from sft_ray.training.model import ModelFacts, inspect_model
 from sft_ray.training.preparation import Prepared, collect, prepare_with_model
 
@@ -27,8 +27,8 @@ def prepare_experiment(experiment: Experiment, has: Mapping[str, float] | None =
     problems: list[str] = []
     model = collect(problems, inspect_model, experiment.model, experiment.revision)
     if experiment.search.space is None and model is not None:
-        rate = default_recipe(model.num_parameters)["train.learning_rate"]
-        experiment = experiment.with_space(spaces.default_space(model.num_layers, rate))
+        recipe = recipe_of(model.model_type, model.num_parameters)
+        experiment = experiment.with_space(spaces.default_space(model.num_layers, recipe))
     if model is not None:
         problems += _depth_problems(experiment, model)
     problems += _enqueue_problems(experiment)

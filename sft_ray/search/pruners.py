@@ -20,7 +20,10 @@ class RungPruner(optuna.pruners.BasePruner):
     """Asynchronous successive halving at rungs of each trial's own schedule (Li et al. 2020).
 
     At a rung a trial goes on if it is among the best 1/reduction_factor of all trials that have
-    reached it so far, itself included; the first always does.
+    reached it so far, itself included, or falls behind the last of them by no more than they lie
+    apart.  Once most suggestions are good, ranks at an early rung are noise, and halving among
+    equals would throw the best away; trials that are clearly worse end all the same.  The first
+    trial at a rung always goes on.
     """
 
     def __init__(self, rungs: Sequence[int], reduction_factor: int) -> None:
@@ -34,8 +37,9 @@ class RungPruner(optuna.pruners.BasePruner):
         trials = study.get_trials(deepcopy=False)
         values = [t.intermediate_values[step] for t in trials if step in t.intermediate_values]
         ranked = sorted((sign * value for value in values), reverse=True)
-        survivors = max(1, len(ranked) // self.reduction_factor)
-        return bool(sign * trial.intermediate_values[step] < ranked[survivors - 1])
+        last = ranked[max(1, len(ranked) // self.reduction_factor) - 1]
+        apart = ranked[0] - last
+        return bool(sign * trial.intermediate_values[step] < last - apart)
 
 
 def build_pruner(search: Search) -> optuna.pruners.BasePruner:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from typing import Any
 
 import optuna
 
 from sft_ray import space as spaces
+from sft_ray.config import Search
 from sft_ray.errors import ConfigError
 from sft_ray.space import Choice, Numeric, OneOf, Space
 from sft_ray.training.seeds import derived_seed
 
 
-def build_sampler(name: str, seed: int, number: int) -> optuna.samplers.BaseSampler:
+def build_sampler(search: Search, seed: int, number: int) -> optuna.samplers.BaseSampler:
     """A sampler built anew for one trial: a reopened study goes on as if never closed.
 
     Only `qmc` keeps one seed, because its trials are points of one sequence; the study counts them.
@@ -22,17 +24,25 @@ def build_sampler(name: str, seed: int, number: int) -> optuna.samplers.BaseSamp
     own = derived_seed(seed, "sampler", number)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if name == "qmc":
+        if search.sampler == "qmc":
             sequence = derived_seed(seed, "sampler")
             return optuna.samplers.QMCSampler(
                 seed=sequence, scramble=True, warn_independent_sampling=False
             )
-        if name == "gp":
+        if search.sampler == "gp":
             return optuna.samplers.GPSampler(
                 seed=own, deterministic_objective=False, warn_independent_sampling=False
             )
-        if name == "tpe":
-            return optuna.samplers.TPESampler(seed=own, multivariate=True, group=True)
+        if search.sampler == "tpe":
+            # Running trials count as bad ones, which keeps parallel suggestions apart.
+            return optuna.samplers.TPESampler(
+                seed=own, multivariate=True, group=True, constant_liar=True
+            )
+        if search.sampler == "nsga2":
+            generations = max(2, math.isqrt(search.trials))
+            return optuna.samplers.NSGAIISampler(
+                seed=own, population_size=max(2, search.trials // generations)
+            )
     return optuna.samplers.RandomSampler(seed=own)  # of grid too: every value is enqueued
 
 

@@ -12,6 +12,7 @@ from sft_ray.analysis.results import SearchResult, best_row, gain_over_default, 
 from sft_ray.config import Experiment
 from sft_ray.environment import describe_environment
 from sft_ray.errors import TrialError
+from sft_ray.recipes import default_recipe
 from sft_ray.run_store import (
     BEST,
     ENVIRONMENT,
@@ -28,7 +29,7 @@ from sft_ray.screen import Screen, count
 from sft_ray.search.cluster import Layout, capacity, capacity_here, connected, plan_layout
 from sft_ray.search.narration import say_outcome, say_truth
 from sft_ray.search.preflight import prepare_experiment
-from sft_ray.search.study import SearchStudy, default_recipe, open_storage
+from sft_ray.search.study import SearchStudy, open_storage
 from sft_ray.training.preparation import Prepared
 from sft_ray.yaml_text import parse_yaml
 

@@ -23,6 +23,7 @@ from sft_ray.training.divergence import DivergenceWatch, constant_loss
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import IGNORED, Examples
 from sft_ray.training.metrics import Floats
+from sft_ray.training.micro_batch import Probe
 from sft_ray.training.optim import build_optimizer, build_schedule
 from sft_ray.training.regularize import bind_penalty
 from sft_ray.training.seeds import derived_seed
@@ -67,6 +68,8 @@ class Progress:
         train_loss: mean task loss since the previous mark, nats per example or labelled token.
         penalty: lambda R(theta) at this mark.
         micro_batch: most examples that one worker puts through the model at once.
+        trained_parameters: how many numbers are trained.
+        memory_bytes: most that a worker's device has held so far (`_Trial.memory_bytes`).
         fault: why the configuration cannot go on, if so.
         resume_state: a call that copies what the trial needs to go on from here; rank 0 only.
     """
@@ -84,6 +87,8 @@ class Progress:
     train_seconds: float
     eval_seconds: float
     micro_batch: int
+    trained_parameters: int
+    memory_bytes: int
     fault: str | None = None
     resume_state: Callable[[], ResumeState] | None = field(default=None, compare=False, repr=False)
 
@@ -224,13 +229,16 @@ class _Trial:
         self.clock = _Clock(self.world)
         self.dtype, _ = resolve_precision(train.precision, self.world.device)
         self.loss_options = loss_options(train, setup)
+        if self.world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.world.device)
         self.pretrained.reset(
             train.frozen_layers,
             dropout=train.dropout,
             reinit_layers=train.reinit_layers,
             seed=seed,
         )
-        self.most_per_pass = self.choose_micro_batch(setup.micro_batches, most_per_pass)
+        self.probed = self.probe(setup.micro_batches)
+        self.most_per_pass = self.choose_micro_batch(self.probed, most_per_pass)
         self.model = self.world.wrap(self.pretrained.model)
         self.trainable = list(self.pretrained.trainable().values())
         self.penalty = bind_penalty(train.regularization, self.pretrained)
@@ -363,6 +371,8 @@ class _Trial:
             train_seconds=self.clock.seconds["train"],
             eval_seconds=self.clock.seconds["eval"],
             micro_batch=self.most_per_pass,
+            trained_parameters=sum(parameter.numel() for parameter in self.trainable),
+            memory_bytes=self.memory_bytes(),
             fault=fault,
             resume_state=None if fault or self.world.rank else self.state,
         )
@@ -414,29 +424,34 @@ class _Trial:
         self.last = Progress(**last, best=self.best, resume_state=on_first_rank)
         return int(last["index"]) + 1
 
-    def choose_micro_batch(
-        self, known: dict[tuple[int | str, int, str], int], most: int | None
-    ) -> int:
+    def probe(self, known: dict[tuple[int | str, int, str], Probe]) -> Probe:
+        """What was found of the micro-batch, once per kind of trial."""
+        if self.world.device.type == "cuda" and self.train.micro_batch != "auto":
+            return Probe(self.train.micro_batch)
+        key = (self.train.frozen_layers, self.train.batch_size, str(self.dtype))
+        if key not in known:
+            known[key] = self.probe_micro_batch()
+        return known[key]
+
+    def choose_micro_batch(self, probe: Probe, most: int | None) -> int:
         """The most examples per pass: as configured, or as many of the longest as fit."""
-        train = self.train
-        share = -(-train.batch_size // self.world.size)
+        share = -(-self.train.batch_size // self.world.size)
         most = min(share, most or share)
-        if train.micro_batch != "auto":
-            return min(most, train.micro_batch)
+        if self.train.micro_batch != "auto":
+            return min(most, self.train.micro_batch)
         if self.world.device.type == "cpu":
             most = min(most, batches.CPU_MICRO_BATCH)
-        key = (train.frozen_layers, train.batch_size, str(self.dtype))
-        if key not in known:
-            known[key] = self.probe_micro_batch(share)
-        return min(most, known[key])
+        return min(most, probe.fits)
 
-    def probe_micro_batch(self, share: int) -> int:
+    def probe_micro_batch(self) -> Probe:
         """The same on all ranks: the least that one of them found.
 
         Raises:
             NothingFitsError: one example is too much for a rank.
         """
+        share = -(-self.train.batch_size // self.world.size)
         longest = np.argsort(-self.dataset.train.lengths, kind="stable")
+        bytes_per_example = 0
 
         def attempt(size: int) -> None:
             batch = batches.collate(
@@ -454,13 +469,28 @@ class _Trial:
                 fits = micro_batch.largest_that_fits(attempt, share)
             else:
                 weights = self.pretrained.model.parameters()
-                fits = micro_batch.by_measured_bytes(attempt, share, weights)
+                bytes_per_example = micro_batch.kept_bytes(attempt, weights)
+                fits = micro_batch.fits_on_a_cpu(bytes_per_example, share)
         except micro_batch.NothingFitsError:
             fits = 0
         fits = self.world.minimum(fits)
         if fits == 0:
             raise micro_batch.NothingFitsError("out of memory at micro-batch 1")
-        return fits
+        return Probe(fits, bytes_per_example)
+
+    def memory_bytes(self) -> int:
+        """Most that this worker's device has held for the trial so far.
+
+        On a CPU, whose process keeps what it once had: weights, gradients, optimiser state and
+        what a full micro-batch of the longest examples keeps for its backward pass.
+        """
+        if self.world.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.world.device)
+        states = self.optimizer.state.values()
+        kept = [tensor for state in states for tensor in state.values() if torch.is_tensor(tensor)]
+        weights = self.pretrained.model.parameters()
+        resident = micro_batch.bytes_of([*weights, *self.trainable, *kept])
+        return resident + self.most_per_pass * self.probed.bytes_per_example
 
 
 def _never_began(fault: str) -> Progress:
@@ -478,6 +508,8 @@ def _never_began(fault: str) -> Progress:
         train_seconds=0.0,
         eval_seconds=0.0,
         micro_batch=0,
+        trained_parameters=0,
+        memory_bytes=0,
         fault=fault,
     )
 

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 SHARE_FOR_ACTIVATIONS = 0.5  # of a CPU worker's memory; weights and optimiser need the rest
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was found for one (frozen layers, batch size, number format).
+
+    Attributes:
+        fits: most examples that go through the model at once.
+        bytes_per_example: what the longest example keeps for its backward pass; 0 on a GPU, which
+            counts by itself.
+    """
+
+    fits: int
+    bytes_per_example: int = 0
 
 
 class NothingFitsError(Exception):
@@ -50,14 +65,8 @@ def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
         size //= 2
 
 
-def by_measured_bytes(
-    attempt: Callable[[int], None], most: int, weights: Iterable[torch.Tensor]
-) -> int:
-    """As many as keep their activations in a CPU worker's memory, by what one example keeps.
-
-    A CPU does not refuse: it swaps, or kills the process.  So it is not tried but measured;
-    `weights` are there once, however many examples pass.
-    """
+def kept_bytes(attempt: Callable[[int], None], weights: Iterable[torch.Tensor]) -> int:
+    """What one example keeps for its backward pass; `weights` are there however many pass."""
     shared = {weight.untyped_storage().data_ptr() for weight in weights}
     kept: dict[int, int] = {}  # what several operations keep counts once
 
@@ -69,8 +78,21 @@ def by_measured_bytes(
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         attempt(1)
+    return sum(kept.values())
+
+
+def fits_on_a_cpu(bytes_per_example: int, most: int) -> int:
+    """As many examples as keep their activations in a CPU worker's memory.
+
+    A CPU does not refuse: it swaps, or kills the process.  So it is not tried but computed.
+    """
     room = worker_memory_bytes() * SHARE_FOR_ACTIVATIONS
-    return max(1, min(most, int(room // max(sum(kept.values()), 1))))
+    return max(1, min(most, int(room // max(bytes_per_example, 1))))
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """What tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def worker_memory_bytes() -> float:

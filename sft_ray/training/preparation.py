@@ -118,7 +118,7 @@ def prepare_with_model(
     """
     problems = list(found)
     task = collect(problems, find_task, experiment.task)
-    objective = experiment.search.objective
+    objective = experiment.search.score
     if task is not None:
         objective = objective or task.default_objective
         problems += [*_objective_problems(task, objective), *_option_problems(task, experiment)]

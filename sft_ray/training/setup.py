@@ -11,6 +11,7 @@ import numpy as np
 from sft_ray.config import Experiment
 from sft_ray.training.data import load_tokenizer, open_dataset
 from sft_ray.training.examples import Dataset
+from sft_ray.training.micro_batch import Probe
 from sft_ray.training.model import Pretrained, load_pretrained, resolve_model
 from sft_ray.training.tasks import Task, find_task
 from sft_ray.training.world import World
@@ -29,7 +30,7 @@ class Setup:
     pretrained: Pretrained
     tokenizer: Any
     world: World
-    micro_batches: dict[tuple[int | str, int, str], int] = field(default_factory=dict)
+    micro_batches: dict[tuple[int | str, int, str], Probe] = field(default_factory=dict)
 
 
 def load_setup(experiment: Experiment, dataset_folder: Path, world: World) -> Setup:

@@ -75,7 +75,7 @@ def test_sst2_resolves_on_a_local_copy_of_the_same_shape(tiny_model: Path, tmp_p
 
 @pytest.mark.parametrize("size", [22_000_000, 110_000_000])
 def test_the_default_recipe_depends_on_the_size_of_the_encoder(size: int) -> None:
-    from sft_ray.search.study import default_recipe
+    from sft_ray.recipes import default_recipe
 
     recipe = default_recipe(size)
     assert recipe["train.learning_rate"] == (1e-4 if size < 50_000_000 else 2e-5)

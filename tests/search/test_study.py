@@ -13,11 +13,11 @@ from sft_ray.analysis.outcome import Outcome
 from sft_ray.analysis.results import gain_over_default, row_of, winner
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError
+from sft_ray.recipes import default_recipe
 from sft_ray.search.pruners import RungPruner
 from sft_ray.search.study import (
     PlannedTrial,
     SearchStudy,
-    default_recipe,
     open_storage,
 )
 

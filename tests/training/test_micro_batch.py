@@ -14,8 +14,9 @@ from sft_ray.training.batches import CPU_MICRO_BATCH
 from sft_ray.training.examples import Dataset
 from sft_ray.training.micro_batch import (
     NothingFitsError,
-    by_measured_bytes,
+    fits_on_a_cpu,
     is_out_of_memory,
+    kept_bytes,
     largest_that_fits,
 )
 from tests.models import load_tiny, run_fit
@@ -112,21 +113,22 @@ def keeping(nbytes: int):
 @pytest.mark.parametrize(("memory", "fits"), [(64, 32), (8, 4), (2, 1), (0.5, 1), (10**6, 1000)])
 def test_a_cpu_takes_as_many_as_half_of_its_memory_holds(monkeypatch, memory, fits: int) -> None:
     monkeypatch.setattr(micro_batch, "worker_memory_bytes", lambda: memory * MIB)
-    assert by_measured_bytes(keeping(MIB), 1000, []) == fits
+    assert kept_bytes(keeping(MIB), []) == MIB
+    assert fits_on_a_cpu(MIB, 1000) == fits
 
 
 def test_an_attempt_that_keeps_nothing_fits_at_any_size() -> None:
-    assert by_measured_bytes(lambda size: None, 77, []) == 77
+    assert kept_bytes(lambda size: None, []) == 0
+    assert fits_on_a_cpu(0, 77) == 77
 
 
-def test_weights_do_not_count_for_every_example(monkeypatch) -> None:
-    monkeypatch.setattr(micro_batch, "worker_memory_bytes", lambda: 32 * MIB)
+def test_weights_do_not_count_for_every_example() -> None:
     layer = torch.nn.Linear(1024, 1024)  # 4 MiB
 
     def attempt(size: int) -> None:
         layer(layer(torch.ones(size, 1024)))
 
-    assert by_measured_bytes(attempt, 1000, layer.parameters()) == 1000
+    assert 0 < kept_bytes(attempt, layer.parameters()) < MIB
 
 
 def test_a_worker_has_its_share_of_the_containers_memory(monkeypatch, tmp_path: Path) -> None:
@@ -191,13 +193,23 @@ def test_the_probe_leaves_no_trace_in_the_trial(tiny_bert, toy: Dataset) -> None
 
 
 def test_a_trial_of_which_not_one_example_fits_is_one_fault(tiny_bert, toy, monkeypatch) -> None:
-    def full(attempt, most: int, weights) -> int:
+    def full(attempt, weights) -> int:
         raise NothingFitsError("out of memory at micro-batch 1")
 
-    monkeypatch.setattr(micro_batch, "by_measured_bytes", full)
+    monkeypatch.setattr(micro_batch, "kept_bytes", full)
     pretrained = load_tiny(tiny_bert, toy)
     reports = run_fit(pretrained, toy, epochs=2)
     assert [r.fault for r in reports] == ["out of memory at micro-batch 1"]
     assert (reports[0].step, reports[0].best, reports[0].resume_state) == (0, None, None)
     monkeypatch.undo()
     assert run_fit(pretrained, toy, epochs=1)[-1].finished
+
+
+def test_the_memory_of_a_trial_shrinks_with_what_is_trained(tiny_bert, toy) -> None:
+    pretrained = load_tiny(tiny_bert, toy)
+    all_of_it, head = (run_fit(pretrained, toy, epochs=1, frozen_layers=k)[-1] for k in (0, "all"))
+    model = sum(p.numel() * p.element_size() for p in pretrained.model.parameters())
+    # Weights, gradients and the two moments of AdamW, and what activations keep beside them.
+    assert all_of_it.memory_bytes > model + 3 * 4 * all_of_it.trained_parameters
+    assert head.trained_parameters < all_of_it.trained_parameters / 5
+    assert model < head.memory_bytes < all_of_it.memory_bytes

@@ -1,0 +1,149 @@
+"""Where configurations come from besides the sampler: what runs first, priors, untried points."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import optuna
+
+from sft_ray import space as spaces
+from sft_ray.config import Search, Train, apply_values
+from sft_ray.search.samplers import build_sampler, grid_points
+from sft_ray.space import Choice, Numeric, OneOf, Space
+from sft_ray.training.seeds import derived_seed
+
+PRIOR_STRENGTH = 10  # n0: trials after which half of the draws come from the sampler
+MOST_POINTS = 10_000  # a larger space is searched as if it were infinite
+ATTEMPTS = 20  # of the sampler, to draw a point that was not tried
+YARDSTICK = "default recipe"  # role of the trial that every other is measured against
+
+
+def first_trials(
+    search: Search, space: Space, recipe: Mapping[str, Any], warm: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """What runs before the sampler is asked: parameters, and the role they have.
+
+    Args:
+        recipe: values of the default recipe by dotted path.
+        warm: flat parameters that did well in other runs.
+    """
+    if search.default_recipe:
+        params, known = spaces.parameters(recipe), spaces.domains(space)
+        yield {n: v for n, v in params.items() if n in known and v in known[n]}, YARDSTICK
+    for values in search.enqueue:
+        yield spaces.parameters(values), "enqueued"
+    for params in warm:
+        yield params, "warm start"
+    if search.sampler == "grid":
+        for point in grid_points(space):
+            yield point, "grid"
+
+
+def prior_draw(space: Space, seed: int, number: int) -> dict[str, Any]:
+    """With the share n0 / (n0 + n) of all draws, the priors' word where there are some.
+
+    The other parameters are left to the sampler; empty where it has all the say.
+    """
+    priors = {
+        name: domain
+        for name, domain in spaces.domains(space).items()
+        if isinstance(domain, Numeric) and domain.prior is not None
+    }
+    rng = np.random.default_rng(derived_seed(seed, "prior", number))
+    if rng.random() >= PRIOR_STRENGTH / (PRIOR_STRENGTH + number):
+        return {}
+    return {name: _draw_prior(domain, rng) for name, domain in priors.items()}
+
+
+def _draw_prior(domain: Numeric, rng: np.random.Generator) -> float | int:
+    """A normal draw around the prior's center (log-normal on a log scale), within the range."""
+    assert domain.prior is not None  # the caller chose domains with priors
+    center, spread = domain.prior.center, domain.prior.spread
+    while True:
+        z = rng.standard_normal()
+        value = center * spread**z if domain.log else center + spread * z
+        value = round(value) if domain.integer else float(value)
+        if value in domain:
+            return value
+
+
+class FiniteSpace:
+    """A space with countably few configurations, none of which is to be tried twice."""
+
+    def __init__(self, space: Space, train: Train) -> None:
+        self.space, self.train = space, train
+        self.points = {self.key_of(point): point for point in grid_points(space)}
+
+    @classmethod
+    def of(cls, space: Space, train: Train) -> FiniteSpace | None:
+        """None for a space of more configurations than can be kept count of."""
+        return cls(space, train) if num_points(space) <= MOST_POINTS else None
+
+    def key_of(self, params: Mapping[str, Any]) -> str:
+        """Equal for parameters that train the same configuration."""
+        values = spaces.draw(self.space, lambda name, _: params[name])
+        return key_of(apply_values(self.train, values).model_dump())
+
+    def untried(self, trials: list[optuna.trial.FrozenTrial]) -> list[dict[str, Any]]:
+        """The points that no trial has trained."""
+        tried = {key_of(t.user_attrs["train"]) for t in trials if "train" in t.user_attrs}
+        return [point for key, point in self.points.items() if key not in tried]
+
+    def propose(
+        self, study: optuna.Study, search: Search, seed: int, number: int
+    ) -> dict[str, Any] | None:
+        """An untried point, the sampler's own if it finds one; None if all have been tried."""
+        untried = self.untried(study.get_trials(deepcopy=False))
+        keys = {self.key_of(point) for point in untried}
+        # The study must not hear of draws that are thrown away.
+        rehearsal = optuna.create_study(
+            directions=study.directions, sampler=build_sampler(search, seed, number)
+        )
+        known = study.get_trials(deepcopy=False)
+        rehearsal.add_trials([t for t in known if t.state != optuna.trial.TrialState.WAITING])
+        fixed = prior_draw(self.space, seed, number)
+        for _ in range(ATTEMPTS if untried else 0):
+            if fixed:
+                rehearsal.enqueue_trial(fixed)
+            trial = rehearsal.ask()
+            spaces.draw(self.space, lambda name, d, t=trial: suggest(t, name, d))  # type: ignore[misc]
+            if self.key_of(trial.params) in keys:
+                return trial.params
+        rng = np.random.default_rng(derived_seed(seed, "untried", number))
+        return untried[int(rng.integers(len(untried)))] if untried else None
+
+
+def num_points(space: Space) -> float:
+    """Configurations of a space; infinite with a range of real numbers."""
+    return math.prod(_num_values(domain) for domain in space.values())
+
+
+def _num_values(domain: Any) -> float:
+    if isinstance(domain, OneOf):
+        return sum(
+            math.prod(_num_values(sub) for sub in fields.values())
+            for fields in domain.branches.values()
+        )
+    if isinstance(domain, Choice):
+        return len(domain.options)
+    if isinstance(domain, Numeric):
+        return domain.high - domain.low + 1 if domain.integer else math.inf
+    return 1
+
+
+def key_of(train: Mapping[str, Any]) -> str:
+    """A configuration as a text that can be compared."""
+    return json.dumps(train, sort_keys=True)
+
+
+def suggest(trial: optuna.Trial, name: str, domain: Numeric | Choice) -> Any:
+    """Ask a trial for one value."""
+    if isinstance(domain, Choice):
+        return trial.suggest_categorical(name, domain.options)
+    if domain.integer:
+        return trial.suggest_int(name, int(domain.low), int(domain.high), log=domain.log)
+    return trial.suggest_float(name, domain.low, domain.high, log=domain.log)
