@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ def trial_row(
         "curve": [[percent, value] for percent, value in sorted(curve.items())],
         "examples_per_second": outcome.examples_per_second,
         "micro_batch": outcome.micro_batch,
+        "trained_parameters": outcome.trained_parameters,
+        "memory_bytes": outcome.memory_bytes,
         "train_seconds": outcome.train_seconds,
         "eval_seconds": outcome.eval_seconds,
         "overhead_seconds": outcome.overhead_seconds,
@@ -113,6 +115,18 @@ def gain_over_default(trials: Sequence[FrozenTrial], best: FrozenTrial, sign: in
         if is_default and trial.state == TrialState.COMPLETE and best.state == TrialState.COMPLETE:
             return sign * (score_of(best) - score_of(trial))
     return None
+
+
+def pareto_rows(
+    trials: Sequence[FrozenTrial], members: Collection[int], costs: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The trials that none beats in every objective, dearest first: score, costs, model folder."""
+    rows = []
+    for trial in trials:
+        if trial.number in members:
+            values = dict(zip(["score", *costs], trial.values, strict=True))
+            rows.append({"trial": trial.number, **values, "path": trial.user_attrs["path"]})
+    return sorted(rows, key=lambda row: -row[costs[0]] if costs else 0)
 
 
 def best_row(row: dict[str, Any], gain: float | None, checkpoint: str) -> dict[str, Any]:

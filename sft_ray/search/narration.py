@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sft_ray import space as spaces
+from sft_ray.analysis.importance import RELIABLE_FROM
 from sft_ray.analysis.results import SearchResult
 from sft_ray.screen import Screen, count, duration, short_params
 from sft_ray.search.cluster import Layout
@@ -27,7 +30,10 @@ def say_truth(
             "layout": f"{count(layout.slots, 'slot')} x "
             f"{count(layout.workers_per_trial, 'worker')} x "
             f"{count(layout.cpus_per_worker, 'CPU')}{gpus}",
-            "objective": f"{prepared.objective}, {prepared.direction}",
+            "objective": ", ".join(
+                [f"{prepared.objective}, {prepared.direction}"]
+                + [f"{cost}, minimize" for cost in experiment.search.costs]
+            ),
             "search by": search_rules(prepared),
             "budget": budget(prepared),
             "default": short_params(spaces.parameters(study.recipe)),
@@ -81,11 +87,36 @@ def say_outcome(
             if gain is not None
             else f"unknown {over}, which did not finish",
             "trials": f"{len(states)}: {counts}; {duration(result.tree['wall_seconds'])}",
+            "importance": importance(result.tree["importance"]["finished"]),
+            "at first rung": importance(result.tree["importance"]["first_rung"]),
             "checkpoint": best["checkpoint"],
         }
     )
+    say_pareto(screen, result)
     screen.say()
     prepared.say_next(screen, result.location, best["checkpoint"])
     if source is not None:
         screen.say("or search longer:")
         screen.say(f"  sft-ray search {source} search.trials={2 * len(states)}")
+
+
+def importance(judged: dict[str, Any]) -> str:
+    """Shares of the score's variance in words, with how far they can be trusted."""
+    shares = ", ".join(
+        f"{name.removeprefix('train.')} {found['importance']:.2f}"
+        for name, found in judged["parameters"].items()
+    )
+    doubt = "" if judged["reliable"] else f", unreliable under {RELIABLE_FROM}"
+    return f"{shares or 'unknown'} ({count(judged['trials'], 'trial')}{doubt})"
+
+
+def say_pareto(screen: Screen, result: SearchResult) -> None:
+    """What every saving costs: the trials that no other beats in every objective."""
+    if not result.tree["pareto"]:
+        return
+    screen.say()
+    screen.say(f"nothing is better in every objective than these, in {result.location}:")
+    for row in result.tree["pareto"]:
+        costs = "  ".join(f"{cost} {row[cost]:.4g}" for cost in result.tree["costs"])
+        score = f"{result.tree['metric']} {row['score']:.4f}"
+        screen.say(f"  {score}  {costs}  {row['path']}/best")

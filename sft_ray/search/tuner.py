@@ -7,8 +7,16 @@ import os
 import time
 from typing import Any
 
+from sft_ray.analysis.importance import importances
 from sft_ray.analysis.model_card import model_card
-from sft_ray.analysis.results import SearchResult, best_row, gain_over_default, row_of, winner
+from sft_ray.analysis.results import (
+    SearchResult,
+    best_row,
+    gain_over_default,
+    pareto_rows,
+    row_of,
+    winner,
+)
 from sft_ray.config import Experiment
 from sft_ray.environment import describe_environment
 from sft_ray.errors import TrialError
@@ -30,6 +38,7 @@ from sft_ray.search.cluster import Layout, capacity, capacity_here, connected, p
 from sft_ray.search.narration import say_outcome, say_truth
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.study import SearchStudy, open_storage
+from sft_ray.search.warm_start import warm_configurations
 from sft_ray.training.preparation import Prepared
 from sft_ray.yaml_text import parse_yaml
 
@@ -71,12 +80,15 @@ def run_search(
         result = SearchResult(store.location, tree)
         say_outcome(screen, result, prepared, source)
         return result
+    warm = []
+    if fresh or not store.is_there():
+        warm = warm_configurations(experiment, prepared.facts(), prepared.objective)
     with connected(address):
         layout = plan_layout(experiment, capacity())
         if fresh and store.is_there():
             screen.say(f"the old folder is now {store.set_aside()}")
         with store.locked():
-            study = _open_study(prepared, store)
+            study = _open_study(prepared, store, warm)
             store.delete_file(RESULTS)
             write_experiment(store, experiment)
             environment = describe_environment(
@@ -112,13 +124,15 @@ def extended(experiment: Experiment, by: int) -> Experiment:
     return experiment.model_copy(update={"search": search})
 
 
-def _open_study(prepared: Prepared, store: RunStore) -> SearchStudy:
+def _open_study(prepared: Prepared, store: RunStore, warm: list[dict[str, Any]]) -> SearchStudy:
     store.pull_journal()
     return SearchStudy(
         prepared.experiment,
         open_storage(store.journal),
         recipe=default_recipe(prepared.model.num_parameters),
         direction=prepared.direction,
+        costs=prepared.experiment.search.costs,
+        warm=warm,
     )
 
 
@@ -204,6 +218,7 @@ def _conclude(
         "name": prepared.experiment.name,
         "metric": prepared.objective,
         "direction": prepared.direction,
+        "costs": list(study.costs),
         "wall_seconds": study.wall_seconds(),
         "startup_seconds": startup_seconds,
         "best": best_row(
@@ -211,6 +226,8 @@ def _conclude(
             gain_over_default(study.trials, best, study.sign),
             store.path_of(BEST),
         ),
+        "pareto": pareto_rows(study.trials, study.pareto_set(), study.costs),
+        "importance": importances(study.trials, prepared.experiment.search.rungs),
         "trials": [row_of(trial, prepared.experiment.seed) for trial in study.trials],
         "environment": environment,
     }

@@ -1,0 +1,70 @@
+"""Which hyperparameters mattered: shares of the score's variance (fANOVA, Hutter et al. 2014)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from sft_ray.analysis.outcome import score_of
+
+RELIABLE_FROM = 30  # trials; the field's rule of thumb for a forest over a handful of dimensions
+FEWEST = 4
+
+
+def importances(trials: Sequence[FrozenTrial], rungs: Sequence[int]) -> dict[str, Any]:
+    """Of the finished trials, and at the first rung of all that reached it.
+
+    Trials that were stopped early have no final score, so the first figure rests on few; the
+    second knows how fast all of them set out.  A parameter that only one kind of trial has, such as
+    the strength of a penalty, is judged among the trials of that kind.
+
+    Returns:
+        `finished` and `first_rung`, each with `trials`, `reliable`, and `parameters`: name ->
+        {"importance": share of the variance, "trials": those it was judged among}.
+    """
+
+    def final(trial: FrozenTrial) -> float | None:
+        return score_of(trial) if trial.state == TrialState.COMPLETE else None
+
+    def at_first_rung(trial: FrozenTrial) -> float | None:
+        return trial.intermediate_values.get(rungs[0]) if rungs else None
+
+    return {"finished": _judge(trials, final), "first_rung": _judge(trials, at_first_rung)}
+
+
+def _judge(
+    trials: Sequence[FrozenTrial], score: Callable[[FrozenTrial], float | None]
+) -> dict[str, Any]:
+    scored = [(t, value) for t in trials if (value := score(t)) is not None]
+    found = {
+        name: {"importance": share, "trials": len(scored)}
+        for name, share in _shares(scored).items()
+    }
+    names = {name for trial, _ in scored for name in trial.params}
+    for name in sorted(names - set(found)):
+        having = [(t, value) for t, value in scored if name in t.params]
+        share = _shares(having).get(name)
+        if share is not None:
+            found[name] = {"importance": share, "trials": len(having)}
+    ordered = sorted(found.items(), key=lambda item: -item[1]["importance"])
+    return {
+        "trials": len(scored),
+        "reliable": len(scored) >= RELIABLE_FROM,
+        "parameters": dict(ordered),
+    }
+
+
+def _shares(scored: Sequence[tuple[FrozenTrial, float]]) -> dict[str, float]:
+    """Of the parameters that all of these trials have; empty where there is nothing to compare."""
+    if len(scored) < FEWEST or len({value for _, value in scored}) == 1:
+        return {}
+    study = optuna.create_study()
+    study.add_trials(
+        optuna.trial.create_trial(params=t.params, distributions=t.distributions, value=value)
+        for t, value in scored
+    )
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
