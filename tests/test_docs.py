@@ -1,21 +1,39 @@
-"""What docs/tasks.md shows is what works."""
+"""What the pages of docs/ show is what works."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import optuna
 import pytest
 
-from sft_ray.config import Experiment, Train
+from sft_ray.config import COSTS, Experiment, Search, Train
+from sft_ray.recipes import RECIPES, default_recipe
+from sft_ray.search.preflight import prepare_experiment
+from sft_ray.search.study import SearchStudy
 from sft_ray.training.preparation import prepare_training
 from sft_ray.training.tasks import TASKS
 from sft_ray.yaml_text import parse_yaml
 
-PAGE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "tasks.md").read_text(encoding="utf-8")
+SEARCH_PAGE = (DOCS / "search.md").read_text(encoding="utf-8")
+
+
+def blocks_of(page: str) -> list[tuple[str, str]]:
+    """Language and body of every fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+
+BLOCKS = blocks_of(PAGE)
+SEARCHES = [
+    parse_yaml(body, "docs/search.md")
+    for language, body in blocks_of(SEARCH_PAGE)
+    if language == "yaml"
+]
 
 
 def examples() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -70,3 +88,48 @@ def test_the_python_of_the_page_runs(tmp_path: Path, tiny_model: Path, monkeypat
     for script in scripts:
         exec(script, {})
     assert "'probability'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tree", SEARCHES, ids=[tree["name"] for tree in SEARCHES])
+def test_every_documented_search_resolves(tree, tmp_path, tiny_model) -> None:
+    storage = str(tmp_path / "runs")
+    if "space" in tree["search"]:
+        tree["search"]["space"]["train.reinit_layers"] = {"int": [0, 1]}  # of two layers
+    data = {**tree["data"], "max_length": 64, "limit": {"train": 60, "validation": 30}}
+    tree = {**tree, "model": str(tiny_model), "data": data, "storage": storage}
+    prepared = prepare_experiment(Experiment.from_tree(tree))
+    study = SearchStudy(
+        prepared.experiment,
+        optuna.storages.InMemoryStorage(),
+        recipe=default_recipe(prepared.model.num_parameters),
+        direction=prepared.direction,
+        costs=prepared.experiment.search.costs,
+    )
+    first, second = study.next_trial(), study.next_trial()
+    assert first is not None
+    assert second is not None
+    assert first.train.learning_rate == 1e-4
+
+
+def test_the_documented_recipes_are_those_of_the_code() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \| (\S+) to (\S+) \| ([\d to]+) \|", SEARCH_PAGE, re.M)
+    found = {
+        name: ((float(low), float(high)), [int(n) for n in epochs.split(" to ")])
+        for name, low, high, epochs in rows
+    }
+    assert found == {
+        name: (recipe.learning_rates, sorted(set(recipe.epochs)))
+        for name, recipe in RECIPES.items()
+    }
+
+
+def test_every_sampler_pruner_and_cost_is_documented() -> None:
+    named = [*COSTS, *get_args(Search.model_fields["sampler"].annotation)]
+    named += get_args(Search.model_fields["pruner"].annotation)
+    assert [name for name in named if f"`{name}`" not in SEARCH_PAGE] == []
+
+
+def test_the_python_of_the_search_page_runs(capsys) -> None:
+    (script,) = [body for language, body in blocks_of(SEARCH_PAGE) if language == "python"]
+    exec(script, {})
+    assert "He et al. 2021" in capsys.readouterr().out
