@@ -80,12 +80,12 @@ def report(storage: Path, datasets: list[str]) -> str:
             scores[policy] = {
                 seed: tree["best"]["validation"][tree["metric"]] for seed, tree in trees.items()
             }
-            ended = [
-                sum(t["state"] == "COMPLETE" for t in tree["trials"]) for tree in trees.values()
-            ]
+            states = [[t["state"] for t in tree["trials"]] for tree in trees.values()]
+            begun = np.mean([len(found) for found in states])
+            ended = np.mean([found.count("COMPLETE") for found in states])
             values = list(scores[policy].values())
             lines.append(
-                f"| {dataset} | {policy} | {len(values)} | {np.mean([len(found) for found in states]):.1f} | {np.mean(ended):.1f} | "
+                f"| {dataset} | {policy} | {len(values)} | {begun:.1f} | {ended:.1f} | "
                 f"{np.mean(values):.4f} ± {half_width(values):.4f} |"
             )
         if len(scores) == len(POLICIES):
@@ -107,9 +107,7 @@ def half_width(values: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument(
-        "--storage", type=Path, default=Path(tempfile.gettempdir()) / "sft-ray-live"
-    )
+    parser.add_argument("--storage", type=Path, required=True)
     parser.add_argument("--datasets", nargs="*", default=list(DATASETS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=2.0, help="wall time of a search")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 import optuna
+from optuna.trial import TrialState
 
 from sft_ray import space as spaces
 from sft_ray.config import Search, Train, apply_values
@@ -99,22 +102,54 @@ class FiniteSpace:
         """An untried point, the sampler's own if it finds one; None if all have been tried."""
         untried = self.untried(study.get_trials(deepcopy=False))
         keys = {self.key_of(point) for point in untried}
-        # The study must not hear of draws that are thrown away.
-        rehearsal = optuna.create_study(
-            directions=study.directions, sampler=build_sampler(search, seed, number)
-        )
-        known = study.get_trials(deepcopy=False)
-        rehearsal.add_trials([t for t in known if t.state != optuna.trial.TrialState.WAITING])
+        rehearsal = as_seen_now(study, search, seed, number)
         fixed = prior_draw(self.space, seed, number)
         for _ in range(ATTEMPTS if untried else 0):
             if fixed:
                 rehearsal.enqueue_trial(fixed)
-            trial = rehearsal.ask()
-            spaces.draw(self.space, lambda name, d, t=trial: suggest(t, name, d))  # type: ignore[misc]
-            if self.key_of(trial.params) in keys:
-                return trial.params
+            drawn = ask(rehearsal, self.space)
+            if self.key_of(drawn) in keys:
+                return drawn
         rng = np.random.default_rng(derived_seed(seed, "untried", number))
         return untried[int(rng.integers(len(untried)))] if untried else None
+
+
+def propose(
+    study: optuna.Study, search: Search, space: Space, seed: int, number: int
+) -> dict[str, Any]:
+    """What the sampler would not draw by itself; empty where it has all the say."""
+    fixed = prior_draw(space, seed, number)
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    knows_models = search.sampler in ("tpe", "gp")
+    if fixed or not knows_models or not any(t.intermediate_values for t in running):
+        return fixed
+    return ask(as_seen_now(study, search, seed, number), space)
+
+
+def as_seen_now(study: optuna.Study, search: Search, seed: int, number: int) -> optuna.Study:
+    """A copy of the study for one draw, which the study need not hear of.
+
+    Samplers know running trials as liars only: as bad as any, to keep suggestions apart.  With many
+    slots that repels them from where most trials run, which is where the good ones are.  In the
+    copy a running trial that has been evaluated counts for what it has shown so far.
+    """
+    copied = optuna.create_study(
+        directions=study.directions, sampler=build_sampler(search, seed, number)
+    )
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state == TrialState.RUNNING and trial.intermediate_values:
+            trial = copy.copy(trial)
+            trial.state, trial.datetime_complete = TrialState.PRUNED, datetime.now()
+        if trial.state != TrialState.WAITING:
+            copied.add_trial(trial)
+    return copied
+
+
+def ask(study: optuna.Study, space: Space) -> dict[str, Any]:
+    """Flat parameters of one more trial."""
+    trial = study.ask()
+    spaces.draw(space, lambda name, domain: suggest(trial, name, domain))
+    return trial.params
 
 
 def num_points(space: Space) -> float:

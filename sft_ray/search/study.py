@@ -22,7 +22,7 @@ from sft_ray import space as spaces
 from sft_ray.analysis.outcome import Outcome, score_of
 from sft_ray.config import Experiment, Train, apply_values
 from sft_ray.run_store import trial_folder
-from sft_ray.search.proposals import YARDSTICK, FiniteSpace, first_trials, prior_draw, suggest
+from sft_ray.search.proposals import YARDSTICK, FiniteSpace, first_trials, propose, suggest
 from sft_ray.search.pruners import build_pruner, prune_at
 from sft_ray.search.samplers import build_sampler
 
@@ -166,7 +166,7 @@ class SearchStudy:
             return
         search, seed = self.experiment.search, self.experiment.seed
         if self.finite is None:
-            proposed = prior_draw(self.space, seed, number)
+            proposed = propose(self.study, search, self.space, seed, number)
         else:
             proposed = self.finite.propose(self.study, search, seed, number) or {}
         if proposed:
