@@ -87,8 +87,7 @@ def say_outcome(
             if gain is not None
             else f"unknown {over}, which did not finish",
             "trials": f"{len(states)}: {counts}; {duration(result.tree['wall_seconds'])}",
-            "importance": importance(result.tree["importance"]["finished"]),
-            "at first rung": importance(result.tree["importance"]["first_rung"]),
+            **importance_lines(result.tree["importance"]),
             "checkpoint": best["checkpoint"],
         }
     )
@@ -100,14 +99,19 @@ def say_outcome(
         screen.say(f"  sft-ray search {source} search.trials={2 * len(states)}")
 
 
-def importance(judged: dict[str, Any]) -> str:
+def importance_lines(importance: dict[str, Any]) -> dict[str, str]:
     """Shares of the score's variance in words, with how far they can be trusted."""
-    shares = ", ".join(
-        f"{name.removeprefix('train.')} {found['importance']:.2f}"
-        for name, found in judged["parameters"].items()
-    )
-    doubt = "" if judged["reliable"] else f", unreliable under {RELIABLE_FROM}"
-    return f"{shares or 'unknown'} ({count(judged['trials'], 'trial')}{doubt})"
+    lines = {}
+    for label, key in (("importance", "finished"), ("at first rung", "first_rung")):
+        judged = importance[key]
+        shares = ", ".join(
+            f"{name.removeprefix('train.')} {found['importance']:.2f}"
+            for name, found in judged["parameters"].items()
+        )
+        doubt = "" if judged["reliable"] else f", unreliable under {RELIABLE_FROM}"
+        if shares:
+            lines[label] = f"{shares} ({count(judged['trials'], 'trial')}{doubt})"
+    return lines
 
 
 def say_pareto(screen: Screen, result: SearchResult) -> None:

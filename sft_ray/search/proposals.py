@@ -65,6 +65,8 @@ def prior_draw(space: Space, seed: int, number: int) -> dict[str, Any]:
 def _draw_prior(domain: Numeric, rng: np.random.Generator) -> float | int:
     """A normal draw around the prior's center (log-normal on a log scale), within the range."""
     assert domain.prior is not None  # the caller chose domains with priors
+    if domain.low == domain.high:  # never hit by chance
+        return domain.low
     center, spread = domain.prior.center, domain.prior.spread
     while True:
         z = rng.standard_normal()
