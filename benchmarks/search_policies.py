@@ -28,6 +28,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,8 @@ from scipy import stats
 from sft_ray.analysis.outcome import Outcome
 from sft_ray.config import Experiment
 from sft_ray.recipes import BY_MODEL_TYPE, Recipe, default_recipe, recipe_of
+from sft_ray.search import samplers
+from sft_ray.search.pruners import RungPruner
 from sft_ray.search.study import SearchStudy
 from sft_ray.space import default_space
 
@@ -162,12 +165,16 @@ class Policy:
         priors: those of the default space.
         search: other keys of the experiment's `search`.
         absolute_rungs: epochs at which trials are compared, instead of shares of the schedule.
+        tolerance: of the rung pruner.
+        good_share: of the trials that TPE takes as good.
     """
 
     learning_rates: list[float] | None = None
     priors: bool = True
     search: dict[str, Any] = field(default_factory=dict)
     absolute_rungs: tuple[float, ...] = ()
+    tolerance: float = 1.0
+    good_share: float | None = None
 
 
 PLAIN = {"default_recipe": False}
@@ -177,16 +184,18 @@ POLICIES = {
     "no_recipe": Policy(search=PLAIN),
     "no_prior": Policy(priors=False),
     "no_rungs": Policy(search={"pruner": "none"}),
+    "no_tolerance": Policy(tolerance=0.0),
+    "optunas_tenth": Policy(good_share=0.1),
+    "neither": Policy(tolerance=0.0, good_share=0.1),
     "random_hf": Policy(HF_RANGE, False, {**NO_PRUNER, "sampler": "random"}),
     "random_rungs_hf": Policy(HF_RANGE, False, {**PLAIN, "sampler": "random"}),
     "tpe_hf": Policy(HF_RANGE, False, NO_PRUNER),
     "tpe_rungs_hf": Policy(HF_RANGE, False, PLAIN),
     "tpe_rungs_wide": Policy(WIDE_RANGE, False, PLAIN),
     "reduction_2": Policy(search={"reduction_factor": 2}),
-    "reduction_3": Policy(search={"reduction_factor": 3}),
     "reduction_4": Policy(search={"reduction_factor": 4}),
     "asha_hf": Policy(
-        HF_RANGE, False, {**PLAIN, "sampler": "random", "reduction_factor": 3}, (0.25, 1.0)
+        HF_RANGE, False, {**PLAIN, "sampler": "random"}, absolute_rungs=(0.25, 1.0), tolerance=0.0
     ),
 }
 EVERY_SLOTS = ("default", "random_hf", "tpe_rungs_hf", "asha_hf")  # the others with one slot
@@ -261,6 +270,8 @@ def replay(policy: Policy, pool: Pool, slots: int, seed: int) -> Repeat:
         recipe=default_recipe(pool.num_parameters),
         direction="maximize",
     )
+    if isinstance(study.pruner, RungPruner):
+        study.pruner.tolerance = policy.tolerance
     top1, top5 = pool.top(0.01), pool.top(0.05)
     unused = np.ones(len(pool.final), dtype=bool)
     hits: dict[str, float] = {}
@@ -356,7 +367,11 @@ def half_width(values: Floats) -> float:
 def run_job(job: tuple[str, int, int, str]) -> Repeat:
     name, slots, seed, path = job
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return replay(POLICIES[name], read_pool(Path(path)), slots, seed)
+    policy, share = POLICIES[name], POLICIES[name].good_share
+    if share is None:
+        return replay(policy, read_pool(Path(path)), slots, seed)
+    with mock.patch.object(samplers, "num_good", lambda trials: math.ceil(share * trials)):
+        return replay(policy, read_pool(Path(path)), slots, seed)
 
 
 def main() -> None:
@@ -384,7 +399,8 @@ def main() -> None:
             for goal in ("top1", "top5"):
                 figures[goal]["ratio"] = base[goal]["epochs"] / figures[goal]["epochs"]
             found.setdefault(name, {})[str(slots)] = figures
-            print(line_of(name, slots, figures), file=sys.stderr, flush=True)
+            line = line_of(name, slots, figures)
+            print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
     if options.json:
         print(json.dumps(found, indent=2))
 

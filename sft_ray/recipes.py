@@ -13,6 +13,9 @@ SMALL_ENCODER_PARAMETERS = 50_000_000
 LARGE_ENCODER_PARAMETERS = 250_000_000
 WIDENING = 5.0  # a default range is this factor wider than the published one, at each end
 LEAST_SPREAD = 2.0  # factor; a published range may be a single point
+# How much higher the best learning rate is with all layers frozen than with none; from our own
+# recorded runs (benchmarks/RESULTS.md).
+FROZEN_FACTOR = 3.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,11 @@ def prior_of(recipe: Recipe, path: str) -> dict[str, float] | None:
     if path == "train.learning_rate":
         low, high = recipe.learning_rates
         spread = max(LEAST_SPREAD, math.sqrt(high / low))
-        return {"center": _rounded(math.sqrt(low * high)), "spread": _rounded(spread)}
+        return {
+            "center": _rounded(math.sqrt(low * high)),
+            "spread": _rounded(spread),
+            "frozen_factor": FROZEN_FACTOR,
+        }
     if path == "train.epochs":
         low, high = recipe.epochs
         return {"center": (low + high) / 2, "spread": max(1.0, (high - low) / 2)}

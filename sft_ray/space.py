@@ -17,6 +17,7 @@ from sft_ray.recipes import RECIPES, Recipe, learning_rate_range, prior_of
 
 NUMERIC_KINDS = ("uniform", "log_uniform", "int", "log_int")
 KINDS = (*NUMERIC_KINDS, "choice", "one_of")
+PRIOR_KEYS = {"center", "spread", "frozen_factor"}
 # Where a regularisation kind is searched without a written range.  The scale follows the size of
 # the penalty's gradient: a sign for l1, a weight (about 0.04) for l2, a drift (about 0.001) for
 # l2_sp; decoupled weight decay spans the published 0.01 and 0.1.
@@ -33,11 +34,13 @@ class Prior:
     """Where good values are believed to lie: the middle, and one standard deviation around it.
 
     `spread` is a factor on a logarithmic domain (3 means 1/3 to 3 times the center) and a
-    difference on a linear one.
+    difference on a linear one.  With all layers frozen the center is `frozen_factor` times as high,
+    with none as it stands, geometrically in between.
     """
 
     center: float
     spread: float
+    frozen_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -159,9 +162,9 @@ def _named_prior(path: str, name: str, low: float, high: float) -> dict[str, flo
 def _parse_prior(path: str, prior: Any, log: bool) -> Prior | None:
     if prior is None:
         return None
-    if not isinstance(prior, dict) or set(prior) != {"center", "spread"}:
+    if not isinstance(prior, dict) or not {"center", "spread"} <= set(prior) <= PRIOR_KEYS:
         raise ConfigError(
-            f"{path}.prior: needs exactly center and spread, or the name of a recipe, got {prior!r}"
+            f"{path}.prior: needs center and spread, or the name of a recipe, got {prior!r}"
         )
     if not all(map(_is_number, prior.values())):
         raise ConfigError(f"{path}.prior: center and spread must be numbers, got {prior!r}")
@@ -170,7 +173,13 @@ def _parse_prior(path: str, prior: Any, log: bool) -> Prior | None:
         raise ConfigError(f"{path}.prior: {rule}, got {prior!r}")
     if not prior["spread"] > 0:
         raise ConfigError(f"{path}.prior: spread must be above 0, got {prior['spread']}")
-    return Prior(float(prior["center"]), float(prior["spread"]))
+    factor = prior.get("frozen_factor", 1.0)
+    if not factor > 0 or (factor != 1 and not log):
+        raise ConfigError(
+            f"{path}.prior: frozen_factor must be above 0 and go with a logarithmic range, got "
+            f"{prior!r}"
+        )
+    return Prior(float(prior["center"]), float(prior["spread"]), float(factor))
 
 
 def _parse_one_of(path: str, body: list[Any]) -> OneOf:

@@ -55,7 +55,11 @@ def test_every_kind_of_domain_parses() -> None:
         ({"one_of": [{"kind": "a"}, {"kind": "a"}]}, "stands twice"),
         ({"uniform": [0, 1], "int": [0, 1]}, "a domain is one of"),
         ({"choice": [1], "prior": {"center": 1, "spread": 2}}, "a prior needs a range"),
-        ({"log_uniform": [1, 2], "prior": {"center": 1}}, "exactly center and spread"),
+        (
+            {"uniform": [1, 2], "prior": {"center": 1, "spread": 1, "frozen_factor": 2}},
+            "logarithmic range",
+        ),
+        ({"log_uniform": [1, 2], "prior": {"center": 1}}, "needs center and spread"),
         ({"log_uniform": [1, 2], "prior": {"center": 1, "spread": 0.5}}, "spread > 1"),
         ({"log_uniform": [1, 2], "prior": {"center": 5, "spread": 2}}, "within the range"),
     ],

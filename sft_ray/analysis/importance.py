@@ -66,5 +66,6 @@ def _shares(scored: Sequence[tuple[FrozenTrial, float]]) -> dict[str, float]:
         optuna.trial.create_trial(params=t.params, distributions=t.distributions, value=value)
         for t, value in scored
     )
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+    found = optuna.importance.FanovaImportanceEvaluator(seed=0).evaluate(study)
+    total = sum(found.values())  # nothing where no parameter has two values
+    return {name: share / total for name, share in found.items()} if total else {}

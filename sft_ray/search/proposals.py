@@ -16,12 +16,13 @@ from optuna.trial import TrialState
 from sft_ray import space as spaces
 from sft_ray.config import Search, Train, apply_values
 from sft_ray.search.samplers import build_sampler, grid_points
-from sft_ray.space import Choice, Numeric, OneOf, Space
+from sft_ray.space import Choice, Numeric, OneOf, Prior, Space
 from sft_ray.training.seeds import derived_seed
 
 PRIOR_STRENGTH = 10  # n0: trials after which half of the draws come from the sampler
 MOST_POINTS = 10_000  # a larger space is searched as if it were infinite
 ATTEMPTS = 20  # of the sampler, to draw a point that was not tried
+FROZEN_LAYERS = "train.frozen_layers"
 YARDSTICK = "default recipe"  # role of the trial that every other is measured against
 
 
@@ -51,26 +52,40 @@ def prior_draw(space: Space, seed: int, number: int) -> dict[str, Any]:
 
     The other parameters are left to the sampler; empty where it has all the say.
     """
+    known = spaces.domains(space)
     priors = {
-        name: domain
-        for name, domain in spaces.domains(space).items()
+        name: (domain, domain.prior)
+        for name, domain in known.items()
         if isinstance(domain, Numeric) and domain.prior is not None
     }
     rng = np.random.default_rng(derived_seed(seed, "prior", number))
     if rng.random() >= PRIOR_STRENGTH / (PRIOR_STRENGTH + number):
         return {}
-    return {name: _draw_prior(domain, rng) for name, domain in priors.items()}
+    drawn: dict[str, Any] = {}
+    frozen_share, depth = 0.0, known.get(FROZEN_LAYERS)
+    if isinstance(depth, Numeric) and any(prior.frozen_factor != 1 for _, prior in priors.values()):
+        drawn[FROZEN_LAYERS] = int(rng.integers(int(depth.low), int(depth.high) + 1))
+        frozen_share = drawn[FROZEN_LAYERS] / max(depth.high, 1)
+    for name, (domain, prior) in priors.items():
+        if name not in drawn:
+            drawn[name] = _draw_prior(domain, prior, frozen_share, rng)
+    return drawn
 
 
-def _draw_prior(domain: Numeric, rng: np.random.Generator) -> float | int:
-    """A normal draw around the prior's center (log-normal on a log scale), within the range."""
-    assert domain.prior is not None  # the caller chose domains with priors
+def _draw_prior(
+    domain: Numeric, prior: Prior, frozen_share: float, rng: np.random.Generator
+) -> float | int:
+    """A normal draw around the prior's center (log-normal on a log scale), within the range.
+
+    Args:
+        frozen_share: of the layers, of the configuration that is drawn.
+    """
     if domain.low == domain.high:  # never hit by chance
         return domain.low
-    center, spread = domain.prior.center, domain.prior.spread
+    center = min(prior.center * prior.frozen_factor**frozen_share, domain.high)
     while True:
         z = rng.standard_normal()
-        value = center * spread**z if domain.log else center + spread * z
+        value = center * prior.spread**z if domain.log else center + prior.spread * z
         value = round(value) if domain.integer else float(value)
         if value in domain:
             return value

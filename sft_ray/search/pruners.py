@@ -24,10 +24,14 @@ class RungPruner(optuna.pruners.BasePruner):
     apart.  Once most suggestions are good, ranks at an early rung are noise, and halving among
     equals would throw the best away; trials that are clearly worse end all the same.  The first
     trial at a rung always goes on.
+
+    Args:
+        tolerance: how far behind, in widths of the survivors; 0 is plain successive halving.
     """
 
-    def __init__(self, rungs: Sequence[int], reduction_factor: int) -> None:
+    def __init__(self, rungs: Sequence[int], reduction_factor: int, tolerance: float = 1.0) -> None:
         self.rungs, self.reduction_factor = tuple(rungs), reduction_factor
+        self.tolerance = tolerance
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         step = trial.last_step
@@ -39,7 +43,7 @@ class RungPruner(optuna.pruners.BasePruner):
         ranked = sorted((sign * value for value in values), reverse=True)
         last = ranked[max(1, len(ranked) // self.reduction_factor) - 1]
         apart = ranked[0] - last
-        return bool(sign * trial.intermediate_values[step] < last - apart)
+        return bool(sign * trial.intermediate_values[step] < last - self.tolerance * apart)
 
 
 def build_pruner(search: Search) -> optuna.pruners.BasePruner:

@@ -1,5 +1,6 @@
 """The search over one study, on invented trials: no Ray, no training."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,89 @@ def test_a_rung_keeps_the_best_third_of_those_who_reached_it(direction: str) -> 
     assert decisions == [False, False, True, False, True, False]
 
 
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+@pytest.mark.parametrize(
+    ("others", "value", "is_pruned"),
+    [
+        # Of 6 the best 2 survive: 0.75 and 0.625, which lie 0.125 apart; 0.5 is as far behind.
+        ([0.75, 0.625, 0.25, 0.125, 0.0], 0.5, False),
+        ([0.75, 0.625, 0.25, 0.125, 0.0], 0.499, True),
+        # Survivors that are all but equal spare nobody else, equal ones only their equals.
+        ([0.75, 0.749, 0.25, 0.125, 0.0], 0.747, True),
+        ([0.75, 0.75, 0.25, 0.125, 0.0], 0.749, True),
+        ([0.75, 0.75, 0.25, 0.125, 0.0], 0.75, False),
+        # One outstanding trial spares many: 1 and 0.5 lie 0.5 apart.
+        ([1.0, 0.5, 0.25, 0.125, 0.0], 0.0, False),
+        ([1.0, 0.5, 0.25, 0.125, 0.0], -0.001, True),
+        # Up to 5 have one survivor, which lies apart from nobody.
+        ([0.75, 0.625, 0.5, 0.25], 0.749, True),
+        ([0.75], 0.749, True),
+        ([0.75], 0.75, False),
+        ([], 0.0, False),
+        # Of 9 the best 3 survive, itself included; the width is from first to last of them.
+        ([1.0, 0.875, 0.75, 0.25, 0.25, 0.25, 0.25, 0.25], 0.5, False),
+        ([1.0, 0.875, 0.75, 0.25, 0.25, 0.25, 0.25, 0.25], 0.499, True),
+        ([1.0, 0.875, 0.5, 0.25, 0.25, 0.25, 0.25, 0.25], 0.75, False),
+    ],
+)
+def test_a_rung_spares_who_is_behind_by_no_more_than_the_survivors_lie_apart(
+    direction: str, others: list[float], value: float, is_pruned: bool
+) -> None:
+    study = optuna.create_study(direction=direction)
+    sign = 1 if direction == "maximize" else -1
+    for other in others:
+        study.ask().report(sign * other, 10)
+    trial = study.ask()
+    trial.report(sign * value, 10)
+    assert RungPruner([10, 33], 3).prune(study, study.trials[-1]) is is_pruned
+
+
+def test_a_larger_reduction_factor_keeps_fewer_and_spares_fewer() -> None:
+    decisions = {}
+    for factor in (2, 3, 4, 8):
+        study = optuna.create_study(direction="maximize")
+        for other in (1.0, 0.875, 0.75, 0.5, 0.25, 0.125, 0.0):
+            study.ask().report(other, 10)
+        study.ask().report(0.6, 10)
+        decisions[factor] = RungPruner([10], factor).prune(study, study.trials[-1])
+    # Of 8 survive 4 (down to 0.6 itself), 2 (1 and 0.875: to 0.75), 2, 1.
+    assert decisions == {2: False, 3: True, 4: True, 8: True}
+
+
+def test_each_rung_knows_its_own_trials_only() -> None:
+    study = optuna.create_study(direction="maximize")
+    for early, late in ((0.75, 0.25), (0.5, 0.5)):
+        trial = study.ask()
+        trial.report(early, 10)
+        trial.report(late, 33)
+    trial = study.ask()
+    trial.report(0.25, 10)
+    pruner = RungPruner([10, 33], 3)
+    assert pruner.prune(study, study.trials[-1])
+    trial.report(0.75, 33)
+    assert not pruner.prune(study, study.trials[-1])
+    trial.report(0.0, 67)  # no rung
+    assert not pruner.prune(study, study.trials[-1])
+
+
+def test_a_search_ends_who_is_clearly_worse_and_spares_near_equals(tmp_path: Path) -> None:
+    study = open_study(tmp_path, experiment(default_recipe=False, sampler="random"))
+    reasons = {}
+    # Six at once; the survivors of six are 0.75 and 0.625, and 0.5 is spared.
+    waiting = [study.next_trial() for _ in range(6)]
+    for planned, score in zip(waiting, (0.625, 0.75, 0.25, 0.0, 0.125, 0.5), strict=True):
+        assert planned is not None
+        reasons[score] = study.mark(planned.number, 10, score, 1.0)
+    assert reasons == {
+        0.625: None,
+        0.75: None,
+        0.25: "rung 10",
+        0.0: "rung 10",
+        0.125: "rung 10",
+        0.5: None,
+    }
+
+
 def test_nobody_is_pruned_off_the_rungs_or_at_the_end(tmp_path: Path) -> None:
     study = open_study(tmp_path, experiment(default_recipe=False))
     for score in (0.9, 0.1):
@@ -209,6 +293,57 @@ def test_a_fault_is_a_violated_constraint_that_the_sampler_avoids(tmp_path: Path
     assert all(
         t.state == TrialState.PRUNED for t, d in zip(study.trials, diverged, strict=True) if d
     )
+
+
+FULL = {
+    "reason": "gradient not finite",
+    "fault": True,
+    "score": 0.875,
+    "score_percent": 33,
+    "metrics": {"accuracy": 0.875, "loss": 0.25},
+    "has_checkpoint": True,
+    "restarts": 2,
+    "schedule_percent": 67,
+    "epochs_run": 1.34,
+    "examples_seen": 4321,
+    "micro_batch": 8,
+    "trained_parameters": 21_000_000,
+    "memory_bytes": 3_000_000_000,
+    "train_seconds": 12.5,
+    "eval_seconds": 1.25,
+    "overhead_seconds": 0.125,
+}
+
+
+@pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL])
+def test_every_field_of_an_outcome_survives_in_the_study(tmp_path: Path, state: TrialState) -> None:
+    end, nothing = Outcome(**FULL), Outcome()
+    assert set(FULL) == {field.name for field in dataclasses.fields(Outcome)}
+    assert all(value != getattr(nothing, name) for name, value in FULL.items())
+    study = open_study(tmp_path, experiment(default_recipe=False))
+    for outcome in (end, dataclasses.replace(nothing, score=0.0)):
+        planned = study.next_trial()
+        assert planned is not None
+        study.mark(planned.number, 10, 0.5, 1.0)
+        study.finish(planned.number, state, outcome)
+        assert Outcome.of(study.trials[-1]) == outcome
+    reopened = open_study(tmp_path, experiment(default_recipe=False))
+    assert Outcome.of(reopened.trials[0]) == end
+    assert reopened.trials[0].constraints == {"fault": 1.0}
+    assert not reopened.trials[1].constraints
+    row = row_of(reopened.trials[0], seed=17)
+    told = {name: row[name] for name in FULL if name in row}
+    assert told == {name: FULL[name] for name in told}
+    assert (row["state"], row["value"]) == (state.name, 0.875)
+    assert row["examples_per_second"] == pytest.approx(4321 / 12.5)
+    # What the row leaves out: told by state, value and curve, or in other words.
+    assert set(FULL) - set(told) == {
+        "fault",
+        "score",
+        "score_percent",
+        "has_checkpoint",
+        "examples_seen",
+    }
 
 
 def test_with_no_finished_trial_the_furthest_along_wins(tmp_path: Path) -> None:

@@ -1,0 +1,308 @@
+"""Finite spaces are never repeated, priors have their share: no Ray, no training."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from sft_ray import space as spaces
+from sft_ray.analysis.outcome import Outcome
+from sft_ray.config import Experiment, Train
+from sft_ray.search.proposals import (
+    MOST_POINTS,
+    PRIOR_STRENGTH,
+    FiniteSpace,
+    num_points,
+    prior_draw,
+)
+from sft_ray.search.study import PlannedTrial, SearchStudy
+from tests.search.test_study import RECIPE, experiment, finite, history, open_study, run_all
+
+SMALL = {
+    "train.learning_rate": {"choice": [1e-5, 1e-4]},
+    "train.epochs": {"int": [1, 3]},
+    "train.warmup": {"choice": [0.0, 0.06]},
+}
+NUM_SMALL = 2 * 3 * 2
+PRIORS = {
+    "train.learning_rate": {
+        "log_uniform": [1e-5, 1e-4],
+        "prior": {"center": 2e-5, "spread": 3.0},
+    },
+    "train.epochs": {"int": [2, 5], "prior": {"center": 3, "spread": 2}},
+    "train.batch_size": {"log_int": [8, 64], "prior": {"center": 8, "spread": 2}},
+    "train.warmup": {"uniform": [0, 0.2], "prior": {"center": 0.2, "spread": 0.1}},
+    "train.frozen_layers": {"int": [0, 6]},
+}
+
+
+def in_memory(exp: Experiment) -> SearchStudy:
+    storage = optuna.storages.InMemoryStorage()
+    return SearchStudy(exp, storage, recipe=RECIPE, direction="maximize")
+
+
+def configuration(train: dict[str, Any]) -> str:
+    return json.dumps(train, sort_keys=True)
+
+
+def trained(study: SearchStudy) -> list[str]:
+    return [configuration(t.user_attrs["train"]) for t in study.trials]
+
+
+def answer(study: SearchStudy, planned: PlannedTrial) -> None:
+    """One mark: warm-up and many epochs do well."""
+    score = planned.train.warmup + 0.1 * planned.train.epochs
+    study.mark(planned.number, 100, score, slot_seconds=1.0)
+    study.finish(planned.number, TrialState.COMPLETE, Outcome(score=score, has_checkpoint=True))
+
+
+@pytest.mark.parametrize(
+    ("raw", "points"),
+    [
+        ({"train.epochs": {"int": [1, 3]}}, 3),
+        ({"train.epochs": {"log_int": [2, 5]}}, 4),
+        ({"train.epochs": 3}, 1),
+        (SMALL, NUM_SMALL),
+        (finite(), 2 * 3 * (1 + 2 + 1)),
+        ({**finite(), "train.warmup": {"uniform": [0, 0.1]}}, math.inf),
+        ({"train.regularization": {"one_of": [{"kind": "none"}, {"kind": "l2"}]}}, math.inf),
+    ],
+)
+def test_the_points_of_a_space_are_counted(raw: dict[str, Any], points: float) -> None:
+    space = spaces.parse_space(raw)
+    assert num_points(space) == points
+    known = FiniteSpace.of(space, Train())
+    assert (known is None) == (points == math.inf)
+    if known is not None:
+        assert len(known.points) == points
+
+
+def test_a_space_too_large_to_keep_count_of_is_searched_as_if_infinite() -> None:
+    raw = {"train.epochs": {"int": [1, 100]}, "train.batch_size": {"int": [1, MOST_POINTS // 100]}}
+    assert FiniteSpace.of(spaces.parse_space(raw), Train()) is not None
+    raw["train.batch_size"] = {"int": [1, MOST_POINTS // 100 + 1]}
+    assert FiniteSpace.of(spaces.parse_space(raw), Train()) is None
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "gp", "nsga2"])
+def test_no_configuration_runs_twice_and_the_last_one_ends_the_search(sampler: str) -> None:
+    # A Gaussian process is fitted from the eleventh trial on, which takes seconds.
+    space = SMALL if sampler != "gp" else {**SMALL, "train.epochs": {"int": [1, 2]}}
+    study = in_memory(experiment(space=space, sampler=sampler, trials=99, default_recipe=False))
+    while (planned := study.next_trial()) is not None:
+        assert not study.is_over()
+        answer(study, planned)
+    assert study.is_over()
+    points = num_points(study.space)
+    assert len(trained(study)) == len(set(trained(study))) == points
+
+
+def test_a_gaussian_process_does_not_repeat_itself_either() -> None:
+    space = {**SMALL, "train.epochs": {"int": [1, 6]}}
+    study = in_memory(experiment(space=space, sampler="gp", trials=12, default_recipe=False))
+    run_all(study)
+    assert len(trained(study)) == len(set(trained(study))) == 12
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
+def test_conditional_choices_are_told_apart_by_what_they_train(sampler: str) -> None:
+    study = in_memory(experiment(space=finite(), sampler=sampler, trials=99, default_recipe=False))
+    run_all(study)
+    assert study.is_over()
+    assert len(trained(study)) == len(set(trained(study))) == 24
+    for trial in study.trials:  # the study's own parameters are those that were trained
+        params = trial.user_attrs["params"]
+        assert trial.params.items() <= params.items()
+        assert params["train.warmup"] == 0.1
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
+@pytest.mark.parametrize("slots", [4, NUM_SMALL + 3])
+def test_several_slots_never_share_a_configuration(sampler: str, slots: int) -> None:
+    study = in_memory(experiment(space=SMALL, sampler=sampler, trials=99, default_recipe=False))
+    running: list[PlannedTrial] = []
+    for _ in range(NUM_SMALL):
+        if len(running) == slots:
+            answer(study, running.pop(0))
+        planned = study.next_trial()
+        assert planned is not None
+        running.append(planned)
+    assert study.next_trial() is None
+    while running:  # nothing is left to ask, but the search ends with its last trial
+        assert not study.is_over()
+        answer(study, running.pop())
+    assert study.is_over()
+    assert len(trained(study)) == len(set(trained(study))) == NUM_SMALL
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
+def test_a_reopened_study_knows_what_was_tried(tmp_path: Path, sampler: str) -> None:
+    exp = experiment(space=SMALL, sampler=sampler, trials=99)
+    straight = in_memory(exp)
+    run_all(straight)
+    for stop_at in (0, 4, 9):
+        run_all(open_study(tmp_path, exp), until=lambda n, stop_at=stop_at: n == stop_at)
+    interrupted = open_study(tmp_path, exp).next_trial()  # and then the driver dies
+    assert interrupted is not None
+    again = open_study(tmp_path, exp)
+    run_all(again)
+    assert again.is_over()
+    assert open_study(tmp_path, exp).next_trial() is None
+    assert len(trained(again)) == len(set(trained(again))) == NUM_SMALL
+    assert history(again) == history(straight)
+
+
+def test_a_failed_configuration_counts_as_tried() -> None:
+    study = in_memory(experiment(space=SMALL, trials=99, default_recipe=False))
+    while (planned := study.next_trial()) is not None:
+        study.finish(planned.number, TrialState.FAIL, Outcome(reason="disk full"))
+    assert len(set(trained(study))) == len(study.trials) == NUM_SMALL
+
+
+def test_a_default_recipe_within_the_space_is_one_of_its_points() -> None:
+    within = in_memory(experiment(space=SMALL, trials=99))
+    run_all(within)
+    assert within.trials[0].user_attrs["train"]["warmup"] == 0.06
+    assert len(set(trained(within))) == len(within.trials) == NUM_SMALL
+    beside = in_memory(experiment(space={**SMALL, "train.epochs": {"int": [4, 6]}}, trials=99))
+    run_all(beside)
+    assert beside.trials[0].user_attrs["train"]["epochs"] == 3
+    assert len(set(trained(beside))) == len(beside.trials) == NUM_SMALL + 1
+
+
+def test_what_the_user_enqueues_twice_runs_twice() -> None:
+    wanted = {"train.learning_rate": 1e-5, "train.epochs": 2, "train.warmup": 0.0}
+    study = in_memory(
+        experiment(space=SMALL, trials=99, default_recipe=False, enqueue=[wanted, wanted])
+    )
+    run_all(study)
+    first, second, *others = trained(study)
+    assert first == second
+    assert [t.user_attrs.get("role") for t in study.trials[:3]] == ["enqueued", "enqueued", None]
+    assert len({first, *others}) == len(others) + 1 == NUM_SMALL
+    assert study.is_over()
+
+
+def test_the_number_of_trials_still_ends_a_search_of_a_finite_space() -> None:
+    study = in_memory(experiment(space=SMALL, trials=5))
+    run_all(study)
+    assert study.is_over()
+    assert len(set(trained(study))) == 5
+
+
+def test_tpe_still_learns_in_a_finite_space() -> None:
+    space = {"train.frozen_layers": {"int": [0, 59]}, "train.epochs": {"int": [1, 2]}}
+    study = in_memory(experiment(space=space, trials=40, default_recipe=False, pruner="none"))
+    while (planned := study.next_trial()) is not None:
+        score = -abs(int(planned.train.frozen_layers) - 20) / 60
+        study.mark(planned.number, 100, score, 1.0)
+        study.finish(planned.number, TrialState.COMPLETE, Outcome(score=score))
+    distance = [abs(t.params["train.frozen_layers"] - 20) for t in study.trials]
+    assert len(set(trained(study))) == 40
+    assert sum(distance[25:]) / 15 < 0.5 * sum(distance[:10]) / 10
+
+
+def test_prior_draws_name_the_parameters_with_priors_and_stay_in_range() -> None:
+    space = spaces.parse_space(PRIORS)
+    known = spaces.domains(space)
+    drawn = [draw for seed in range(500) if (draw := prior_draw(space, seed, 0))]
+    assert len(drawn) == 500  # n0 / (n0 + 0): always
+    for draw in drawn:
+        assert set(draw) == set(PRIORS) - {"train.frozen_layers"}
+        assert all(value in known[name] for name, value in draw.items())
+        assert type(draw["train.epochs"]) is type(draw["train.batch_size"]) is int
+        assert type(draw["train.learning_rate"]) is type(draw["train.warmup"]) is float
+    assert {draw["train.epochs"] for draw in drawn} == {2, 3, 4, 5}
+    middle = sorted(draw["train.learning_rate"] for draw in drawn)[250]
+    assert 1.8e-5 < middle < 3e-5  # what lies below 1e-5 is cut off, so a little above the center
+
+
+@pytest.mark.parametrize("domain", [{"log_uniform": [3e-5, 3e-5]}, {"uniform": [3e-5, 3e-5]}])
+def test_a_prior_over_a_single_value_draws_it(domain: dict[str, Any]) -> None:
+    raw = {**domain, "prior": {"center": 3e-5, "spread": 2.0}}
+    assert prior_draw(spaces.parse_space({"train.learning_rate": raw}), 0, 0) == {
+        "train.learning_rate": 3e-5
+    }
+
+
+def test_a_prior_pulls_draws_to_its_center() -> None:
+    raw = {"log_uniform": [1e-6, 1e-3], "prior": {"center": 2e-5, "spread": 1.5}}
+    space = spaces.parse_space({"train.learning_rate": raw})
+    logs = [math.log(prior_draw(space, seed, 0)["train.learning_rate"]) for seed in range(1000)]
+    mean = sum(logs) / 1000
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in logs) / 999)
+    # Four standard errors of a mean and of a standard deviation.
+    assert abs(mean - math.log(2e-5)) < 4 * math.log(1.5) / math.sqrt(1000)
+    assert abs(deviation - math.log(1.5)) < 4 * math.log(1.5) / math.sqrt(2000)
+
+
+@pytest.mark.parametrize("number", [1, 3, 10, 30, 90, 990])
+def test_the_share_of_priors_is_n0_of_n0_plus_n(number: int) -> None:
+    assert PRIOR_STRENGTH == 10
+    space = spaces.parse_space(PRIORS)
+    share, tries = 10 / (10 + number), 2000
+    drawn = sum(bool(prior_draw(space, seed, number)) for seed in range(tries))
+    assert abs(drawn / tries - share) < 4 * math.sqrt(share * (1 - share) / tries)
+
+
+def test_draws_of_one_search_have_that_share_too() -> None:
+    space = spaces.parse_space(PRIORS)
+    numbers = range(1000)
+    shares = [10 / (10 + n) for n in numbers]
+    drawn = sum(bool(prior_draw(space, 17, n)) for n in numbers)
+    assert abs(drawn - sum(shares)) < 4 * math.sqrt(sum(p * (1 - p) for p in shares))
+
+
+def test_a_space_without_priors_is_the_samplers_alone() -> None:
+    space = spaces.parse_space({"train.learning_rate": {"log_uniform": [1e-6, 1e-3]}})
+    assert all(prior_draw(space, 17, n) == {} for n in range(20))
+
+
+def test_a_study_draws_from_its_priors_and_leaves_the_rest_to_the_sampler() -> None:
+    exp = experiment(space=PRIORS, trials=30, default_recipe=False, pruner="none")
+    study = in_memory(exp)
+    known = spaces.domains(study.space)
+    run_all(study)
+    for trial in study.trials:
+        assert all(trial.params[name] in domain for name, domain in known.items())
+        proposed = prior_draw(study.space, exp.seed, trial.number)
+        assert proposed.items() <= trial.params.items()
+        assert "role" not in trial.user_attrs  # a sampled trial like any other
+    assert len({t.params["train.frozen_layers"] for t in study.trials[:10]}) > 2
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_priors_bend_a_finite_space_and_it_is_used_up_all_the_same(sampler: str) -> None:
+    epochs = {"int": [1, 8], "prior": {"center": 8, "spread": 0.5}}
+    space = {"train.epochs": epochs, "train.warmup": {"choice": [0.0, 0.1, 0.2, 0.3]}}
+    study = in_memory(experiment(space=space, sampler=sampler, trials=99, default_recipe=False))
+    while (planned := study.next_trial()) is not None:
+        study.finish(planned.number, TrialState.FAIL, Outcome(reason="not run"))
+    assert len(set(trained(study))) == len(study.trials) == 32
+    assert sum(t.params["train.epochs"] >= 7 for t in study.trials[:5]) >= 3
+
+
+def test_a_prior_of_the_learning_rate_rises_with_the_frozen_depth() -> None:
+    """Three times the center with all layers frozen, the center itself with none."""
+    space = spaces.parse_space(
+        {
+            "train.learning_rate": {
+                "log_uniform": [1e-7, 1e-1],
+                "prior": {"center": 1e-4, "spread": 1.5, "frozen_factor": 3.0},
+            },
+            "train.frozen_layers": {"int": [0, 6]},
+        }
+    )
+    drawn = [prior_draw(space, seed, 0) for seed in range(3000)]
+    by_depth = {
+        k: [d["train.learning_rate"] for d in drawn if d["train.frozen_layers"] == k]
+        for k in range(7)
+    }
+    assert min(map(len, by_depth.values())) > 300  # every depth is as likely
+    for k, rates in by_depth.items():
+        middle = math.exp(sum(map(math.log, rates)) / len(rates))
+        assert middle == pytest.approx(1e-4 * 3 ** (k / 6), rel=0.1)
