@@ -135,7 +135,7 @@ def _parse_numeric(path: str, kind: str, body: Any, prior: Any) -> Numeric:
     if integer and not (isinstance(low, int) and isinstance(high, int)):
         raise ConfigError(f"{path}: {kind} needs whole numbers, got {body!r}")
     if isinstance(prior, str):
-        prior = _named_prior(path, prior, low, high)
+        prior = _named_prior(path, prior, low, high, log)
     parsed = _parse_prior(path, prior, log)
     if parsed is not None and not low <= parsed.center <= high:
         raise ConfigError(
@@ -145,7 +145,7 @@ def _parse_numeric(path: str, kind: str, body: Any, prior: Any) -> Numeric:
     return Numeric(low, high, log, integer, parsed)
 
 
-def _named_prior(path: str, name: str, low: float, high: float) -> dict[str, float]:
+def _named_prior(path: str, name: str, low: float, high: float, log: bool) -> dict[str, float]:
     """A published recipe's prior; its center moves to the nearest value of the range."""
     where = f"{path}.prior"
     if name not in RECIPES:
@@ -156,6 +156,10 @@ def _named_prior(path: str, name: str, low: float, high: float) -> dict[str, flo
             f"{where}: recipes know train.learning_rate and train.epochs only, got {name!r}; write "
             "{center: …, spread: …}"
         )
+    rate = path.endswith("learning_rate")
+    if log != rate:
+        scale = "logarithmic (log_uniform)" if rate else "linear (int)"
+        raise ConfigError(f"{where}: the recipe {name!r} needs a {scale} range here; change it")
     return {**found, "center": min(max(found["center"], low), high)}
 
 

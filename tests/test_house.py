@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "sft_ray").rglob("*.py"))
 # From the ground up: a module may import from its own layer and those before it.
 LAYERS = [
-    {"errors"},
+    {"errors", "recipes"},
     {"cache", "environment", "space", "yaml_text", "screen"},
     {"config"},
     {"run_store"},

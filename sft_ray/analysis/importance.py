@@ -8,7 +8,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from sft_ray.analysis.outcome import score_of
+from sft_ray.analysis.outcome import curve_of, score_of
 
 RELIABLE_FROM = 30  # trials; the field's rule of thumb for a forest over a handful of dimensions
 FEWEST = 4
@@ -30,7 +30,7 @@ def importances(trials: Sequence[FrozenTrial], rungs: Sequence[int]) -> dict[str
         return score_of(trial) if trial.state == TrialState.COMPLETE else None
 
     def at_first_rung(trial: FrozenTrial) -> float | None:
-        return trial.intermediate_values.get(rungs[0]) if rungs else None
+        return curve_of(trial).get(rungs[0]) if rungs else None
 
     return {"finished": _judge(trials, final), "first_rung": _judge(trials, at_first_rung)}
 
@@ -68,4 +68,4 @@ def _shares(scored: Sequence[tuple[FrozenTrial, float]]) -> dict[str, float]:
     )
     found = optuna.importance.FanovaImportanceEvaluator(seed=0).evaluate(study)
     total = sum(found.values())  # nothing where no parameter has two values
-    return {name: share / total for name, share in found.items()} if total else {}
+    return {name: float(share / total) for name, share in found.items()} if total else {}

@@ -95,3 +95,8 @@ class Outcome:
 def score_of(trial: FrozenTrial) -> float:
     """The first objective of a COMPLETE trial."""
     return float(trial.values[0])
+
+
+def curve_of(trial: FrozenTrial) -> dict[int, float]:
+    """Percent of the schedule -> score; with several objectives Optuna keeps none itself."""
+    return trial.intermediate_values or dict(trial.user_attrs.get("curve", []))

@@ -9,7 +9,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from sft_ray.analysis.outcome import Outcome, score_of
+from sft_ray.analysis.outcome import Outcome, curve_of, score_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def row_of(trial: FrozenTrial, seed: int) -> dict[str, Any]:
         role=trial.user_attrs.get("role", "sampled"),
         params=trial.user_attrs["params"],
         outcome=Outcome.of(trial),
-        curve=trial.intermediate_values or dict(trial.user_attrs.get("curve", [])),
+        curve=curve_of(trial),
         seed=seed,
     )
 

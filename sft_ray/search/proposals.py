@@ -14,20 +14,22 @@ import optuna
 from optuna.trial import TrialState
 
 from sft_ray import space as spaces
-from sft_ray.config import Search, Train, apply_values
+from sft_ray.config import Experiment, Search, Train, apply_values
 from sft_ray.search.samplers import build_sampler, grid_points
 from sft_ray.space import Choice, Numeric, OneOf, Prior, Space
 from sft_ray.training.seeds import derived_seed
 
 PRIOR_STRENGTH = 10  # n0: trials after which half of the draws come from the sampler
 MOST_POINTS = 10_000  # a larger space is searched as if it were infinite
-ATTEMPTS = 20  # of the sampler, to draw a point that was not tried
+# Draws to find a point that was not tried.  One of gp fits a model; a copy of the study would have
+# qmc begin its sequence anew, so it takes any untried point.
+ATTEMPTS = {"tpe": 20, "nsga2": 20, "random": 20, "gp": 2}
 FROZEN_LAYERS = "train.frozen_layers"
 YARDSTICK = "default recipe"  # role of the trial that every other is measured against
 
 
 def first_trials(
-    search: Search, space: Space, recipe: Mapping[str, Any], warm: list[dict[str, Any]]
+    experiment: Experiment, space: Space, recipe: Mapping[str, Any], warm: list[dict[str, Any]]
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """What runs before the sampler is asked: parameters, and the role they have.
 
@@ -35,16 +37,23 @@ def first_trials(
         recipe: values of the default recipe by dotted path.
         warm: flat parameters that did well in other runs.
     """
+    search, train, known = experiment.search, experiment.train, spaces.domains(space)
+    params = spaces.parameters(recipe)
+    yardstick = {n: v for n, v in params.items() if n in known and v in known[n]}
+    done = set()
     if search.default_recipe:
-        params, known = spaces.parameters(recipe), spaces.domains(space)
-        yield {n: v for n, v in params.items() if n in known and v in known[n]}, YARDSTICK
+        yield yardstick, YARDSTICK
+        done.add(key_of(apply_values(train, dict(recipe)).model_dump()))
     for values in search.enqueue:
         yield spaces.parameters(values), "enqueued"
     for params in warm:
-        yield params, "warm start"
+        if not search.default_recipe or params != yardstick:
+            yield params, "warm start"
     if search.sampler == "grid":
         for point in grid_points(space):
-            yield point, "grid"
+            values = spaces.draw(space, lambda name, _, point=point: point[name])  # type: ignore[misc]
+            if key_of(apply_values(train, values).model_dump()) not in done:
+                yield point, "grid"
 
 
 def prior_draw(space: Space, seed: int, number: int) -> dict[str, Any]:
@@ -119,9 +128,9 @@ class FiniteSpace:
         """An untried point, the sampler's own if it finds one; None if all have been tried."""
         untried = self.untried(study.get_trials(deepcopy=False))
         keys = {self.key_of(point) for point in untried}
-        rehearsal = as_seen_now(study, search, seed, number)
         fixed = prior_draw(self.space, seed, number)
-        for _ in range(ATTEMPTS if untried else 0):
+        rehearsal = as_seen_now(study, search, seed, number)
+        for _ in range(ATTEMPTS.get(search.sampler, 0) if untried else 0):
             if fixed:
                 rehearsal.enqueue_trial(fixed)
             drawn = ask(rehearsal, self.space)

@@ -106,7 +106,7 @@ class SearchStudy:
         self.restarts: dict[int, int] = {}  # of slots that died under a trial, this session
         self._interrupted = [t.number for t in self.trials if t.state == TrialState.RUNNING]
         if not self.study.get_trials(deepcopy=False):
-            for params, role in first_trials(search, self.space, recipe, list(warm)):
+            for params, role in first_trials(experiment, self.space, recipe, list(warm)):
                 self.study.enqueue_trial(params, user_attrs={"role": role})
 
     @property

@@ -86,7 +86,9 @@ class _Run:
 
 def _read(location: str) -> _Run:
     storage, _, name = location.rstrip("/").rpartition("/")
-    store = RunStore(storage or ".", name)
+    if "://" not in location:
+        storage, name = str(Path(location).absolute().parent), Path(location).absolute().name
+    store = RunStore(storage, name)
     text = store.read_text(EXPERIMENT) if "://" in location or Path(location).is_dir() else None
     facts = store.read_json(ENVIRONMENT) if text is not None else None
     if text is None or facts is None:
