@@ -1,0 +1,115 @@
+"""The policy bench replays the committed curves through the search's own code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import search_policies
+from benchmarks.record_curves import configuration
+from benchmarks.search_policies import POLICIES, marks_of, read_pool, replay, space_of
+from sft_ray.config import Train
+
+ROOT = Path(__file__).parents[1]
+CURVES = ROOT / "benchmarks" / "curves" / "minilm-docstrings.jsonl"
+
+
+def test_the_committed_pool_covers_all_five_dimensions() -> None:
+    pool = read_pool(CURVES)
+    assert len(pool.final) >= 200
+    assert set(pool.searched) == {
+        "train.learning_rate",
+        "train.batch_size",
+        "train.epochs",
+        "train.frozen_layers",
+        "train.regularization",
+    }
+    assert set(pool.kinds) == {"none", "weight_decay", "l1", "l2", "l2_sp"}
+    assert pool.num_layers == 6
+    for curve in pool.curves:
+        shares = [share for share, _ in curve]
+        assert shares == sorted(set(shares))
+        assert shares[-1] == 1
+
+
+def test_it_prints_what_it_promises() -> None:
+    command = [sys.executable, "-m", "benchmarks.search_policies", "--curves", str(CURVES)]
+    options = ["--repeats", "2", "--slots", "1", "4", "--policies", "default", "--json"]
+    done = subprocess.run(
+        [*command, *options, "--processes", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) == {"default", "random_hf"}
+    for by_slots in found.values():
+        assert set(by_slots) == {"1", "4"}
+        for figures in by_slots.values():
+            for goal in ("top1", "top5"):
+                assert {"epochs", "success", "ratio"} <= set(figures[goal])
+    assert found["random_hf"]["1"]["top1"]["ratio"] == 1
+
+
+def test_a_repeat_is_the_same_again_and_another_with_another_seed() -> None:
+    pool = read_pool(CURVES)
+    first, again, other = (replay(POLICIES["default"], pool, 1, seed) for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+
+
+def test_a_suggestion_takes_the_nearest_run_that_is_left() -> None:
+    pool = read_pool(CURVES)
+    unused = np.ones(len(pool.final), dtype=bool)
+    runs = [json.loads(line) for line in CURVES.read_text().splitlines()]
+    for number in (0, 17, 101):
+        run = runs[number]
+        wanted = {
+            "learning_rate": run["learning_rate"] * 1.0001,
+            "batch_size": run["train_batch_size"],
+            "epochs": run["num_train_epochs"],
+            "frozen_layers": run["frozen_layers"],
+            "regularization": run["regularization"],
+        }
+        assert pool.nearest(wanted, unused) == number
+        unused[number] = False
+        assert pool.nearest(wanted, unused) != number
+
+
+def test_marks_are_charged_at_the_first_recorded_point_behind_them() -> None:
+    curve = [(0.2, 0.5), (0.4, 0.6), (1.0, 0.7)]
+    assert marks_of(POLICIES["default"], [10, 33], 2, curve) == [(10, 0.2), (33, 0.4), (100, 1.0)]
+    # A quarter of an epoch and one epoch of a schedule of two.
+    absolute = POLICIES["asha_hf"]
+    assert marks_of(absolute, [10, 33], 2, curve) == [(10, 0.2), (100, 1.0)]
+    assert marks_of(absolute, [10, 33], 4, curve) == [(10, 0.2), (33, 0.4), (100, 1.0)]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_is_an_experiment_over_the_recorded_dimensions(name: str) -> None:
+    pool = read_pool(CURVES)
+    experiment = search_policies.experiment_of(POLICIES[name], pool, 1)
+    assert set(space_of(POLICIES[name], pool)) == set(pool.searched)
+    assert experiment.search.trials == 100_000
+
+
+def test_recorded_configurations_depend_on_seed_and_number_only() -> None:
+    drawn = [configuration(Train(), 6, 17, number) for number in range(60)]
+    assert drawn == [configuration(Train(), 6, 17, number) for number in range(60)]
+    assert {train.frozen_layers for train in drawn} == set(range(7))
+    assert {train.regularization.kind for train in drawn} == {
+        "none",
+        "weight_decay",
+        "l1",
+        "l2",
+        "l2_sp",
+    }
+    assert min(train.learning_rate for train in drawn) < 5e-6
+    assert max(train.learning_rate for train in drawn) > 1e-3
