@@ -15,7 +15,7 @@ WIDENING = 5.0  # a default range is this factor wider than the published one, a
 LEAST_SPREAD = 2.0  # factor; a published range may be a single point
 # How much higher the best learning rate is with all layers frozen than with none; from our own
 # recorded runs (benchmarks/RESULTS.md).
-FROZEN_FACTOR = 3.0
+FROZEN_FACTOR = 2.5
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from sft_ray.config import Experiment, Train, apply_values
 from sft_ray.errors import ConfigError
 from sft_ray.recipes import (
     BY_MODEL_TYPE,
+    FROZEN_FACTOR,
     RECIPES,
     Recipe,
     default_recipe,
@@ -93,7 +94,7 @@ def test_every_recipe_is_a_range_with_a_source(recipe: Recipe) -> None:
 def test_a_prior_is_centred_in_the_published_range(
     name: str, path: str, center: float, spread: float
 ) -> None:
-    depth = {"frozen_factor": 3.0} if path == "train.learning_rate" else {}
+    depth = {"frozen_factor": FROZEN_FACTOR} if path == "train.learning_rate" else {}
     assert prior_of(RECIPES[name], path) == {"center": center, "spread": spread, **depth}
 
 
@@ -137,7 +138,7 @@ def test_a_prior_can_be_named() -> None:
         rate = parsed("train.learning_rate", {"log_uniform": [1e-6, 1e-3], "prior": name})
         written = prior_of(recipe, "train.learning_rate")
         assert written is not None
-        assert rate.prior == Prior(written["center"], written["spread"], 3.0)
+        assert rate.prior == Prior(written["center"], written["spread"], FROZEN_FACTOR)
     epochs = parsed("train.epochs", {"int": [1, 10], "prior": "roberta"})
     assert epochs.prior == Prior(6.5, 3.5)
 
