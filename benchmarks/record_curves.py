@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -98,7 +99,7 @@ def record(iteration: int, tree: dict[str, Any]) -> dict[str, Any]:
     if end.fault:
         data = setup.dataset
         scores = setup.task.constant_scores(data.train, data.validation, data.label_set)
-        curve.append((end.num_steps, scores[metric]))
+        curve.append((end.num_steps, scores.get(metric, 0.0)))
     return {
         "iteration": iteration,
         "model_type": prepared.model.model_type,
@@ -125,10 +126,14 @@ def main() -> None:
     options = parser.parse_args()
     tree = Experiment.load(options.experiment, options.overrides).anchored().to_tree()
     tree["search"]["space"] = None
+    prepared = prepare_training(Experiment.from_tree(tree))  # encoded once, before the processes
+    if prepared.direction == "minimize":
+        sys.exit(
+            f"a replay takes higher scores as better, got {prepared.objective}; choose another"
+        )
     lines = options.out.read_text().splitlines() if options.out.exists() else []
     done = {json.loads(line)["iteration"] for line in lines}
     todo = [i for i in range(options.runs) if i not in done]
-    prepare_training(Experiment.from_tree(tree))  # encoded once, before the processes ask for it
     with ProcessPoolExecutor(options.processes) as workers, options.out.open("a") as out:
         for future in as_completed([workers.submit(record, i, tree) for i in todo]):
             out.write(json.dumps(future.result()) + "\n")

@@ -213,10 +213,7 @@ def space_of(policy: Policy, pool: Pool) -> dict[str, Any]:
         if path in space:
             found = sorted(set(pool.values[:, columns.index(path)].astype(int).tolist()))
             few = path == "train.batch_size" and len(found) <= 8
-            prior = space[path].get("prior")
             space[path] = {"choice": found} if few else {"int": [found[0], found[-1]]}
-            if prior and policy.priors:
-                space[path]["prior"] = {**prior, "center": min(prior["center"], found[-1])}
     rate = dict(space["train.learning_rate"])
     if policy.learning_rates is not None:
         rate["log_uniform"] = policy.learning_rates

@@ -61,11 +61,17 @@ def _shares(scored: Sequence[tuple[FrozenTrial, float]]) -> dict[str, float]:
     """Of the parameters that all of these trials have; empty where there is nothing to compare."""
     if len(scored) < FEWEST or len({value for _, value in scored}) == 1:
         return {}
+    shared = set.intersection(*(set(trial.params) for trial, _ in scored))
+    varied = {name for name in shared if len({t.params[name] for t, _ in scored}) > 1}
+    if not varied:
+        return {}
     study = optuna.create_study()
-    study.add_trials(
-        optuna.trial.create_trial(params=t.params, distributions=t.distributions, value=value)
-        for t, value in scored
-    )
+    for trial, value in scored:
+        params = {name: trial.params[name] for name in varied}
+        distributions = {name: trial.distributions[name] for name in varied}
+        study.add_trial(
+            optuna.trial.create_trial(params=params, distributions=distributions, value=value)
+        )
     found = optuna.importance.FanovaImportanceEvaluator(seed=0).evaluate(study)
     total = sum(found.values())  # nothing where no parameter has two values
     return {name: float(share / total) for name, share in found.items()} if total else {}

@@ -19,7 +19,7 @@ class Outcome:
         metrics: of that evaluation.
         has_checkpoint: whether `trials/<n>/best` was written with the weights of `score`.
         trained_parameters: how many numbers were trained.
-        memory_bytes: most that one worker's device held (see `training.micro_batch`).
+        memory_bytes: most that the first worker's device held (see `training.fit`).
     """
 
     reason: str | None = None
@@ -80,10 +80,8 @@ class Outcome:
         return self.examples_seen / self.train_seconds if self.train_seconds else None
 
     def to_attributes(self) -> dict[str, Any]:
-        """What differs from the defaults, as attributes of the study's trial."""
-        nothing = Outcome()
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: v for name, v in found.items() if v != getattr(nothing, name)}
+        """Every field, so that nothing of an earlier attempt at the trial stays behind."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> Self:

@@ -53,7 +53,9 @@ def search_rules(prepared: Prepared) -> str:
     rungs = " and ".join(f"{rung} %" for rung in search.rungs)
     asked = f"at {rungs} of its own schedule a trial"
     if search.pruner == "successive_halving":
-        rule = f"{asked} goes on if it is among the best 1/{search.reduction_factor}"
+        rule = (
+            f"{asked} goes on if it is among the best 1/{search.reduction_factor} or about as good"
+        )
     else:
         rule = f"{asked} is judged by {search.pruner}"
     return f"{search.sampler}; {rule}; evaluated there and at every epoch's end"
@@ -87,7 +89,7 @@ def say_outcome(
             if gain is not None
             else f"unknown {over}, which did not finish",
             "trials": f"{len(states)}: {counts}; {duration(result.tree['wall_seconds'])}",
-            **importance_lines(result.tree["importance"]),
+            **importance_lines(result.tree.get("importance", {})),
             "checkpoint": best["checkpoint"],
         }
     )
@@ -103,7 +105,7 @@ def importance_lines(importance: dict[str, Any]) -> dict[str, str]:
     """Shares of the score's variance in words, with how far they can be trusted."""
     lines = {}
     for label, key in (("importance", "finished"), ("at first rung", "first_rung")):
-        judged = importance[key]
+        judged = importance.get(key, {"parameters": {}, "reliable": False})
         shares = ", ".join(
             f"{name.removeprefix('train.')} {found['importance']:.2f}"
             for name, found in judged["parameters"].items()
@@ -116,7 +118,7 @@ def importance_lines(importance: dict[str, Any]) -> dict[str, str]:
 
 def say_pareto(screen: Screen, result: SearchResult) -> None:
     """What every saving costs: the trials that no other beats in every objective."""
-    if not result.tree["pareto"]:
+    if not result.tree.get("pareto"):
         return
     screen.say()
     screen.say(f"nothing is better in every objective than these, in {result.location}:")

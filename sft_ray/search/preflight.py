@@ -9,6 +9,7 @@ from sft_ray.config import Experiment
 from sft_ray.errors import did_you_mean
 from sft_ray.recipes import recipe_of
 from sft_ray.search.cluster import plan_layout
+from sft_ray.search.proposals import FiniteSpace
 from sft_ray.search.samplers import grid_points
 from sft_ray.training.model import ModelFacts, inspect_model
 from sft_ray.training.preparation import Prepared, collect, prepare_with_model
@@ -34,6 +35,7 @@ def prepare_experiment(experiment: Experiment, has: Mapping[str, float] | None =
     problems += _enqueue_problems(experiment)
     if experiment.search.sampler == "grid":
         collect(problems, grid_points, experiment.search.domains)
+    collect(problems, FiniteSpace.of, experiment.search.domains, experiment.train)
     if has is not None:
         collect(problems, plan_layout, experiment, has)
     return prepare_with_model(experiment, model, problems)
@@ -73,6 +75,10 @@ def _enqueue_problems(experiment: Experiment) -> list[str]:
     problems = []
     known = spaces.domains(experiment.search.domains)
     for i, values in enumerate(experiment.search.enqueue):
+        lacking = [p for p, v in values.items() if isinstance(v, dict) and "kind" not in v]
+        if lacking:
+            problems.append(f"search.enqueue.{i}.{lacking[0]}: needs a `kind`, got {values}")
+            continue
         for name, value in spaces.parameters(values).items():
             where = f"search.enqueue.{i}.{name}"
             if name not in known:

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.trial import TrialState
+from pydantic import ValidationError
 
 from sft_ray import space as spaces
-from sft_ray.config import Experiment, Search, Train, apply_values
+from sft_ray.config import Experiment, Search, Train, apply_values, explain
+from sft_ray.errors import ConfigError
 from sft_ray.search.samplers import build_sampler, grid_points
 from sft_ray.space import Choice, Numeric, OneOf, Prior, Space
 from sft_ray.training.seeds import derived_seed
@@ -40,20 +42,34 @@ def first_trials(
     search, train, known = experiment.search, experiment.train, spaces.domains(space)
     params = spaces.parameters(recipe)
     yardstick = {n: v for n, v in params.items() if n in known and v in known[n]}
-    done = set()
+    first = []
     if search.default_recipe:
+        first.append(yardstick)
         yield yardstick, YARDSTICK
-        done.add(key_of(apply_values(train, dict(recipe)).model_dump()))
-    for values in search.enqueue:
-        yield spaces.parameters(values), "enqueued"
+    for values in search.enqueue:  # twice, if the user says so
+        first.append(spaces.parameters(values))
+        yield first[-1], "enqueued"
     for params in warm:
-        if not search.default_recipe or params != yardstick:
+        if params not in first:
+            first.append(params)
             yield params, "warm start"
-    if search.sampler == "grid":
-        for point in grid_points(space):
-            values = spaces.draw(space, lambda name, _, point=point: point[name])  # type: ignore[misc]
-            if key_of(apply_values(train, values).model_dump()) not in done:
-                yield point, "grid"
+    if search.sampler != "grid":
+        return
+    keys = {_key_of_point(space, train, params) for params in first if params != yardstick}
+    if search.default_recipe:
+        keys.add(key_of(apply_values(train, dict(recipe)).model_dump()))
+    for point in grid_points(space):
+        if _key_of_point(space, train, point) not in keys:
+            yield point, "grid"
+
+
+def _key_of_point(space: Space, train: Train, params: Mapping[str, Any]) -> str | None:
+    """Of the configuration that flat parameters train; None if some are left to the sampler."""
+    try:
+        values = spaces.draw(space, lambda name, _: params[name])
+    except KeyError:
+        return None
+    return key_of(apply_values(train, values).model_dump())
 
 
 def prior_draw(space: Space, seed: int, number: int) -> dict[str, Any]:
@@ -73,7 +89,11 @@ def prior_draw(space: Space, seed: int, number: int) -> dict[str, Any]:
     drawn: dict[str, Any] = {}
     frozen_share, depth = 0.0, known.get(FROZEN_LAYERS)
     if isinstance(depth, Numeric) and any(prior.frozen_factor != 1 for _, prior in priors.values()):
-        drawn[FROZEN_LAYERS] = int(rng.integers(int(depth.low), int(depth.high) + 1))
+        drawn[FROZEN_LAYERS] = (
+            int(rng.integers(int(depth.low), int(depth.high) + 1))
+            if depth.prior is None
+            else _draw_prior(depth, depth.prior, 0.0, rng)
+        )
         frozen_share = drawn[FROZEN_LAYERS] / max(depth.high, 1)
     for name, (domain, prior) in priors.items():
         if name not in drawn:
@@ -87,11 +107,12 @@ def _draw_prior(
     """A normal draw around the prior's center (log-normal on a log scale), within the range.
 
     Args:
-        frozen_share: of the layers, of the configuration that is drawn.
+        frozen_share: frozen depth of the configuration, of the deepest in its range.
     """
     if domain.low == domain.high:  # never hit by chance
         return domain.low
-    center = min(prior.center * prior.frozen_factor**frozen_share, domain.high)
+    center = prior.center * prior.frozen_factor**frozen_share
+    center = min(max(center, domain.low), domain.high)
     while True:
         z = rng.standard_normal()
         value = center * prior.spread**z if domain.log else center + prior.spread * z
@@ -105,7 +126,11 @@ class FiniteSpace:
 
     def __init__(self, space: Space, train: Train) -> None:
         self.space, self.train = space, train
-        self.points = {self.key_of(point): point for point in grid_points(space)}
+        try:
+            self.points = {self.key_of(point): point for point in grid_points(space)}
+        except ValidationError as error:
+            problem = f"search.space: not all combinations work: {explain(error)[0]}"
+            raise ConfigError(problem) from None
 
     @classmethod
     def of(cls, space: Space, train: Train) -> FiniteSpace | None:
@@ -117,27 +142,29 @@ class FiniteSpace:
         values = spaces.draw(self.space, lambda name, _: params[name])
         return key_of(apply_values(self.train, values).model_dump())
 
-    def untried(self, trials: list[optuna.trial.FrozenTrial]) -> list[dict[str, Any]]:
-        """The points that no trial has trained."""
+    def untried(self, trials: list[optuna.trial.FrozenTrial]) -> dict[str, dict[str, Any]]:
+        """The points that no trial has trained, by key."""
         tried = {key_of(t.user_attrs["train"]) for t in trials if "train" in t.user_attrs}
-        return [point for key, point in self.points.items() if key not in tried]
+        return {key: point for key, point in self.points.items() if key not in tried}
 
     def propose(
         self, study: optuna.Study, search: Search, seed: int, number: int
     ) -> dict[str, Any] | None:
         """An untried point, the sampler's own if it finds one; None if all have been tried."""
         untried = self.untried(study.get_trials(deepcopy=False))
-        keys = {self.key_of(point) for point in untried}
         fixed = prior_draw(self.space, seed, number)
-        rehearsal = as_seen_now(study, search, seed, number)
-        for _ in range(ATTEMPTS.get(search.sampler, 0) if untried else 0):
+        attempts = ATTEMPTS.get(search.sampler, 0) if untried else 0
+        if attempts:
+            rehearsal = as_seen_now(study, search, seed, number)
+        for _ in range(attempts):
             if fixed:
                 rehearsal.enqueue_trial(fixed)
             drawn = ask(rehearsal, self.space)
-            if self.key_of(drawn) in keys:
+            if self.key_of(drawn) in untried:
                 return drawn
         rng = np.random.default_rng(derived_seed(seed, "untried", number))
-        return untried[int(rng.integers(len(untried)))] if untried else None
+        left = list(untried.values())
+        return left[int(rng.integers(len(left)))] if left else None
 
 
 def propose(
@@ -146,8 +173,8 @@ def propose(
     """What the sampler would not draw by itself; empty where it has all the say."""
     fixed = prior_draw(space, seed, number)
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    knows_models = search.sampler in ("tpe", "gp")
-    if fixed or not knows_models or not any(t.intermediate_values for t in running):
+    shown = any(trial.intermediate_values for trial in running)
+    if fixed or search.sampler != "tpe" or not shown:
         return fixed
     return ask(as_seen_now(study, search, seed, number), space)
 
@@ -155,15 +182,17 @@ def propose(
 def as_seen_now(study: optuna.Study, search: Search, seed: int, number: int) -> optuna.Study:
     """A copy of the study for one draw, which the study need not hear of.
 
-    Samplers know running trials as liars only: as bad as any, to keep suggestions apart.  With many
-    slots that repels them from where most trials run, which is where the good ones are.  In the
-    copy a running trial that has been evaluated counts for what it has shown so far.
+    TPE knows running trials as liars only: as bad as any, to keep suggestions apart.  With many
+    slots that repels them from where most trials run, which is where the good ones are.  In its
+    copy a running trial that has been evaluated counts for what it has shown so far.  Other
+    samplers have no use for trials that did not finish.
     """
     copied = optuna.create_study(
         directions=study.directions, sampler=build_sampler(search, seed, number)
     )
     for trial in study.get_trials(deepcopy=False):
-        if trial.state == TrialState.RUNNING and trial.intermediate_values:
+        shown = trial.state == TrialState.RUNNING and bool(trial.intermediate_values)
+        if shown and search.sampler == "tpe":
             trial = copy.copy(trial)
             trial.state, trial.datetime_complete = TrialState.PRUNED, datetime.now()
         if trial.state != TrialState.WAITING:

@@ -26,6 +26,7 @@ from sft_ray.run_store import (
     ENVIRONMENT,
     ERROR_LOG,
     EXPERIMENT,
+    JOURNAL,
     PREDICTIONS,
     RESULTS,
     RunStore,
@@ -81,7 +82,7 @@ def run_search(
         say_outcome(screen, result, prepared, source)
         return result
     warm = []
-    if fresh or not store.is_there():
+    if fresh or not store.exists(JOURNAL):
         warm = warm_configurations(experiment, prepared.facts(), prepared.objective)
     with connected(address):
         layout = plan_layout(experiment, capacity())
@@ -89,6 +90,7 @@ def run_search(
             screen.say(f"the old folder is now {store.set_aside()}")
         with store.locked():
             study = _open_study(prepared, store, warm)
+            store.push_journal()  # what runs first is settled from here on
             store.delete_file(RESULTS)
             write_experiment(store, experiment)
             environment = describe_environment(
@@ -110,7 +112,10 @@ def run_search(
 
 
 def extended(experiment: Experiment, by: int) -> Experiment:
-    """The experiment with so many trials more than its run folder was made for."""
+    """The experiment with so many trials more than its finished run was made for.
+
+    A run that is not finished goes on with the trials it has: it may be this very extension.
+    """
     store = RunStore(experiment.storage, experiment.name)
     text = store.read_text(EXPERIMENT)
     stored = (
@@ -120,7 +125,8 @@ def extended(experiment: Experiment, by: int) -> Experiment:
             parse_yaml(text, store.path_of(EXPERIMENT)), source=store.path_of(EXPERIMENT)
         )
     )
-    search = experiment.search.model_copy(update={"trials": stored.search.trials + by})
+    more = by if text is None or store.exists(RESULTS) else 0
+    search = experiment.search.model_copy(update={"trials": stored.search.trials + more})
     return experiment.model_copy(update={"search": search})
 
 

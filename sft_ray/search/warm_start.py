@@ -11,7 +11,7 @@ from sft_ray import space as spaces
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, SftError
 from sft_ray.recipes import SMALL_ENCODER_PARAMETERS
-from sft_ray.run_store import ENVIRONMENT, EXPERIMENT, RunStore, trial_folder
+from sft_ray.run_store import ENVIRONMENT, EXPERIMENT, RESULTS, RunStore, trial_folder
 from sft_ray.space import Space
 from sft_ray.training.tasks import find_task
 from sft_ray.yaml_text import parse_yaml
@@ -89,8 +89,11 @@ def _read(location: str) -> _Run:
     if "://" not in location:
         storage, name = str(Path(location).absolute().parent), Path(location).absolute().name
     store = RunStore(storage, name)
-    text = store.read_text(EXPERIMENT) if "://" in location or Path(location).is_dir() else None
-    facts = store.read_json(ENVIRONMENT) if text is not None else None
+    try:
+        text = store.read_text(EXPERIMENT)
+        facts = store.read_json(ENVIRONMENT)
+    except OSError as error:
+        raise ConfigError(f"{location} cannot be read: {error}") from None
     if text is None or facts is None:
         raise ConfigError(f"{location} is no run folder; name one that a search has left")
     experiment = Experiment.from_tree(
@@ -105,6 +108,10 @@ def _read(location: str) -> _Run:
 
 def _rows(store: RunStore, trials: int) -> Iterator[dict[str, Any]]:
     """Of the trials that have ended; a search that was cut off left no results.json."""
+    tree = store.read_json(RESULTS)
+    if tree is not None:
+        yield from tree["trials"]
+        return
     for number in range(trials):
         row = store.read_json(f"{trial_folder(number)}/trial.json")
         if row is not None:

@@ -69,7 +69,7 @@ class Progress:
         penalty: lambda R(theta) at this mark.
         micro_batch: most examples that one worker puts through the model at once.
         trained_parameters: how many numbers are trained.
-        memory_bytes: most that a worker's device has held so far (`_Trial.memory_bytes`).
+        memory_bytes: most that this worker's device has held so far (`_Trial.memory_bytes`).
         fault: why the configuration cannot go on, if so.
         resume_state: a call that copies what the trial needs to go on from here; rank 0 only.
     """
@@ -229,8 +229,6 @@ class _Trial:
         self.clock = _Clock(self.world)
         self.dtype, _ = resolve_precision(train.precision, self.world.device)
         self.loss_options = loss_options(train, setup)
-        if self.world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.world.device)
         self.pretrained.reset(
             train.frozen_layers,
             dropout=train.dropout,
@@ -239,6 +237,8 @@ class _Trial:
         )
         self.probed = self.probe(setup.micro_batches)
         self.most_per_pass = self.choose_micro_batch(self.probed, most_per_pass)
+        if self.world.device.type == "cuda":  # what the probe tried is not the trial's
+            torch.cuda.reset_peak_memory_stats(self.world.device)
         self.model = self.world.wrap(self.pretrained.model)
         self.trainable = list(self.pretrained.trainable().values())
         self.penalty = bind_penalty(train.regularization, self.pretrained)
@@ -257,8 +257,15 @@ class _Trial:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         limit = None
         if end_diverged:
-            limit = constant_loss(self.task, self.dataset, self.loss_options)
+            limit = self.constant_loss(setup.constant_losses)
         self.watch = DivergenceWatch(limit, self.num_steps, self.world)
+
+    def constant_loss(self, known: dict[str, float | None]) -> float | None:
+        """Training loss of the best constant answer, once per kind of loss."""
+        key = f"{self.train.label_smoothing} {self.train.class_weights}"
+        if key not in known:
+            known[key] = constant_loss(self.task, self.dataset, self.loss_options)
+        return known[key]
 
     def batches_from(self, step: int) -> Iterator[IntArray]:
         """The global batches of the whole schedule, without those of the first `step` steps."""

@@ -23,6 +23,7 @@ class Setup:
 
     Attributes:
         micro_batches: (frozen layers, batch size, number format) -> what the probe found.
+        constant_losses: label smoothing and class weights -> loss of the best constant answer.
     """
 
     task: Task
@@ -31,6 +32,7 @@ class Setup:
     tokenizer: Any
     world: World
     micro_batches: dict[tuple[int | str, int, str], Probe] = field(default_factory=dict)
+    constant_losses: dict[str, float | None] = field(default_factory=dict)
 
 
 def load_setup(experiment: Experiment, dataset_folder: Path, world: World) -> Setup:

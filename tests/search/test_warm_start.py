@@ -323,11 +323,13 @@ def test_warm_configurations_run_behind_the_recipe_and_what_was_enqueued(tmp_pat
 
 
 def test_the_sampler_draws_what_a_warm_configuration_leaves_open(tmp_path: Path) -> None:
-    warm = [{"train.regularization.kind": "weight_decay", "train.epochs": 5}] * 4
+    kind = {"train.regularization.kind": "weight_decay"}
+    warm: list[dict[str, Any]] = [{**kind, "train.epochs": epochs} for epochs in (5, 4, 3, 2)]
     exp = experiment(trials=4, default_recipe=False, sampler="random", pruner="none")
     study = warm_study(tmp_path, exp, warm)
     run_all(study)
-    assert all(warm[0].items() <= t.params.items() for t in study.trials)
+    for wanted, trial in zip(warm, study.trials, strict=True):
+        assert wanted.items() <= trial.params.items()
     name = "train.regularization.weight_decay.strength"
     for free in ("train.learning_rate", "train.frozen_layers", name):
         assert len({t.params[free] for t in study.trials}) > 1
