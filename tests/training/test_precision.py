@@ -79,7 +79,8 @@ def test_an_overflow_halves_the_loss_scale_and_leaves_out_the_step(
 
     def overflowing(*arguments):
         loss = honest(*arguments)
-        calls.append(loss)
+        if len(arguments[1].labels) > 1:  # the probe looks at one example
+            calls.append(loss)
         if len(calls) == 4:
             loss.register_hook(lambda gradient: gradient * math.inf)
         return loss
@@ -132,6 +133,8 @@ def test_a_loss_that_is_not_finite_ends_the_trial(
     honest, calls = fit_module.forward_loss, []
 
     def poisoned(*arguments):
+        if len(arguments[1].labels) == 1:  # the probe looks at one example
+            return honest(*arguments)
         calls.append(1)
         return honest(*arguments) * (math.nan if len(calls) == 3 else 1.0)
 
