@@ -257,3 +257,23 @@ def test_scores_on_any_scale_are_judged_alike() -> None:
         found = shares(importances(trials, [10])["finished"])
         assert next(iter(found)) == RATE
         assert found[RATE] == pytest.approx(plain[RATE], abs=0.02)
+
+
+def test_what_never_varied_is_left_out_and_stops_nothing() -> None:
+    """One kind of penalty only: its strength can be judged, the choice of kinds cannot."""
+    trials = [
+        optuna.trial.create_trial(
+            params={KIND: "weight_decay", DECAY: strength},
+            distributions={KIND: DISTRIBUTIONS[KIND], DECAY: DISTRIBUTIONS[DECAY]},
+            value=strength,
+        )
+        for strength in (0.002, 0.01, 0.05, 0.1, 0.2)
+    ]
+    assert list(importances(trials, [10])["finished"]["parameters"]) == [DECAY]
+    same = [
+        optuna.trial.create_trial(
+            params={KIND: "none"}, distributions={KIND: DISTRIBUTIONS[KIND]}, value=value
+        )
+        for value in (0.1, 0.2, 0.3, 0.4)
+    ]
+    assert importances(same, [10])["finished"]["parameters"] == {}

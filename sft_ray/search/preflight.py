@@ -9,7 +9,7 @@ from sft_ray.config import Experiment
 from sft_ray.errors import did_you_mean
 from sft_ray.recipes import recipe_of
 from sft_ray.search.cluster import plan_layout
-from sft_ray.search.proposals import FiniteSpace
+from sft_ray.search.finite_space import FiniteSpace
 from sft_ray.search.samplers import grid_points
 from sft_ray.training.model import ModelFacts, inspect_model
 from sft_ray.training.preparation import Prepared, collect, prepare_with_model

@@ -1,10 +1,11 @@
-"""Where configurations come from besides the sampler: what runs first, priors, untried points."""
+"""Where configurations come from besides the sampler: what runs first, priors, untried points.
+
+Every function answers with flat parameters, which the study enqueues.
+"""
 
 from __future__ import annotations
 
 import copy
-import json
-import math
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
@@ -12,17 +13,15 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.trial import TrialState
-from pydantic import ValidationError
 
 from sft_ray import space as spaces
-from sft_ray.config import Experiment, Search, Train, apply_values, explain
-from sft_ray.errors import ConfigError
+from sft_ray.config import Experiment, Search, apply_values
+from sft_ray.search.finite_space import FiniteSpace, key_of, key_of_point
 from sft_ray.search.samplers import build_sampler, grid_points
-from sft_ray.space import Choice, Numeric, OneOf, Prior, Space
+from sft_ray.space import Choice, Numeric, Prior, Space
 from sft_ray.training.seeds import derived_seed
 
 PRIOR_STRENGTH = 10  # n0: trials after which half of the draws come from the sampler
-MOST_POINTS = 10_000  # a larger space is searched as if it were infinite
 # Draws to find a point that was not tried.  One of gp fits a model; a copy of the study would have
 # qmc begin its sequence anew, so it takes any untried point.
 ATTEMPTS = {"tpe": 20, "nsga2": 20, "random": 20, "gp": 2}
@@ -55,21 +54,12 @@ def first_trials(
             yield params, "warm start"
     if search.sampler != "grid":
         return
-    keys = {_key_of_point(space, train, params) for params in first if params != yardstick}
+    done = {key_of_point(space, train, params) for params in first if params != yardstick}
     if search.default_recipe:
-        keys.add(key_of(apply_values(train, dict(recipe)).model_dump()))
+        done.add(key_of(apply_values(train, dict(recipe)).model_dump()))
     for point in grid_points(space):
-        if _key_of_point(space, train, point) not in keys:
+        if key_of_point(space, train, point) not in done:
             yield point, "grid"
-
-
-def _key_of_point(space: Space, train: Train, params: Mapping[str, Any]) -> str | None:
-    """Of the configuration that flat parameters train; None if some are left to the sampler."""
-    try:
-        values = spaces.draw(space, lambda name, _: params[name])
-    except KeyError:
-        return None
-    return key_of(apply_values(train, values).model_dump())
 
 
 def prior_draw(space: Space, seed: int, number: int) -> dict[str, Any]:
@@ -121,50 +111,26 @@ def _draw_prior(
             return value
 
 
-class FiniteSpace:
-    """A space with countably few configurations, none of which is to be tried twice."""
-
-    def __init__(self, space: Space, train: Train) -> None:
-        self.space, self.train = space, train
-        try:
-            self.points = {self.key_of(point): point for point in grid_points(space)}
-        except ValidationError as error:
-            problem = f"search.space: not all combinations work: {explain(error)[0]}"
-            raise ConfigError(problem) from None
-
-    @classmethod
-    def of(cls, space: Space, train: Train) -> FiniteSpace | None:
-        """None for a space of more configurations than can be kept count of."""
-        return cls(space, train) if num_points(space) <= MOST_POINTS else None
-
-    def key_of(self, params: Mapping[str, Any]) -> str:
-        """Equal for parameters that train the same configuration."""
-        values = spaces.draw(self.space, lambda name, _: params[name])
-        return key_of(apply_values(self.train, values).model_dump())
-
-    def untried(self, trials: list[optuna.trial.FrozenTrial]) -> dict[str, dict[str, Any]]:
-        """The points that no trial has trained, by key."""
-        tried = {key_of(t.user_attrs["train"]) for t in trials if "train" in t.user_attrs}
-        return {key: point for key, point in self.points.items() if key not in tried}
-
-    def propose(
-        self, study: optuna.Study, search: Search, seed: int, number: int
-    ) -> dict[str, Any] | None:
-        """An untried point, the sampler's own if it finds one; None if all have been tried."""
-        untried = self.untried(study.get_trials(deepcopy=False))
-        fixed = prior_draw(self.space, seed, number)
-        attempts = ATTEMPTS.get(search.sampler, 0) if untried else 0
-        if attempts:
-            rehearsal = as_seen_now(study, search, seed, number)
-        for _ in range(attempts):
-            if fixed:
-                rehearsal.enqueue_trial(fixed)
-            drawn = ask(rehearsal, self.space)
-            if self.key_of(drawn) in untried:
-                return drawn
-        rng = np.random.default_rng(derived_seed(seed, "untried", number))
-        left = list(untried.values())
-        return left[int(rng.integers(len(left)))] if left else None
+def propose_untried(
+    study: optuna.Study, finite: FiniteSpace, search: Search, seed: int, number: int
+) -> dict[str, Any]:
+    """A point that no trial has trained, the sampler's own if it finds one; empty at the end."""
+    untried = finite.untried(study.get_trials(deepcopy=False))
+    if not untried:
+        return {}
+    fixed = prior_draw(finite.space, seed, number)
+    attempts = ATTEMPTS.get(search.sampler, 0)
+    if attempts:
+        rehearsal = as_seen_now(study, search, seed, number)
+    for _ in range(attempts):
+        if fixed:
+            rehearsal.enqueue_trial(fixed)
+        drawn = ask(rehearsal, finite.space)
+        if finite.key_of(drawn) in untried:
+            return drawn
+    rng = np.random.default_rng(derived_seed(seed, "untried", number))
+    left = list(untried.values())
+    return left[int(rng.integers(len(left)))]
 
 
 def propose(
@@ -205,29 +171,6 @@ def ask(study: optuna.Study, space: Space) -> dict[str, Any]:
     trial = study.ask()
     spaces.draw(space, lambda name, domain: suggest(trial, name, domain))
     return trial.params
-
-
-def num_points(space: Space) -> float:
-    """Configurations of a space; infinite with a range of real numbers."""
-    return math.prod(_num_values(domain) for domain in space.values())
-
-
-def _num_values(domain: Any) -> float:
-    if isinstance(domain, OneOf):
-        return sum(
-            math.prod(_num_values(sub) for sub in fields.values())
-            for fields in domain.branches.values()
-        )
-    if isinstance(domain, Choice):
-        return len(domain.options)
-    if isinstance(domain, Numeric):
-        return domain.high - domain.low + 1 if domain.integer else math.inf
-    return 1
-
-
-def key_of(train: Mapping[str, Any]) -> str:
-    """A configuration as a text that can be compared."""
-    return json.dumps(train, sort_keys=True)
 
 
 def suggest(trial: optuna.Trial, name: str, domain: Numeric | Choice) -> Any:

@@ -22,7 +22,8 @@ from sft_ray import space as spaces
 from sft_ray.analysis.outcome import Outcome, score_of
 from sft_ray.config import Experiment, Train, apply_values
 from sft_ray.run_store import trial_folder
-from sft_ray.search.proposals import YARDSTICK, FiniteSpace, first_trials, propose, suggest
+from sft_ray.search.finite_space import FiniteSpace
+from sft_ray.search.proposals import YARDSTICK, first_trials, propose, propose_untried, suggest
 from sft_ray.search.pruners import build_pruner, prune_at
 from sft_ray.search.samplers import build_sampler
 
@@ -168,7 +169,7 @@ class SearchStudy:
         if self.finite is None:
             proposed = propose(self.study, search, self.space, seed, number)
         else:
-            proposed = self.finite.propose(self.study, search, seed, number) or {}
+            proposed = propose_untried(self.study, self.finite, search, seed, number)
         if proposed:
             self.study.enqueue_trial(proposed)
 

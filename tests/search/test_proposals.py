@@ -12,13 +12,9 @@ from optuna.trial import TrialState
 from sft_ray import space as spaces
 from sft_ray.analysis.outcome import Outcome
 from sft_ray.config import Experiment, Train
-from sft_ray.search.proposals import (
-    MOST_POINTS,
-    PRIOR_STRENGTH,
-    FiniteSpace,
-    num_points,
-    prior_draw,
-)
+from sft_ray.errors import ConfigError
+from sft_ray.search.finite_space import MOST_POINTS, FiniteSpace, num_points
+from sft_ray.search.proposals import PRIOR_STRENGTH, prior_draw
 from sft_ray.search.study import PlannedTrial, SearchStudy
 from tests.search.test_study import RECIPE, experiment, finite, history, open_study, run_all
 
@@ -306,3 +302,37 @@ def test_a_prior_of_the_learning_rate_rises_with_the_frozen_depth() -> None:
     for k, rates in by_depth.items():
         middle = math.exp(sum(map(math.log, rates)) / len(rates))
         assert middle == pytest.approx(1e-4 * 3 ** (k / 6), rel=0.1)
+
+
+def test_a_combination_that_cannot_be_trained_is_said_before_the_search() -> None:
+    space = spaces.parse_space(
+        {"train.warmup": {"choice": [0.0, 0.5]}, "train.cooldown": {"choice": [0.2, 0.6]}}
+    )
+    train = Train(schedule="constant_with_cooldown")
+    with pytest.raises(ConfigError, match=r"not all combinations work: .*0\.5 \+ 0\.6"):
+        FiniteSpace.of(space, train)
+
+
+def test_a_low_frozen_factor_stays_within_the_range() -> None:
+    prior = {"center": 2e-5, "spread": 1.1, "frozen_factor": 0.1}
+    space = spaces.parse_space(
+        {
+            "train.learning_rate": {"log_uniform": [1e-5, 1e-3], "prior": prior},
+            "train.frozen_layers": {"int": [0, 6], "prior": {"center": 6, "spread": 0.5}},
+        }
+    )
+    drawn = [prior_draw(space, seed, 0) for seed in range(200)]
+    assert min(d["train.learning_rate"] for d in drawn) >= 1e-5
+    assert min(d["train.frozen_layers"] for d in drawn) >= 4  # its own prior holds
+
+
+def test_a_grid_leaves_out_what_ran_first(tmp_path: Path) -> None:
+    exp = experiment(
+        space={"train.batch_size": {"choice": [16, 32]}},
+        sampler="grid",
+        default_recipe=False,
+        enqueue=[{"train.batch_size": 16}],
+    )
+    study = open_study(tmp_path, exp)
+    run_all(study)
+    assert [t.params["train.batch_size"] for t in study.trials] == [16, 32]
