@@ -73,7 +73,7 @@ def run_floor(case: Case, folder: Path, storage: Path) -> None:
     score_test_once(Path(best.location))
 
 
-def run_search_of(case: Case, folder: Path, storage: Path, limit: int | None) -> None:
+def run_search_of(case: Case, folder: Path, storage: Path, limit: int | None, cpus: int) -> None:
     from sft_ray.search.tuner import run_search
 
     found = experiment(
@@ -82,7 +82,7 @@ def run_search_of(case: Case, folder: Path, storage: Path, limit: int | None) ->
         storage,
         f"search-{case.name}",
         search={"objective": case.metric, "trials": TRIALS},
-        resources={"workers_per_trial": 1, "cpus_per_worker": 2, "slots": 1},
+        resources={"workers_per_trial": 1, "cpus_per_worker": cpus, "slots": 1},
     )
     if limit is not None:
         data = found.data.model_copy(
@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--storage", type=Path, required=True)
     parser.add_argument("--only", nargs="*", help="names of data sets; default: all")
     parser.add_argument("--limit", type=int, help="training rows of a search; default: all")
+    parser.add_argument("--cpus", type=int, default=2, help="that the one slot of a search has")
     parser.add_argument("--report", action="store_true", help="run nothing, print what is there")
     options = parser.parse_args()
     chosen = options.only or (SEARCHED if options.what == "search" else list(FLOORS))
@@ -140,7 +141,7 @@ def main() -> None:
             if options.what == "floors":
                 run_floor(case, options.data, options.storage)
             else:
-                run_search_of(case, options.data, options.storage, options.limit)
+                run_search_of(case, options.data, options.storage, options.limit, options.cpus)
     print(report(options.storage))
 
 

@@ -438,11 +438,7 @@ def _rule(problem: Any) -> str:
 
 def _without_union_tags(loc: tuple[int | str, ...]) -> list[int | str]:
     """Pydantic appends the tried member of a union (`int`, `literal['auto']`) to the path."""
-    return [
-        part
-        for part in loc
-        if not re.match(r"^(constrained-)?(int|float|str|(literal|list|dict)\[.*)$", str(part))
-    ]
+    return [part for part in loc if not UNION_TAG.match(str(part))]
 
 
 def _section_at(loc: tuple[int | str, ...]) -> list[str]:

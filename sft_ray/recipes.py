@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+YARDSTICK = "default recipe"  # role of the trial that every other is measured against
 SMALL_ENCODER_PARAMETERS = 50_000_000
 LARGE_ENCODER_PARAMETERS = 250_000_000
 WIDENING = 5.0  # a default range is this factor wider than the published one, at each end

@@ -310,6 +310,16 @@ def finished_results(store: RunStore, experiment: Experiment) -> Any:
     return store.read_json(RESULTS) if check_folder_rule(store, experiment) == "same" else None
 
 
+def read_experiment(store: RunStore) -> Experiment | None:
+    """The experiment a run was made for, None if the folder holds no run.
+
+    Raises:
+        ConfigError: its experiment.yaml is damaged.
+    """
+    text, path = store.read_text(EXPERIMENT), store.path_of(EXPERIMENT)
+    return None if text is None else Experiment.from_tree(parse_yaml(text, path), source=path)
+
+
 def write_experiment(store: RunStore, experiment: Experiment) -> None:
     store.write_text(EXPERIMENT, dump_yaml(experiment.to_tree()))
 

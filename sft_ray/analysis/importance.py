@@ -44,7 +44,7 @@ def _judge(
         for name, share in _shares(scored).items()
     }
     names = {name for trial, _ in scored for name in trial.params}
-    for name in sorted(names - set(found)):
+    for name in sorted(n for n in names if any(n not in trial.params for trial, _ in scored)):
         having = [(t, value) for t, value in scored if name in t.params]
         share = _shares(having).get(name)
         if share is not None:
@@ -73,5 +73,5 @@ def _shares(scored: Sequence[tuple[FrozenTrial, float]]) -> dict[str, float]:
             optuna.trial.create_trial(params=params, distributions=distributions, value=value)
         )
     found = optuna.importance.FanovaImportanceEvaluator(seed=0).evaluate(study)
-    total = sum(found.values())  # nothing where no parameter has two values
+    total = sum(found.values())  # 0 where the forest splits nowhere
     return {name: float(share / total) for name, share in found.items()} if total else {}

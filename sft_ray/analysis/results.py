@@ -10,6 +10,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray.analysis.outcome import Outcome, curve_of, score_of
+from sft_ray.recipes import YARDSTICK
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def winner(trials: Sequence[FrozenTrial], sign: int) -> FrozenTrial | None:
 def gain_over_default(trials: Sequence[FrozenTrial], best: FrozenTrial, sign: int) -> float | None:
     """How much better the winner is than the default recipe; None if that did not finish."""
     for trial in trials:
-        is_default = trial.user_attrs.get("role") == "default recipe"
+        is_default = trial.user_attrs.get("role") == YARDSTICK
         if is_default and trial.state == TrialState.COMPLETE and best.state == TrialState.COMPLETE:
             return sign * (score_of(best) - score_of(trial))
     return None

@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 
 from sft_ray import space as spaces
 from sft_ray.config import Experiment, Search, apply_values
+from sft_ray.recipes import YARDSTICK
 from sft_ray.search.finite_space import FiniteSpace, key_of, key_of_point
 from sft_ray.search.samplers import build_sampler, grid_points
 from sft_ray.space import Choice, Numeric, Prior, Space
@@ -26,7 +27,6 @@ PRIOR_STRENGTH = 10  # n0: trials after which half of the draws come from the sa
 # qmc begin its sequence anew, so it takes any untried point.
 ATTEMPTS = {"tpe": 20, "nsga2": 20, "random": 20, "gp": 2}
 FROZEN_LAYERS = "train.frozen_layers"
-YARDSTICK = "default recipe"  # role of the trial that every other is measured against
 
 
 def first_trials(

@@ -21,9 +21,10 @@ from optuna.trial import FrozenTrial, TrialState
 from sft_ray import space as spaces
 from sft_ray.analysis.outcome import Outcome, score_of
 from sft_ray.config import Experiment, Train, apply_values
+from sft_ray.recipes import YARDSTICK
 from sft_ray.run_store import trial_folder
 from sft_ray.search.finite_space import FiniteSpace
-from sft_ray.search.proposals import YARDSTICK, first_trials, propose, propose_untried, suggest
+from sft_ray.search.proposals import first_trials, propose, propose_untried, suggest
 from sft_ray.search.pruners import build_pruner, prune_at
 from sft_ray.search.samplers import build_sampler
 

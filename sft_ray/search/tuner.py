@@ -25,12 +25,12 @@ from sft_ray.run_store import (
     BEST,
     ENVIRONMENT,
     ERROR_LOG,
-    EXPERIMENT,
     JOURNAL,
     PREDICTIONS,
     RESULTS,
     RunStore,
     finished_results,
+    read_experiment,
     trial_folder,
     write_experiment,
 )
@@ -41,7 +41,6 @@ from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.study import SearchStudy, open_storage
 from sft_ray.search.warm_start import warm_configurations
 from sft_ray.training.preparation import Prepared
-from sft_ray.yaml_text import parse_yaml
 
 
 def run_search(
@@ -117,16 +116,10 @@ def extended(experiment: Experiment, by: int) -> Experiment:
     A run that is not finished goes on with the trials it has: it may be this very extension.
     """
     store = RunStore(experiment.storage, experiment.name)
-    text = store.read_text(EXPERIMENT)
-    stored = (
-        experiment
-        if text is None
-        else Experiment.from_tree(
-            parse_yaml(text, store.path_of(EXPERIMENT)), source=store.path_of(EXPERIMENT)
-        )
-    )
-    more = by if text is None or store.exists(RESULTS) else 0
-    search = experiment.search.model_copy(update={"trials": stored.search.trials + more})
+    stored = read_experiment(store)
+    more = by if stored is None or store.exists(RESULTS) else 0
+    before = (stored or experiment).search.trials
+    search = experiment.search.model_copy(update={"trials": before + more})
     return experiment.model_copy(update={"search": search})
 
 

@@ -11,10 +11,9 @@ from sft_ray import space as spaces
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, SftError
 from sft_ray.recipes import SMALL_ENCODER_PARAMETERS
-from sft_ray.run_store import ENVIRONMENT, EXPERIMENT, RESULTS, RunStore, trial_folder
+from sft_ray.run_store import ENVIRONMENT, RESULTS, RunStore, read_experiment, trial_folder
 from sft_ray.space import Space
 from sft_ray.training.tasks import find_task
-from sft_ray.yaml_text import parse_yaml
 
 MOST_PER_RUN = 5  # configurations taken from a run that is alike in everything
 
@@ -90,15 +89,12 @@ def _read(location: str) -> _Run:
         storage, name = str(Path(location).absolute().parent), Path(location).absolute().name
     store = RunStore(storage, name)
     try:
-        text = store.read_text(EXPERIMENT)
+        experiment = read_experiment(store)
         facts = store.read_json(ENVIRONMENT)
     except OSError as error:
         raise ConfigError(f"{location} cannot be read: {error}") from None
-    if text is None or facts is None:
+    if experiment is None or facts is None:
         raise ConfigError(f"{location} is no run folder; name one that a search has left")
-    experiment = Experiment.from_tree(
-        parse_yaml(text, store.path_of(EXPERIMENT)), source=store.path_of(EXPERIMENT)
-    )
     rows = list(_rows(store, experiment.search.trials))
     if not any(row["state"] == "COMPLETE" for row in rows):
         raise ConfigError(f"{location} has no finished trial to begin with; leave it out")
