@@ -335,7 +335,7 @@ def load_tiny(
         str(model), task, dataset.label_set, seed=seed, device=CPU, used_tokens=None
     )
     whole = loaded.model.double() if double else loaded.model
-    return Pretrained(whole, loaded.from_scratch, used)
+    return Pretrained(whole, loaded.from_scratch, used, loaded.seed)
 
 
 def run_fit(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sft_ray.training.encoding import Encoded, IntArray
+from sft_ray.training.seeds import derived_seed
 
 IGNORED = -100  # label of a token that is not scored; torch's default
 
@@ -64,6 +65,20 @@ class Examples(Encoded):
         labelled = np.concatenate([[0], np.cumsum(self.labels != IGNORED)])
         return np.diff(labelled[self.offsets])
 
+    def chosen(self, keep: npt.NDArray[np.bool_]) -> Examples:
+        """The items with a True, [n]."""
+        tokens = np.repeat(keep, self.lengths)
+        return replace(
+            self,
+            tokens=self.tokens[tokens],
+            offsets=np.concatenate([[0], np.cumsum(self.lengths[keep])]),
+            segments=None if self.segments is None else self.segments[tokens],
+            rows=self.rows[keep],
+            words=None if self.words is None else self.words[tokens],
+            spans=None if self.spans is None else self.spans[tokens],
+            labels=self.labels[tokens if self.labels_per_token else keep],
+        )
+
     def column(self, name: str) -> list[Any]:
         """A field of the raw rows."""
         assert self.raw is not None  # scoring has them
@@ -94,6 +109,15 @@ class Dataset:
     @property
     def label_names(self) -> tuple[str, ...]:
         return self.label_set.names
+
+    def with_training_share(self, share: float, seed: int) -> Dataset:
+        """The same with a share of the training rows, at least one; smaller ones are in larger."""
+        if share >= 1:
+            return self
+        rows = np.unique(self.train.rows)
+        order = np.random.default_rng(derived_seed(seed, "training share")).permutation(rows)
+        first = order[: max(1, round(share * len(rows)))]
+        return replace(self, train=self.train.chosen(np.isin(self.train.rows, first)))
 
     @property
     def used_tokens(self) -> IntArray:

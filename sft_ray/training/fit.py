@@ -168,7 +168,7 @@ def fit(
         train: the configuration.
         objective: the metric that decides which weights are best.
         rungs: percents of the schedule to evaluate at, beside the ends of epochs.
-        seed: of order, dropout and re-initialisation.
+        seed: of order, dropout, and the weights that the checkpoint lacks or that begin anew.
         report: called on every rank with the same mark; must answer the same on all of them:
             True goes on to the next mark, False ends the trial.
         resume: state of a mark of this very configuration; the trial goes on behind it, with the

@@ -198,11 +198,16 @@ class Pretrained:
         model: the model with its head, on its device; only vocabulary rows in use.
         pristine: name -> weights as loaded, the starting point of every trial.
         from_scratch: names of weights the checkpoint lacks (the head), newly initialised.
+        seed: that they were drawn from.
         full_embedding: the whole embedding matrix on the CPU, for writing the model back; or None.
     """
 
     def __init__(
-        self, model: Any, from_scratch: frozenset[str], used_tokens: IntArray | None
+        self,
+        model: Any,
+        from_scratch: frozenset[str],
+        used_tokens: IntArray | None,
+        seed: int,
     ) -> None:
         self.model = model
         self.from_scratch = from_scratch
@@ -222,6 +227,7 @@ class Pretrained:
             self.full_embedding = full.weight.detach().cpu().clone()
             model.set_input_embeddings(UsedRowsEmbedding(full, used).to(full.weight.device))
         self.pristine = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._draw_head(seed)
         self._frozen: list[nn.Module] = []
         self._dropouts = list(_dropouts(model))
 
@@ -246,6 +252,7 @@ class Pretrained:
             dropout: probability of every dropout in the model; None takes the model's own.
             reinit_layers: layers from the top, and the pooler, that start anew (Zhang et al.,
                 "Revisiting Few-sample BERT Fine-tuning", ICLR 2021), drawn from (seed, "reinit").
+            seed: of the head and of what starts anew.
 
         Raises:
             ConfigError: more layers are frozen or begun anew than there are.
@@ -256,6 +263,8 @@ class Pretrained:
                 f"train.frozen_layers and train.reinit_layers: the model has {self.num_layers} "
                 f"layers, got {depth} + {reinit_layers}"
             )
+        if seed != self.seed:
+            self._draw_head(seed)
         parameters = list(self.model.parameters())
         with torch.no_grad():
             torch._foreach_copy_(parameters, list(self.pristine.values()))
@@ -281,16 +290,35 @@ class Pretrained:
         poolers = (getattr(owner, "pooler", None) for owner in (base, self.model))
         parts += [pooler for pooler in poolers if pooler is not None]
         fresh = {parameter for part in parts for parameter in part.parameters()}
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(derived_seed(seed, "reinit"))
-            for parameter in fresh:
-                parameter._is_hf_initialized = False
-            for part in parts:
-                for module in part.modules():
-                    self.model._init_weights(module)
+        self._initialize(fresh, derived_seed(seed, "reinit"))
         self.reinitialized = frozenset(
             name for name, parameter in self.model.named_parameters() if parameter in fresh
         )
+
+    def _draw_head(self, seed: int) -> None:
+        """Draw what the checkpoint lacks from (seed, "init"), and keep it as pristine."""
+        self.seed = seed
+        fresh = {n: p for n, p in self.model.named_parameters() if n in self.from_scratch}
+        self._initialize(set(fresh.values()), derived_seed(seed, "init"))
+        self.pristine |= {name: p.detach().clone() for name, p in fresh.items()}
+
+    def _initialize(self, fresh: set[nn.Parameter], seed: int) -> None:
+        """Draw weights by the model's own rules, on the CPU so that every device gets the same."""
+        device = self.model.device
+        for parameter in self.model.parameters():
+            parameter._is_hf_initialized = parameter not in fresh
+
+        def draw(module: nn.Module) -> None:
+            if not fresh.isdisjoint(module.parameters()):
+                self.model._init_weights(module)
+
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            for parameter in fresh:
+                parameter.data = parameter.data.cpu()
+            self.model.apply(draw)  # inner modules first: outer ones have the last word
+            for parameter in fresh:
+                parameter.data = parameter.data.to(device)
 
     def depths(self) -> dict[str, int]:
         """Parameter name -> 0 for what feeds the layers, i + 1 for layer i, else one more."""
@@ -351,7 +379,8 @@ def load_pretrained(
 ) -> Pretrained:
     """Load weights (safetensors only) and put a head for the task's answers on them.
 
-    The head is initialised from (seed, "init"), the same on every worker and for every trial.
+    The head is initialised from (seed, "init"), the same on every worker and for every trial of
+    that seed.
 
     Raises:
         ConfigError: the folder holds no weights that can be loaded safely.
@@ -364,8 +393,7 @@ def load_pretrained(
         head["label2id"] = {name: i for i, name in enumerate(label_set.names)}
     if task.problem_type is not None:
         head["problem_type"] = task.problem_type
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed, "init"))
+    with torch.random.fork_rng(devices=[]):  # drawn again by `Pretrained`
         try:
             model, info = auto_model.from_pretrained(
                 folder,
@@ -385,7 +413,7 @@ def load_pretrained(
             ) from None
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     from_scratch = frozenset(info["missing_keys"]) | frozenset(mismatched)
-    return Pretrained(model.to(device), from_scratch, used_tokens)
+    return Pretrained(model.to(device), from_scratch, used_tokens, seed)
 
 
 def quiet_transformers() -> None:

@@ -174,7 +174,7 @@ def test_a_saved_model_gives_the_same_logits_when_read_back(
     assert not info["unexpected_keys"]
     assert list(back.config.id2label.values()) == list(few.label_names)
     assert back.get_input_embeddings().num_embeddings == len(TOKEN_ID)
-    read_back = logits_of(Pretrained(back, frozenset(), None), few)
+    read_back = logits_of(Pretrained(back, frozenset(), None, 0), few)
     np.testing.assert_allclose(read_back, expected, atol=1e-6, rtol=0)
 
 
