@@ -57,6 +57,32 @@ def _load(
 
 
 @app.command()
+def plan(
+    experiment: Annotated[str, typer.Argument(help="YAML file of the experiment.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="dotted.path=value, for example search.trials=6")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster whose slots are counted, for example auto.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Dollars per worker and hour.")] = None,
+) -> None:
+    """Say what a search would cost, from a short probe, and what would be refused."""
+
+    def check(rest: Experiment) -> object:
+        from sft_ray.search.cluster import capacity_here
+        from sft_ray.search.preflight import prepare_experiment
+
+        return prepare_experiment(rest, capacity_here(address))
+
+    parsed = _load(experiment, overrides, check)
+    from sft_ray.search.planning import run_plan
+
+    source = shlex.join([experiment, *(overrides or [])])
+    run_plan(parsed, address=address, price_per_hour=price, source=source)
+
+
+@app.command()
 def search(
     experiment: Annotated[str, typer.Argument(help="YAML file of the experiment.")],
     overrides: Annotated[
@@ -154,6 +180,87 @@ def predict(
             stream.reconfigure(encoding=encoding)  # whatever the locale says
     for answer in predictor.predict(read_rows(sys.stdin, predictor.task)):
         sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+
+
+@app.command()
+def confirm(
+    run: Annotated[str, typer.Argument(help="Folder of a finished search.")],
+    top: Annotated[int, typer.Option(min=1, max=100, help="Configurations, by search score.")] = 3,
+    seeds: Annotated[int, typer.Option(min=2, max=100, help="Fresh seeds for each.")] = 5,
+    address: Annotated[str | None, typer.Option(help="Ray cluster, for example auto.")] = None,
+) -> None:
+    """Train a search's best configurations on fresh seeds; score the test split once."""
+    from sft_ray.config import Confirm
+    from sft_ray.search.confirm import run_confirm
+
+    run_confirm(run, Confirm(top=top, seeds=seeds), address=address)
+
+
+@app.command()
+def ablate(
+    files: Annotated[
+        list[str],
+        typer.Argument(help="YAML files of ablations, and key=value, for example base=runs/mine"),
+    ],
+    address: Annotated[str | None, typer.Option(help="Ray cluster, for example auto.")] = None,
+) -> None:
+    """Vary one thing around a base over shared seeds; leaves tables and figures."""
+    from sft_ray.ablation_file import Ablation
+    from sft_ray.errors import ConfigError
+    from sft_ray.search.ablate import run_ablations
+
+    overrides = [text for text in files if "=" in text]
+    paths = [text for text in files if "=" not in text]
+    if not paths:
+        raise ConfigError("ablate: give at least one ablation's YAML file")
+    run_ablations([Ablation.load(path, overrides) for path in paths], address=address)
+
+
+@app.command()
+def verify(run: Annotated[str, typer.Argument(help="Folder of a finished run.")]) -> None:
+    """Score best/ again and check files, data and versions against what was reported."""
+    from sft_ray.screen import Screen
+    from sft_ray.serving.verify import run_verification
+
+    found = run_verification(run)
+    screen, words = Screen(), {True: "ok", False: "FAILED", None: "note"}
+    screen.facts({c.name: f"{words[c.ok]}: {c.found}" for c in found.checks})
+    if not found.ok:
+        raise TrialError(f"{found.location} does not hold what it reports")
+
+
+@app.command()
+def replay(
+    run: Annotated[str, typer.Argument(help="Folder of a run.")],
+    trial: Annotated[int, typer.Option(min=0, help="Number of the trial.")],
+    address: Annotated[str | None, typer.Option(help="Ray cluster, for example auto.")] = None,
+) -> None:
+    """Train one trial again and compare its numbers."""
+    from sft_ray.search.replay import run_replay
+
+    if not run_replay(run, trial, address=address).is_identical:
+        raise TrialError("the numbers are not the same; machine, versions or threads may differ")
+
+
+@app.command()
+def results(
+    run: Annotated[str, typer.Argument(help="Folder of a run, finished or not.")],
+    top: Annotated[int | None, typer.Option(min=1, help="Only the best so many.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Write all trials to this .csv or .parquet.")
+    ] = None,
+) -> None:
+    """Show a run's trials as a table, best first."""
+    from sft_ray.analysis.results import SearchResult, write_frame
+    from sft_ray.analysis.tables import trial_table
+    from sft_ray.screen import Screen
+
+    found, screen = SearchResult.load(run), Screen()
+    for line in trial_table(found, top):
+        screen.say(line)
+    if out is not None:
+        write_frame(found.frame(), out)
+        screen.say(f"written: {out}")
 
 
 def main(arguments: list[str] | None = None) -> None:

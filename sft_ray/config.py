@@ -296,6 +296,13 @@ class Search(Section):
         return spaces.parse_space(self.space or {})
 
 
+class Confirm(Section):
+    """Runs of a search's best configurations on fresh seeds, which count in its budget."""
+
+    top: Annotated[int, Field(ge=1, le=100)] = 3
+    seeds: Annotated[int, Field(ge=2, le=100)] = 5
+
+
 class Checkpoint(Section):
     """Which checkpoints stay on disk."""
 
@@ -332,7 +339,7 @@ class Experiment(Section):
     data: Data
     train: Train = Train()
     search: Search = Search()
-    confirm: None = None
+    confirm: Confirm | None = None
     checkpoint: Checkpoint = Checkpoint()
     resources: Resources = Resources()
     storage: Location = "runs"
@@ -399,8 +406,11 @@ def _absolute(place: str | None) -> str | None:
     return str(Path(place).absolute()) if place and Path(place).exists() else place
 
 
-def explain(error: ValidationError) -> list[str]:
-    """One line per problem: dotted path, rule, what was got, how to mend it."""
+def explain(error: ValidationError, root: type[Section] | None = None) -> list[str]:
+    """One line per problem: dotted path, rule, what was got, how to mend it.
+
+    `root` is what was validated; an experiment if left out.
+    """
     lines: dict[str, str] = {}
     for problem in error.errors():
         path = ".".join(str(part) for part in _without_union_tags(problem["loc"]))
@@ -410,20 +420,18 @@ def explain(error: ValidationError) -> list[str]:
             first, got = lines[path].split(", got ", 1)
             lines[path] = f"{first} or {_rule(problem).removeprefix('input should be ')}, got {got}"
         else:
-            lines[path] = f"{path}: {_explanation(path, problem)}".removeprefix(": ")
+            lines[path] = f"{path}: {_explanation(problem, root or Experiment)}".removeprefix(": ")
     return list(lines.values())
 
 
-def _explanation(path: str, problem: Any) -> str:
+def _explanation(problem: Any, root: type[Section]) -> str:
     if problem["type"] == "extra_forbidden":
-        known = _section_at(problem["loc"][:-1])
+        known = _section_at(root, problem["loc"][:-1])
         return f"unknown key; {did_you_mean(str(problem['loc'][-1]), known)}"
     if problem["type"] == "missing":
         return "this key is required"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    if path == "confirm":
-        return "confirmation runs are not available yet; leave it out or null"
     got, hint = problem["input"], ""
     if problem["type"] == "literal_error" and isinstance(got, str):
         hint = f"; {did_you_mean(got, re.findall(QUOTED, problem['ctx']['expected']))}"
@@ -441,8 +449,8 @@ def _without_union_tags(loc: tuple[int | str, ...]) -> list[int | str]:
     return [part for part in loc if not UNION_TAG.match(str(part))]
 
 
-def _section_at(loc: tuple[int | str, ...]) -> list[str]:
-    model: Any = Experiment
+def _section_at(root: type[Section], loc: tuple[int | str, ...]) -> list[str]:
+    model: Any = root
     for part in loc:
         annotation = model.model_fields[part].annotation
         options = getattr(annotation, "__args__", (annotation,))

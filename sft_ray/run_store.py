@@ -32,8 +32,12 @@ JOURNAL = "study.journal"
 RESULTS = "results.json"
 PREDICTIONS = "predictions.parquet"
 TEST_ACCESS = "test_access.jsonl"
+CHECKSUMS = "checksums.json"
+CONFIRMATION = "confirm.json"
 BEST = "best"
 ERROR_LOG = "errors.log"
+TRIAL = "trial.json"  # in the folder of a trial that has ended
+CHUNK_BYTES = 1 << 20  # of a file that is hashed
 # Keys that may grow on a finished or interrupted run; everything else must stay as it was.
 BUDGETS = (
     "search.trials",
@@ -78,18 +82,29 @@ class RunStore:
         return bool(self._filesystem.get_file_info(path).type != fs.FileType.NotFound)
 
     def read_text(self, path: str) -> str | None:
-        """The text of a file, None if it does not exist."""
+        """The text of a file, None if it does not exist.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        content = self._read_bytes(path)
+        try:
+            return None if content is None else content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{self.location}/{path}: damaged, no UTF-8: {error}") from None
+
+    def _read_bytes(self, path: str) -> bytes | None:
         if not self.exists(path):
             return None
         with self._filesystem.open_input_stream(path) as stream:
-            return bytes(stream.read()).decode("utf-8")
+            return bytes(stream.read())
 
     def write_text(self, path: str, text: str) -> None:
         """Replace a file as a whole: a reader sees the old text or the new one."""
         self.write_bytes(path, text.encode("utf-8"))
 
     def write_json(self, path: str, value: Any) -> None:
-        self.write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+        self.write_text(path, _json_text(value))
 
     def read_json(self, path: str) -> Any:
         """The value of a JSON file, None if it does not exist.
@@ -100,8 +115,23 @@ class RunStore:
         text = self.read_text(path)
         try:
             return None if text is None else json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"{self.location}/{path}: damaged JSON: {error}") from None
+
+    def files_below(self, folder: str) -> list[str]:
+        """Every file below a folder of the run, sorted; none if there is no such folder."""
+        selector = fs.FileSelector(folder, allow_not_found=True, recursive=True)
+        found = self._filesystem.get_file_info(selector)
+        return sorted(info.path for info in found if info.type == fs.FileType.File)
+
+    def sha256(self, path: str) -> str:
+        """Of a file's content, which is never held as a whole."""
+        digest = hashlib.sha256()
+        # A name that ends in .gz must not make pyarrow unpack it.
+        with self._filesystem.open_input_stream(path, compression=None) as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
 
     def write_bytes(self, path: str, content: bytes) -> None:
         """Replace a file as a whole, on disk before its name changes."""
@@ -219,6 +249,22 @@ class RunStore:
                     file.truncate(whole)
                     os.fsync(file.fileno())
 
+    def read_journal(self) -> list[dict[str, Any]] | None:
+        """The study's records without a torn end; None if there is no study.
+
+        Changes and locks nothing, so a search may be writing meanwhile.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        content = self._read_bytes(JOURNAL)
+        if content is None:
+            return None
+        try:
+            return [json.loads(line) for line in content[: _whole_records(content)].splitlines()]
+        except ValueError as error:
+            raise ConfigError(f"{self.path_of(JOURNAL)}: damaged: {error}") from None
+
     def push_journal(self) -> None:
         """Copy the live study to object storage, with its sha256; nothing to do on a disk."""
         if self.local_root is None:
@@ -260,6 +306,79 @@ class RunStore:
         return f"{self.name}.old-{number}"
 
 
+def open_run(place: str) -> RunStore:
+    """The run folder at a path or URI.
+
+    Raises:
+        ConfigError: there is no run, or it cannot be read.
+        ResourceError: the storage cannot be opened.
+    """
+    if "://" in place:
+        place_itself, mark, options = place.partition("?")
+        storage, _, name = place_itself.rstrip("/").rpartition("/")
+        store = RunStore(f"{storage}{mark}{options}", name)
+    else:
+        folder = Path(place).resolve()
+        store = RunStore(str(folder.parent), folder.name)
+    try:
+        is_run = store.exists(EXPERIMENT)
+    except OSError as error:
+        raise ConfigError(f"{place} cannot be read: {error}") from None
+    if not is_run:
+        raise ConfigError(f"{place} is no run folder; name one that a search or a training left")
+    return store
+
+
+def write_results(store: RunStore, tree: dict[str, Any]) -> None:
+    """Write results.json, the marker of a finished run, and before it the checksums of the run.
+
+    May be called again when the run has changed.
+    """
+    there = set(store.files_below("trials"))
+    for row in tree["trials"]:  # a driver that was killed may have left one out
+        path = f"{trial_folder(row['number'])}/{TRIAL}"
+        if path not in there:
+            store.write_json(path, row)
+    text = _json_text(tree)
+    checksums = {path: store.sha256(path) for path in checksummed_files(store) if path != RESULTS}
+    checksums[RESULTS] = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    store.write_json(CHECKSUMS, {"sha256": checksums})
+    store.write_text(RESULTS, text)
+
+
+def delete_results(store: RunStore) -> None:
+    """The run is not finished any more."""
+    for path in (RESULTS, CHECKSUMS, CONFIRMATION):
+        store.delete_file(path)
+
+
+def put_winner(store: RunStore, source: str, card: str) -> None:
+    """Make a trial's model folder the run's best/, with its card; its predictions go beside it."""
+    with store.replacing_folder(BEST) as folder:
+        store.fetch_folder(source, folder)
+        store.write_bytes(PREDICTIONS, (folder / PREDICTIONS).read_bytes())
+        (folder / PREDICTIONS).unlink()  # texts of others do not belong into a model folder
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def checksummed_files(store: RunStore) -> list[str]:
+    """The files a finished run vouches for: what it was, what came out, the winner."""
+    known = (EXPERIMENT, ENVIRONMENT, PREDICTIONS, CONFIRMATION, RESULTS)
+    single = [path for path in known if store.exists(path)]
+    return [*single, *store.files_below(BEST), *trial_records(store)]
+
+
+def trial_records(store: RunStore) -> list[str]:
+    """The trial.json of every trial that has ended, by number."""
+    paths = (path.split("/") for path in store.files_below("trials"))
+    numbers = [int(p[1]) for p in paths if len(p) == 3 and p[2] == TRIAL and p[1].isdecimal()]
+    return [f"{trial_folder(number)}/{TRIAL}" for number in sorted(numbers)]
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
 def _whole_records(content: bytes) -> int:
     """Length of the leading part that consists of complete JSON lines."""
     end = content.rfind(b"\n") + 1
@@ -287,6 +406,7 @@ def check_folder_rule(
     old = _flat(parse_yaml(text, store.path_of(EXPERIMENT)))
     new = _flat(experiment.to_tree())
     keys = (old.keys() | new.keys()) - {"name", "storage"}  # a run folder may be moved
+    keys = {key for key in keys if key.partition(".")[0] != "confirm"}  # may follow at any time
     changed = {key for key in keys if old.get(key) != new.get(key)}
     differences = [
         f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"

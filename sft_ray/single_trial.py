@@ -19,11 +19,11 @@ from sft_ray.run_store import (
     BEST,
     ENVIRONMENT,
     PREDICTIONS,
-    RESULTS,
     RunStore,
     finished_results,
     trial_folder,
     write_experiment,
+    write_results,
 )
 from sft_ray.screen import Screen, duration, short_params
 from sft_ray.training.checkpoint import ResumeState, save_model, save_predictions
@@ -91,7 +91,7 @@ class _Run:
         self.messages: list[dict[str, Any]] = []
         self._saved_percent: int | None = None
         self._began = time.monotonic()
-        self.last = LastState(store, NUMBER, prepared.experiment.checkpoint.every_minutes)
+        self.last = LastState(store, FOLDER, prepared.experiment.checkpoint.every_minutes)
         self._seconds_before = 0.0
 
     @property
@@ -183,6 +183,7 @@ def _conclude(
         state="PRUNED" if outcome.fault else "COMPLETE",
         role="single",
         params=settings_of(experiment.train),
+        train=experiment.train.model_dump(mode="json"),
         outcome=outcome,
         curve=run.curve,
         seed=experiment.seed,
@@ -202,7 +203,7 @@ def _conclude(
     }
     card = model_card(tree, experiment.to_tree(), prepared.dataset.label_names)
     store.write_text(f"{BEST}/README.md", card)
-    store.write_json(RESULTS, tree)
+    write_results(store, tree)
     run.last.delete()
     return tree
 

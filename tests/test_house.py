@@ -18,9 +18,11 @@ LAYERS = [
     {"errors", "recipes"},
     {"cache", "environment", "space", "yaml_text", "screen"},
     {"config"},
+    {"ablation_file"},
     {"run_store"},
     {"training", "analysis"},
-    {"search", "serving", "single_trial"},
+    {"serving"},
+    {"search", "single_trial"},
     {"cli"},
 ]
 # Packages that only some layers may import.

@@ -62,6 +62,7 @@ def test_training_leaves_a_run_like_a_search_and_the_same_command_shows_it(make,
     run = Path(result.location)
     assert {f.name for f in run.iterdir()} - {".lock"} == {
         "best",
+        "checksums.json",
         "environment.json",
         "experiment.yaml",
         "predictions.parquet",

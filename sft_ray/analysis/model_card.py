@@ -28,6 +28,9 @@ The figures are of exactly these weights. {selection}
 """
 SEARCHED = """They are the best of {num_trials} trials on the same split, so expect somewhat less on
 new data; the test split was not scored. Gain over the default recipe: {gain}."""
+CONFIRMED = """They are those of one training with a seed that was settled beforehand. Over {n}
+fresh seeds the configuration reaches {mean:.4f} {metric} on average{interval}, {gain:+.4f} over
+the default recipe on the same seeds. {test}"""
 SINGLE = """They are the best evaluation of one training on the same split, so expect somewhat less
 on new data; the test split was not scored."""
 # Tasks that the hub's pipelines know by another name.
@@ -46,6 +49,9 @@ def model_card(tree: dict[str, Any], experiment: dict[str, Any], labels: tuple[s
         num_trials=num_trials,
         gain="unknown, it did not finish" if gain is None else f"{gain:+.4f} {tree['metric']}",
     )
+    selection = searched if num_trials > 1 else SINGLE
+    if "expected" in best:
+        selection = _confirmed(tree)
     return CARD.format(
         pipeline=PIPELINES.get(task, task),
         task=task,
@@ -54,9 +60,27 @@ def model_card(tree: dict[str, Any], experiment: dict[str, Any], labels: tuple[s
         data=data["path"] or data["train"],
         version=environment["sft_ray"],
         scores="\n".join(f"| {k} | {v:.4f} |" for k, v in best["validation"].items()),
-        selection=searched if num_trials > 1 else SINGLE,
+        selection=selection,
         params="\n".join(f"| {k} | {v} |" for k, v in best["params"].items()),
         labels=f"Labels: {', '.join(labels)}. " if labels else "",
-        seed=experiment["seed"],
+        seed=best.get("seed", experiment["seed"]),
         fingerprint=environment["data_fingerprint"],
+    )
+
+
+def _confirmed(tree: dict[str, Any]) -> str:
+    best, test = tree["best"], "There was no test split to score."
+    expected, interval = best["expected"], ""
+    if expected["low"] is not None:
+        interval = f" (95 % interval {expected['low']:.4f} to {expected['high']:.4f})"
+    if best["test"] is not None:
+        found = ", ".join(f"{k} {v:.4f}" for k, v in best["test"]["metrics"].items())
+        test = f"The test split ({best['test']['num_examples']} examples), scored once: {found}."
+    return CONFIRMED.format(
+        n=expected["n"],
+        mean=expected["mean"],
+        interval=interval,
+        metric=tree["metric"],
+        gain=best["gain_over_default"],
+        test=test,
     )

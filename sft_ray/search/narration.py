@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from sft_ray import space as spaces
+from sft_ray.analysis.ablation import ArmSummary
 from sft_ray.analysis.importance import RELIABLE_FROM
 from sft_ray.analysis.results import SearchResult
 from sft_ray.screen import Screen, count, duration, short_params
@@ -126,3 +129,75 @@ def say_pareto(screen: Screen, result: SearchResult) -> None:
         costs = "  ".join(f"{cost} {row[cost]:.4g}" for cost in result.tree["costs"])
         score = f"{result.tree['metric']} {row['score']:.4f}"
         screen.say(f"  {score}  {costs}  {row['path']}/best")
+
+
+def say_confirmation(screen: Screen, tree: dict[str, Any], result: SearchResult) -> None:
+    """Every configuration over the fresh seeds, the two gaps, and what is in best/ now."""
+    metric, test = tree["metric"], tree["test"] or {}
+    screen.say()
+    screen.say(f"over fresh seeds, {metric} (mean and 95 % interval):")
+    for row in tree["configurations"]:
+        screen.say(f"  {row['arm']:<15} {confirmed_line(row)}")
+        screen.say(f"  {'':<15} {short_params(row['params'])}")
+    winner, lines = tree["configurations"][0], {}
+    lines["winner"] = f"{winner['arm']}, the model of seed {tree['seeds'][0]}"
+    lines["validation"] = ", ".join(f"{k} {v:.4f}" for k, v in result.best["validation"].items())
+    expected = winner["expected"]
+    lines["expected"] = f"{metric} {expected['mean']:.4f}{interval(expected)}"
+    if winner["flattered"] is not None:
+        lines["search to mean"] = (
+            f"the search scored it {winner['search_value']:.4f}: "
+            f"{abs(winner['flattered']):.4f} too {'good' if winner['flattered'] >= 0 else 'bad'}"
+        )
+    for arm, found in test.items():
+        lines[f"test, {arm}"] = (
+            ", ".join(f"{k} {v:.4f}" for k, v in found["metrics"].items())
+            + f" ({found['num_examples']} examples, scored once)"
+        )
+    if winner["arm"] in test:
+        gap = test[winner["arm"]]["metrics"][metric] - expected["mean"]
+        lines["mean to test"] = f"{gap:+.4f} {metric}"
+    else:
+        lines["test"] = "the experiment has no labelled test split"
+    lines["checkpoint"] = result.best["checkpoint"]
+    screen.say()
+    screen.facts(lines)
+
+
+def confirmed_line(row: dict[str, Any]) -> str:
+    """Mean, interval and difference to the default recipe, in one line."""
+    expected, over = row["expected"], row["over_default"]
+    if expected is None:
+        return "finished on no seed"
+    parts = [f"{expected['mean']:.4f}{interval(expected)}, {count(expected['n'], 'seed')}"]
+    if over is not None:
+        parts.append(f"{over['difference']:+.4f}{interval(over)} over the default recipe")
+    if row["behind"]:
+        parts.append("clearly behind")
+    return "; ".join(parts)
+
+
+def interval(found: dict[str, Any]) -> str:
+    """` (low to high)`, or nothing for a single run."""
+    return "" if found["low"] is None else f" ({found['low']:.4f} to {found['high']:.4f})"
+
+
+def say_ablation(
+    screen: Screen, name: str, metric: str, summaries: Sequence[ArmSummary], folder: str
+) -> None:
+    """Every arm with its difference to the base, and where the tables are."""
+    screen.say()
+    screen.say(f"{name}: {metric}, mean and 95 % interval; difference to the base")
+    width = max(len(summary.arm.label) for summary in summaries)
+    for summary in summaries:
+        parts = ["finished on no seed"]
+        if summary.score is not None:
+            score = asdict(summary.score)
+            parts = [f"{score['mean']:.4f}{interval(score)}, {count(summary.n, 'seed')}"]
+        if summary.versus_base is not None:
+            versus = asdict(summary.versus_base)
+            parts.append(f"{versus['difference']:+.4f}{interval(versus)}")
+            if summary.is_told_apart:
+                parts.append("told apart")
+        screen.say(f"  {summary.arm.label:<{width}}  {'; '.join(parts)}")
+    screen.say(f"tables and figures: {folder}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,34 +19,19 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray import space as spaces
 from sft_ray.analysis.outcome import Outcome, score_of
-from sft_ray.config import Experiment, Train, apply_values
+from sft_ray.analysis.results import row_of
+from sft_ray.config import Experiment, apply_values
 from sft_ray.recipes import YARDSTICK
 from sft_ray.run_store import trial_folder
+from sft_ray.screen import short_params
 from sft_ray.search.finite_space import FiniteSpace
 from sft_ray.search.proposals import first_trials, propose, propose_untried, suggest
 from sft_ray.search.pruners import build_pruner, prune_at
 from sft_ray.search.samplers import build_sampler
+from sft_ray.search.trials import PlannedTrial
 
 STUDY_NAME = "search"
 MAX_RESTARTS = 2
-
-
-@dataclass(frozen=True)
-class PlannedTrial:
-    """One configuration to run.
-
-    Attributes:
-        save_above: the score a finished trial must beat to be among those kept on disk.
-        save_unfinished: no trial has finished yet, so an unfinished one may have to stand in.
-        is_yardstick: the default recipe, which is never ended early.
-    """
-
-    number: int
-    train: Train
-    params: dict[str, Any]
-    save_above: float | None
-    save_unfinished: bool
-    is_yardstick: bool
 
 
 class _HeldByTheRun(BaseJournalFileLock):
@@ -74,6 +58,7 @@ class SearchStudy:
         recipe: values of the default recipe by dotted path.
         direction: of the objective.
         costs: further objectives, fields of `Outcome` that are to be small.
+        slots: trials that run at a time.
         warm: flat parameters to begin with, from other runs.
     """
 
@@ -85,12 +70,13 @@ class SearchStudy:
         recipe: Mapping[str, Any],
         direction: Literal["maximize", "minimize"],
         costs: Sequence[str] = (),
+        slots: int = 1,
         warm: Sequence[dict[str, Any]] = (),
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         search = experiment.search
         self.experiment, self.recipe, self.costs = experiment, dict(recipe), tuple(costs)
-        self.space = search.domains
+        self.space, self.slots = search.domains, slots
         self.finite = FiniteSpace.of(self.space, experiment.train)
         self.sign = 1 if direction == "maximize" else -1
         self.pruner = build_pruner(search)
@@ -143,11 +129,15 @@ class SearchStudy:
         keep = len(complete) + 1 if self.costs else self.experiment.checkpoint.keep
         return PlannedTrial(
             number=trial.number,
+            label=f"trial {trial.number}",
+            said=short_params(params),
+            folder=trial_folder(trial.number),
             train=train,
             params=params,
-            save_above=self.sign * complete[keep - 1] if len(complete) >= keep else None,
+            seed=self.experiment.seed,
+            save_above=complete[keep - 1] if len(complete) >= keep else None,
             save_unfinished=not complete,
-            is_yardstick=trial.user_attrs.get("role") == YARDSTICK,
+            end_diverged=trial.user_attrs.get("role") != YARDSTICK,
         )
 
     def _values(self, trial: optuna.Trial) -> dict[str, Any]:
@@ -226,11 +216,16 @@ class SearchStudy:
 
     def budget_used_up(self) -> str | None:
         """Which limit has been reached, in words."""
-        budget = self.experiment.search.budget
-        if budget.wall_minutes is not None and self.wall_seconds() >= 60 * budget.wall_minutes:
-            return f"wall time of {budget.wall_minutes:g} minutes"
-        if budget.worker_hours is not None and self.worker_hours() >= budget.worker_hours:
-            return f"{budget.worker_hours:g} worker hours"
+        budget, reserve = self.experiment.search.budget, self.reserved_seconds()
+        if budget.wall_minutes is not None:
+            limit = 60 * budget.wall_minutes
+            if self.wall_seconds() >= limit - min(reserve / self.slots, limit / 2):
+                return f"wall time of {budget.wall_minutes:g} minutes"
+        if budget.worker_hours is not None:
+            limit = budget.worker_hours
+            workers = self.experiment.resources.workers_per_trial
+            if self.worker_hours() >= limit - min(reserve * workers / 3600, limit / 2):
+                return f"{budget.worker_hours:g} worker hours"
         if budget.target is not None:
             best = self.best_score()
             if best is not None and self.sign * best >= self.sign * budget.target:
@@ -238,6 +233,17 @@ class SearchStudy:
         if budget.patience is not None and self._trials_since_best() >= budget.patience:
             return f"no better trial among the last {budget.patience}"
         return None
+
+    def reserved_seconds(self) -> float:
+        """Slot time that the confirmation will want, judged by the trials that have finished.
+
+        At most half of a budget is kept for it.
+        """
+        confirm, complete = self.experiment.confirm, self._complete()
+        if confirm is None or not complete:
+            return 0.0
+        mean = sum(Outcome.of(trial).slot_seconds for trial in complete) / len(complete)
+        return (confirm.top + 1) * confirm.seeds * mean
 
     def _trials_since_best(self) -> int:
         """Trials that have ended since the best one did."""
@@ -275,6 +281,20 @@ class SearchStudy:
         if self.budget_used_up() is not None:
             return True
         return self._nothing_left()
+
+    def row(self, number: int) -> dict[str, Any]:
+        """A trial as results.json and trial.json hold it."""
+        return row_of(self._frozen(number), self.experiment.seed)
+
+    def improves(self, score: float) -> bool:
+        """Whether a finished trial of this score would be the best so far."""
+        best = self.best_score()
+        return best is None or self.sign * score > self.sign * best
+
+    def outdated(self) -> list[str]:
+        """Folders of trials whose models are not to be kept."""
+        kept = self.kept()
+        return [trial_folder(t.number) for t in self.trials if t.number not in kept]
 
     def kept(self) -> set[int]:
         """Numbers of the trials whose model folders stay on disk."""

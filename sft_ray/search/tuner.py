@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import time
 from typing import Any
 
@@ -24,18 +22,20 @@ from sft_ray.recipes import default_recipe
 from sft_ray.run_store import (
     BEST,
     ENVIRONMENT,
-    ERROR_LOG,
     JOURNAL,
-    PREDICTIONS,
     RESULTS,
     RunStore,
+    delete_results,
     finished_results,
+    put_winner,
     read_experiment,
     trial_folder,
     write_experiment,
+    write_results,
 )
-from sft_ray.screen import Screen, count
-from sft_ray.search.cluster import Layout, capacity, capacity_here, connected, plan_layout
+from sft_ray.screen import Screen
+from sft_ray.search.cluster import capacity, capacity_here, connected, plan_layout
+from sft_ray.search.conductor import Conductor
 from sft_ray.search.narration import say_outcome, say_truth
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.study import SearchStudy, open_storage
@@ -79,7 +79,7 @@ def run_search(
         screen.say(f"{store.location} is finished; its outcome:")
         result = SearchResult(store.location, tree)
         say_outcome(screen, result, prepared, source)
-        return result
+        return _confirmed(experiment, store, result, address, quiet)
     warm = []
     if fresh or not store.exists(JOURNAL):
         warm = warm_configurations(experiment, prepared.facts(), prepared.objective)
@@ -88,9 +88,9 @@ def run_search(
         if fresh and store.is_there():
             screen.say(f"the old folder is now {store.set_aside()}")
         with store.locked():
-            study = _open_study(prepared, store, warm)
+            study = _open_study(prepared, store, layout.slots, warm)
             store.push_journal()  # what runs first is settled from here on
-            store.delete_file(RESULTS)
+            delete_results(store)
             write_experiment(store, experiment)
             environment = describe_environment(
                 {
@@ -104,10 +104,41 @@ def run_search(
             say_truth(screen, prepared, layout, store.location, study)
             startup_seconds = None
             if not study.is_over():
-                startup_seconds = _run_trials(prepared, layout, store, study, screen, started)
+                from sft_ray.search.slots import run_on_slots  # brings Ray
+
+                conductor = Conductor(
+                    study, store, screen, prepared.objective, layout.slots, store.push_journal
+                )
+                run_on_slots(conductor, prepared, layout)
+                startup_seconds = conductor.startup_seconds(started)
             result = _conclude(prepared, store, study, environment, startup_seconds)
-    say_outcome(screen, result, prepared, source)
-    return result
+        say_outcome(screen, result, prepared, source)
+        return _confirmed(experiment, store, result, address, quiet)
+
+
+def _confirmed(
+    experiment: Experiment, store: RunStore, result: SearchResult, address: str | None, quiet: bool
+) -> SearchResult:
+    """The outcome behind the confirmation that the experiment asks for, within its budget."""
+    if experiment.confirm is None:
+        return result
+    from sft_ray.search.confirm import run_confirm
+
+    budget, tree = experiment.search.budget, result.tree
+    left = []
+    if budget.wall_minutes is not None:
+        left.append(60 * budget.wall_minutes - tree["wall_seconds"])
+    if budget.worker_hours is not None:
+        slot_seconds = sum(
+            row[f"{kind}_seconds"]
+            for row in tree["trials"]
+            for kind in ("train", "eval", "overhead")
+        )
+        workers, slots = experiment.resources.workers_per_trial, tree["environment"]["slots"]
+        left.append((3600 * budget.worker_hours / workers - slot_seconds) / slots)
+    seconds = min(left, default=None)
+    confirm = experiment.confirm
+    return run_confirm(store, confirm, address=address, quiet=quiet, seconds=seconds).result
 
 
 def extended(experiment: Experiment, by: int) -> Experiment:
@@ -123,7 +154,9 @@ def extended(experiment: Experiment, by: int) -> Experiment:
     return experiment.model_copy(update={"search": search})
 
 
-def _open_study(prepared: Prepared, store: RunStore, warm: list[dict[str, Any]]) -> SearchStudy:
+def _open_study(
+    prepared: Prepared, store: RunStore, slots: int, warm: list[dict[str, Any]]
+) -> SearchStudy:
     store.pull_journal()
     return SearchStudy(
         prepared.experiment,
@@ -131,72 +164,9 @@ def _open_study(prepared: Prepared, store: RunStore, warm: list[dict[str, Any]])
         recipe=default_recipe(prepared.model.num_parameters),
         direction=prepared.direction,
         costs=prepared.experiment.search.costs,
+        slots=slots,
         warm=warm,
     )
-
-
-def _run_trials(
-    prepared: Prepared,
-    layout: Layout,
-    store: RunStore,
-    study: SearchStudy,
-    screen: Screen,
-    started: float,
-) -> float | None:
-    """Let Ray Tune run trials until the study is over; seconds until the first slot was ready."""
-    from ray import tune
-
-    from sft_ray.search.conductor import Conductor, StudyScheduler, StudySearcher
-    from sft_ray.search.slot import HEAD, Slot
-
-    experiment = prepared.experiment
-    # Ray's own files lie beside the run folders, because they hold pickles.
-    ray_storage = RunStore(experiment.storage, f".ray/{experiment.name}-{os.getpid()}")
-    conductor = Conductor(study, store, screen, prepared.objective, layout.slots)
-    settings = {
-        "workers": layout.workers_per_trial,
-        "resources_per_worker": layout.resources_per_worker,
-        "ray_storage": str(ray_storage.local_root or ray_storage.location),
-        "worker": {
-            "experiment": experiment.anchored().to_tree(),
-            "dataset_folder": str(prepared.dataset_folder),
-            "objective": prepared.objective,
-        },
-    }
-    slot = tune.with_resources(
-        tune.with_parameters(Slot, settings=settings), tune.PlacementGroupFactory([HEAD])
-    )
-    # Tune prints the traceback of every lost slot; ours are in the run's error log.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    screen.event(f"starting {count(layout.slots, 'slot')}: processes, model, data")
-    try:
-        tune.Tuner(
-            slot,
-            tune_config=tune.TuneConfig(
-                search_alg=StudySearcher(conductor),
-                scheduler=StudyScheduler(conductor),
-                num_samples=-1,
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=settings["ray_storage"],
-                verbose=0,
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            ),
-        ).fit()
-    finally:
-        ray_storage.delete()
-    if conductor.stopped is not None:
-        raise TrialError(
-            f"the search stopped after {conductor.stopped}; the causes are in "
-            f"{store.path_of(ERROR_LOG)}; the same command goes on where it stopped"
-        )
-    if not study.is_over():  # Tune has caught a Ctrl-C
-        finished = sum(trial.state.is_finished() for trial in study.trials)
-        screen.event(f"interrupted with {finished} trials finished in {store.location}")
-        raise KeyboardInterrupt
-    return conductor.startup_seconds(started)
 
 
 def _conclude(
@@ -231,10 +201,6 @@ def _conclude(
         "environment": environment,
     }
     card = model_card(tree, prepared.experiment.to_tree(), prepared.dataset.label_names)
-    with store.replacing_folder(BEST) as folder:
-        store.fetch_folder(f"{trial_folder(best.number)}/best", folder)
-        store.write_bytes(PREDICTIONS, (folder / PREDICTIONS).read_bytes())
-        (folder / PREDICTIONS).unlink()  # texts of others do not belong into a model folder
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    store.write_json(RESULTS, tree)
+    put_winner(store, f"{trial_folder(best.number)}/best", card)
+    write_results(store, tree)
     return SearchResult(store.location, tree)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sft_ray import space as spaces
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, SftError
 from sft_ray.recipes import SMALL_ENCODER_PARAMETERS
-from sft_ray.run_store import ENVIRONMENT, RESULTS, RunStore, read_experiment, trial_folder
+from sft_ray.run_store import (
+    ENVIRONMENT,
+    RESULTS,
+    RunStore,
+    open_run,
+    read_experiment,
+    trial_folder,
+)
 from sft_ray.space import Space
 from sft_ray.training.tasks import find_task
 
@@ -84,10 +90,7 @@ class _Run:
 
 
 def _read(location: str) -> _Run:
-    storage, _, name = location.rstrip("/").rpartition("/")
-    if "://" not in location:
-        storage, name = str(Path(location).absolute().parent), Path(location).absolute().name
-    store = RunStore(storage, name)
+    store = open_run(location)
     try:
         experiment = read_experiment(store)
         facts = store.read_json(ENVIRONMENT)

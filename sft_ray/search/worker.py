@@ -10,7 +10,7 @@ import logging
 import math
 import traceback
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import ray.train.torch
 import torch
 
 from sft_ray.config import Experiment, Train
-from sft_ray.run_store import PREDICTIONS, RunStore, trial_folder
+from sft_ray.run_store import PREDICTIONS, RunStore
 from sft_ray.training.checkpoint import save_model, save_predictions
 from sft_ray.training.data import prepare, prepare_here
 from sft_ray.training.fit import Progress, fit
@@ -104,9 +104,10 @@ def run_trial(
     assignment: dict[str, Any], generation: int, loaded: Loaded, objective: str, mailbox: Any
 ) -> None:
     """Fit one configuration, posting every mark and asking leave to go on."""
-    setup = loaded.setup
+    setup, seed = loaded.setup, assignment["seed"]
+    dataset = setup.dataset.with_training_share(assignment["training_share"], seed)
     keep = Keeper(assignment, loaded, setup.task.sign(objective))
-    last = LastState(loaded.store, assignment["number"], loaded.experiment.checkpoint.every_minutes)
+    last = LastState(loaded.store, assignment["folder"], loaded.experiment.checkpoint.every_minutes)
 
     def report(progress: Progress) -> bool:
         if setup.world.rank == 0:
@@ -119,10 +120,10 @@ def run_trial(
     if _poll(mailbox.may_continue, generation, 0):
         fit(
             Train.model_validate(assignment["train"]),
-            setup,
+            replace(setup, dataset=dataset),
             objective=objective,
             rungs=loaded.experiment.search.rungs,
-            seed=loaded.experiment.seed,
+            seed=seed,
             report=report,
             # Of these workers before they were restarted; what another driver left is not ours.
             resume=last.load() if assignment["restarts"] else None,
@@ -148,10 +149,11 @@ class Keeper:
         best = progress.best
         if best is None or best.percent == self.saved_percent:
             return
-        threshold = self._assignment["save_above"]
-        beats = threshold is None or self._sign * best.score > self._sign * threshold
-        if self._assignment["save_unfinished"] or (progress.finished and beats):
-            target = f"{trial_folder(self._assignment['number'])}/best"
+        least = self._assignment["save_above"]
+        beats = least is None or self._sign * best.score > least
+        wanted = progress.finished and self._assignment["save_finished"] and beats
+        if wanted or self._assignment["save_unfinished"]:
+            target = f"{self._assignment['folder']}/best"
             with self._loaded.store.replacing_folder(target) as folder:
                 data, precision = (
                     self._loaded.experiment.data,

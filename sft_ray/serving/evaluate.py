@@ -14,6 +14,7 @@ from sft_ray.serving.predict import Predictor, load_predictor
 from sft_ray.training import labels, sources
 from sft_ray.training.columns import is_unlabelled
 from sft_ray.training.data import encode_split, limited
+from sft_ray.training.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,29 @@ def run_evaluation(place: str, split: str, experiment_file: str | None = None) -
             f"{experiment.task}"
         )
     metrics, num_examples = score_split(predictor, experiment, split)
+    recorded_in = None
+    if split == "test":
+        record_test(store, place, metrics, num_examples)
+        recorded_in = store.path_of(TEST_ACCESS)
+    return Evaluation(place, split, num_examples, metrics, recorded_in)
+
+
+def record_test(store: RunStore, model: str, metrics: dict[str, float], num_examples: int) -> None:
+    """Write down that the test split was scored; every time weakens it a little."""
     record = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": place,
+        "model": model,
         "num_examples": num_examples,
         "metrics": metrics,
     }
-    recorded_in = None
-    if split == "test":
-        store.append_text(TEST_ACCESS, json.dumps(record) + "\n")
-        recorded_in = store.path_of(TEST_ACCESS)
-    return Evaluation(place, split, num_examples, metrics, recorded_in)
+    store.append_text(TEST_ACCESS, json.dumps(record) + "\n")
+
+
+def has_test_split(experiment: Experiment, task: Task) -> bool:
+    """Whether the experiment names a test split that has labels."""
+    source = sources.read_splits(experiment.data, task.fields, experiment.seed)
+    table = source.tables.get("test")
+    return table is not None and not is_unlabelled(table, task.fields.target_name)
 
 
 def score_split(

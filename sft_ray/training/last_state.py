@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from sft_ray.run_store import RunStore, trial_folder
+from sft_ray.run_store import RunStore
 from sft_ray.training.checkpoint import (
     FACTS,
     ResumeState,
@@ -19,13 +19,13 @@ class LastState:
 
     Args:
         store: the run folder.
-        number: of the trial.
+        folder: of the trial, in the run folder.
         every_minutes: between two writings.
     """
 
-    def __init__(self, store: RunStore, number: int, every_minutes: float) -> None:
+    def __init__(self, store: RunStore, folder: str, every_minutes: float) -> None:
         self._store, self._every_minutes = store, every_minutes
-        self._path = f"{trial_folder(number)}/last"
+        self._path = f"{folder}/last"
         self._written_at = time.monotonic()
 
     def consider(self, progress: Progress) -> None:

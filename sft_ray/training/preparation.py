@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sft_ray.config import Experiment
+from sft_ray.config import Experiment, Train
 from sft_ray.errors import ConfigError, SftError, did_you_mean
 from sft_ray.screen import Screen
 from sft_ray.training import sources
@@ -140,6 +140,16 @@ def prepare_with_model(
     if problems:
         raise ConfigError(*problems)
     return prepared
+
+
+def arm_problems(prepared: Prepared, train: Train) -> list[str]:
+    """Why another `train` section could not run on the same model and data."""
+    other = prepared.experiment.model_copy(update={"train": train})
+    return [
+        *_option_problems(prepared.task, other),
+        *_model_problems(other, prepared.model),
+        *_data_problems(replace(prepared, experiment=other)),
+    ]
 
 
 def collect(problems: list[str], check: Any, *arguments: Any) -> Any:

@@ -16,7 +16,8 @@ from sft_ray.analysis.results import row_of
 from sft_ray.config import Experiment
 from sft_ray.search.proposals import suggest
 from sft_ray.search.samplers import num_good
-from sft_ray.search.study import PlannedTrial, SearchStudy
+from sft_ray.search.study import SearchStudy
+from sft_ray.search.trials import PlannedTrial
 from sft_ray.training.seeds import derived_seed
 from tests.search.test_study import RECIPE, experiment, open_study
 

@@ -15,7 +15,8 @@ from sft_ray.config import Experiment, Train
 from sft_ray.errors import ConfigError
 from sft_ray.search.finite_space import MOST_POINTS, FiniteSpace, num_points
 from sft_ray.search.proposals import PRIOR_STRENGTH, prior_draw
-from sft_ray.search.study import PlannedTrial, SearchStudy
+from sft_ray.search.study import SearchStudy
+from sft_ray.search.trials import PlannedTrial
 from tests.search.test_study import RECIPE, experiment, finite, history, open_study, run_all
 
 SMALL = {

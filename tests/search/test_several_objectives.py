@@ -13,7 +13,8 @@ from sft_ray.analysis.outcome import Outcome
 from sft_ray.analysis.results import gain_over_default, pareto_rows, row_of, winner
 from sft_ray.config import COSTS, Experiment
 from sft_ray.errors import ConfigError
-from sft_ray.search.study import PlannedTrial, SearchStudy, open_storage
+from sft_ray.search.study import SearchStudy, open_storage
+from sft_ray.search.trials import PlannedTrial
 from tests.search.test_study import RECIPE, experiment
 
 OBJECTIVES = ["accuracy", "train_seconds", "trained_parameters"]

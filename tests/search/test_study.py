@@ -17,10 +17,10 @@ from sft_ray.errors import ConfigError
 from sft_ray.recipes import default_recipe
 from sft_ray.search.pruners import RungPruner
 from sft_ray.search.study import (
-    PlannedTrial,
     SearchStudy,
     open_storage,
 )
+from sft_ray.search.trials import PlannedTrial
 
 RECIPE = default_recipe(22_000_000)
 MARKS = (10, 33, 67, 100)

@@ -1,0 +1,132 @@
+"""Which configurations of a search are confirmed on fresh seeds, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sft_ray.analysis.statistics import mean_interval, paired_difference
+from sft_ray.recipes import YARDSTICK
+
+RACE_FROM = 3  # seeds before a configuration can be dropped
+RACE_LEVEL = 0.05  # chance that any of the configurations is dropped wrongly, per comparison round
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration to confirm.
+
+    Attributes:
+        arm: its name in tables.
+        trial: number in the search; None if it was not among the trials.
+        search_value: what the search scored it at.
+    """
+
+    arm: str
+    trial: int | None
+    params: dict[str, Any]
+    train: dict[str, Any]
+    search_value: float | None
+
+
+def candidates(
+    rows: Sequence[Mapping[str, Any]], top: int, sign: int, default: Candidate
+) -> list[Candidate]:
+    """The best finished trials of a search, best first, and the default recipe as the last.
+
+    Trials of the same configuration count once.
+
+    Args:
+        rows: `trials` of results.json.
+        default: taken where the default recipe was not among the trials.
+    """
+    finished = [row for row in rows if row["state"] == "COMPLETE"]
+    chosen: list[Candidate] = []
+    for row in sorted(finished, key=lambda row: (-sign * row["value"], row["number"])):
+        is_default = row["role"] == YARDSTICK or row["train"] == default.train
+        arm = YARDSTICK if is_default else f"trial {row['number']}"
+        found = Candidate(arm, row["number"], row["params"], row["train"], row["value"])
+        if is_default:
+            default = found
+        if found.train not in [other.train for other in chosen]:
+            chosen.append(found)
+    return [one for one in chosen[:top] if one is not default] + [default]
+
+
+def scores_by_seed(rows: Sequence[Mapping[str, Any]], arm: str) -> dict[int, float]:
+    """Of the runs that came to their end."""
+    finished = [row for row in rows if row["arm"] == arm and row["state"] == "COMPLETE"]
+    return {row["seed"]: row["value"] for row in finished}
+
+
+def is_out_of_the_race(arm: str, rows: Sequence[Mapping[str, Any]], sign: int) -> bool:
+    """Whether a configuration is clearly worse than the best one so far, over shared seeds.
+
+    Racing (Maron and Moore 1994) by paired t-tests, one-sided, Bonferroni over the configurations,
+    from `RACE_FROM` shared seeds on.  One that failed on a seed is out; the default recipe, which
+    every other is measured against, never is.
+    """
+    if arm == YARDSTICK:
+        return False
+    if any(row["arm"] == arm and row["state"] != "COMPLETE" for row in rows):
+        return True
+    scores = {name: scores_by_seed(rows, name) for name in {row["arm"] for row in rows}}
+    mine = scores.get(arm, {})
+    if len(mine) < RACE_FROM:
+        return False
+    rivals = {name: found for name, found in scores.items() if len(found) >= len(mine)}
+    leader = max(rivals, key=lambda name: sign * mean_interval([*rivals[name].values()]).mean)
+    shared = sorted(set(mine) & set(rivals[leader]))
+    if leader == arm or len(shared) < RACE_FROM:
+        return False
+    behind = paired_difference([rivals[leader][s] for s in shared], [mine[s] for s in shared])
+    assert behind.p_value is not None  # of several pairs
+    return sign * behind.difference > 0 and behind.p_value / 2 < RACE_LEVEL / (len(scores) - 1)
+
+
+def confirmation(
+    chosen: Sequence[Candidate], rows: Sequence[Mapping[str, Any]], sign: int
+) -> list[dict[str, Any]]:
+    """A row per configuration, best mean first; those clearly behind come last.
+
+    Returns:
+        Per configuration `arm`, `trial`, `params`, `search_value`, `scores` by seed, `expected`
+        (mean, sd, low, high, n: 95 % t interval over seeds; None without a finished run),
+        `flattered` (how much better the search's score was than the mean, negative if it was
+        worse), `behind` (clearly worse than the best, or failed), and `over_default`: the paired
+        difference to the default recipe, its interval and n, positive if better; None for the
+        default itself.
+    """
+    default = scores_by_seed(rows, YARDSTICK)
+    table: list[dict[str, Any]] = []
+    for one in chosen:
+        scores = scores_by_seed(rows, one.arm)
+        expected = mean_interval([*scores.values()]) if scores else None
+        shared = sorted(set(scores) & set(default)) if one.arm != YARDSTICK else []
+        ahead = None
+        if shared:
+            ahead = paired_difference(
+                [sign * scores[s] for s in shared], [sign * default[s] for s in shared]
+            )
+        table.append(
+            {
+                "arm": one.arm,
+                "trial": one.trial,
+                "params": one.params,
+                "search_value": one.search_value,
+                "scores": {str(seed): value for seed, value in scores.items()},
+                "expected": None if expected is None else asdict(expected),
+                "flattered": None
+                if expected is None or one.search_value is None
+                else sign * (one.search_value - expected.mean),
+                "behind": is_out_of_the_race(one.arm, rows, sign),
+                "over_default": None if ahead is None else asdict(ahead),
+            }
+        )
+
+    def rank(row: dict[str, Any]) -> tuple[bool, float]:
+        mean = row["expected"]["mean"] if row["expected"] else float("-inf") * sign
+        return row["behind"] or row["expected"] is None, -sign * mean
+
+    return sorted(table, key=rank)

@@ -1,0 +1,74 @@
+"""Tables of plain text for the screen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sft_ray.analysis.results import SearchResult
+from sft_ray.screen import count, short_params
+
+WIDTH = 100  # columns of a screen
+GAP = "  "
+
+
+def trial_table(result: SearchResult, top: int | None = None) -> list[str]:
+    """The trials of a run, best first: one line each under a heading, the winner with a star.
+
+    Finished trials come first, then the others by how far they got and what they scored there,
+    because the score of a trial that was stopped early says little about its end.
+
+    Args:
+        result: of a run that may still be going on.
+        top: how many trials to show; default: all.
+    """
+    rows = _best_first(result)
+    shown = rows if top is None else rows[: max(top, 0)]
+    best = result.best["trial"] if result.is_finished else None
+    heading = ("trial", "state", result.tree.get("metric") or "score", "percent", "seconds")
+    cells = [heading, *(_cells(row, best) for row in shown)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(heading))]
+    settings = ["settings", *(short_params(row["params"]) for row in shown)]
+    lines = [
+        _cut(_aligned(line, widths) + GAP + params)
+        for line, params in zip(cells, settings, strict=True)
+    ]
+    if left_out := len(rows) - len(shown):
+        lines.append(f"… and {count(left_out, 'more trial')}")
+    return lines
+
+
+def _best_first(result: SearchResult) -> list[dict[str, Any]]:
+    sign = {"maximize": 1, "minimize": -1}.get(result.tree.get("direction") or "", 0)
+
+    def rank(row: dict[str, Any]) -> tuple[bool, float, bool, float, int]:
+        complete, value = row["state"] == "COMPLETE", row.get("value")
+        progress = 0 if complete else -row.get("schedule_percent", 0)
+        return not complete, progress, value is None, -sign * (value or 0), row["number"]
+
+    return sorted(result.trials, key=rank)
+
+
+def _cells(row: dict[str, Any], best: int | None) -> tuple[str, ...]:
+    parts = ("train_seconds", "eval_seconds", "overhead_seconds")
+    value = row.get("value")
+    seconds = sum(row.get(name) or 0.0 for name in parts)
+    return (
+        f"{row['number']}{'*' if row['number'] == best else ' '}",
+        row["state"],
+        "" if value is None else f"{value:.4f}",
+        str(row.get("schedule_percent", "")),
+        f"{seconds:.1f}",
+    )
+
+
+def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
+    """Texts to the left, figures to the right."""
+    number, state, *figures = cells
+    aligned = [f"{number:>{widths[0]}}", f"{state:<{widths[1]}}"]
+    aligned += [f"{text:>{width}}" for text, width in zip(figures, widths[2:], strict=True)]
+    return GAP.join(aligned)
+
+
+def _cut(line: str) -> str:
+    line = line.rstrip()
+    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"

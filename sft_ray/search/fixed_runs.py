@@ -1,0 +1,209 @@
+"""Written configurations on written seeds, over the same warm slots as a search."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from optuna.trial import TrialState
+
+from sft_ray.analysis.outcome import Outcome
+from sft_ray.analysis.results import trial_row
+from sft_ray.config import Train
+from sft_ray.run_store import RunStore
+from sft_ray.screen import Screen
+from sft_ray.search.cluster import capacity, connected, plan_layout
+from sft_ray.search.conductor import Conductor
+from sft_ray.search.trials import PlannedTrial
+from sft_ray.training.preparation import Prepared
+
+MAX_RESTARTS = 2
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FixedRun:
+    """One configuration on one seed.
+
+    Attributes:
+        arm: which configuration this is, in words; runs of an arm differ in their seeds.
+        params: what of `train` is worth telling, flat, by dotted path.
+        training_share: of the training rows.
+        keep_model: whether its best weights stay on disk.
+        until_percent: of its schedule; the run ends at the first mark there or behind.
+    """
+
+    arm: str
+    train: Train
+    params: dict[str, Any]
+    seed: int
+    training_share: float = 1.0
+    keep_model: bool = False
+    until_percent: int = 100
+
+    @property
+    def key(self) -> str:
+        """The same for runs that come to the same numbers."""
+        what = [self.train.model_dump(mode="json"), self.seed, self.training_share]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def never(run: FixedRun, rows: Sequence[Row]) -> bool:
+    """Leaves no run out."""
+    return False
+
+
+class FixedRuns:
+    """The list in the shape the conductor drives; what has finished before is not run again.
+
+    Args:
+        runs: in the order they start.
+        store: the run folder.
+        folder: below it, where each run has a folder named by its key.
+        leave_out: asked before a run starts, with the rows of those that have finished.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[FixedRun],
+        store: RunStore,
+        folder: str,
+        leave_out: Callable[[FixedRun, Sequence[Row]], bool] = never,
+    ) -> None:
+        self.runs, self.folder, self._leave_out = list(runs), folder, leave_out
+        self.restarts: dict[int, int] = {}
+        self.rows: dict[int, Row] = {}
+        for number, run in enumerate(self.runs):
+            row = store.read_json(f"{self._folder_of(run)}/trial.json")
+            lacks_model = run.keep_model and not store.exists(f"{self._folder_of(run)}/best")
+            if row is not None and row["state"] != TrialState.FAIL.name and not lacks_model:
+                self.rows[number] = {**row, "number": number, "arm": run.arm}
+        self._pending = [n for n in range(len(self.runs)) if n not in self.rows]
+        self._curves: dict[int, dict[int, float]] = {}  # of live runs
+
+    def _folder_of(self, run: FixedRun) -> str:
+        return f"{self.folder}/{run.key}"
+
+    @property
+    def finished_rows(self) -> list[Row]:
+        """Rows of the runs that have ended, in the order of the list."""
+        return [self.rows[number] for number in sorted(self.rows)]
+
+    @property
+    def num_pending(self) -> int:
+        """Runs that are still to start, as far as is known now."""
+        self._drop_what_is_left_out()
+        return len(self._pending)
+
+    def _drop_what_is_left_out(self) -> None:
+        rows = self.finished_rows
+        self._pending = [n for n in self._pending if not self._leave_out(self.runs[n], rows)]
+
+    def next_trial(self) -> PlannedTrial | None:
+        self._drop_what_is_left_out()
+        if not self._pending:
+            return None
+        number = self._pending.pop(0)
+        self._curves[number] = {}
+        run = self.runs[number]
+        return PlannedTrial(
+            number=number,
+            label=f"run {number}",
+            said=f"{run.arm}, seed {run.seed}",
+            folder=self._folder_of(run),
+            train=run.train,
+            params=run.params,
+            seed=run.seed,
+            training_share=run.training_share,
+            save_finished=run.keep_model,
+        )
+
+    def mark(self, number: int, percent: int, score: float, slot_seconds: float) -> str | None:
+        self._curves[number].setdefault(percent, score)
+        until = self.runs[number].until_percent
+        return f"at {until} %, as far as was asked" if until <= percent < 100 else None
+
+    def finish(self, number: int, state: TrialState, outcome: Outcome) -> None:
+        run = self.runs[number]
+        row = trial_row(
+            number=number,
+            state=state.name,
+            role=run.arm,
+            params=run.params,
+            train=run.train.model_dump(mode="json"),
+            outcome=outcome,
+            curve=self._curves.pop(number),
+            seed=run.seed,
+        )
+        self.rows[number] = {
+            **row,
+            "key": run.key,
+            "arm": run.arm,
+            "training_share": run.training_share,
+        }
+
+    def restart(self, number: int) -> bool:
+        if self.restarts.get(number, 0) >= MAX_RESTARTS:
+            return False
+        self.restarts[number] = self.restarts.get(number, 0) + 1
+        del self._curves[number]
+        self._pending.insert(0, number)
+        return True
+
+    def row(self, number: int) -> Row:
+        return self.rows[number]
+
+    def improves(self, score: float) -> bool:
+        """No: these are not after the best."""
+        return False
+
+    def outdated(self) -> list[str]:
+        """None: `keep_model` says what is written."""
+        return []
+
+    def is_over(self) -> bool:
+        return not self._curves and self.num_pending == 0
+
+
+def run_fixed(
+    prepared: Prepared,
+    runs: Sequence[FixedRun],
+    store: RunStore,
+    folder: str,
+    screen: Screen,
+    *,
+    address: str | None = None,
+    leave_out: Callable[[FixedRun, Sequence[Row]], bool] = never,
+) -> list[Row]:
+    """Run what has not finished before; the rows of all that ended, in the order of the list.
+
+    Starts Ray only if there is something to run.  The caller holds the run's lock.
+
+    Args:
+        store: the run folder; results go below `folder` in it.
+        address: of a Ray cluster, as in `run_search`.
+        leave_out: asked before a run starts, with the rows of those that have ended.
+
+    Raises:
+        ResourceError: the cluster does not fit the experiment.
+        TrialError: nothing can go on; what was finished is kept.
+        KeyboardInterrupt: interrupted; the same call goes on where it stopped.
+    """
+    trials = FixedRuns(runs, store, folder, leave_out)
+    before = len(trials.finished_rows)
+    if before:
+        screen.event(f"{before} of {len(runs)} runs were finished before")
+    pending = trials.num_pending
+    if pending:
+        with connected(address):
+            from sft_ray.search.slots import run_on_slots  # brings Ray
+
+            layout = plan_layout(prepared.experiment, capacity())
+            layout = replace(layout, slots=min(layout.slots, pending))
+            conductor = Conductor(trials, store, screen, prepared.objective, layout.slots)
+            run_on_slots(conductor, prepared, layout)
+    return trials.finished_rows

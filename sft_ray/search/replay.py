@@ -1,0 +1,96 @@
+"""`sft-ray replay`: train a trial again as it was, and see whether its numbers come back."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sft_ray.analysis.results import SearchResult
+from sft_ray.config import Experiment, Train
+from sft_ray.errors import ConfigError, TrialError
+from sft_ray.run_store import RunStore, open_run, read_experiment
+from sft_ray.screen import Screen
+from sft_ray.search.fixed_runs import FixedRun, run_fixed
+from sft_ray.search.preflight import prepare_experiment
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A trial's marks: (percent of the schedule, recorded score, score now)."""
+
+    number: int
+    marks: list[tuple[int, float, float]]
+
+    @property
+    def is_identical(self) -> bool:
+        return all(recorded == found for _, recorded, found in self.marks)
+
+    @property
+    def largest_difference(self) -> float:
+        return max(abs(recorded - found) for _, recorded, found in self.marks)
+
+
+def run_replay(
+    location: str, number: int, *, address: str | None = None, quiet: bool = False
+) -> Replay:
+    """Train one trial of a run again, up to the last mark it reached; changes nothing in the run.
+
+    The same machine, versions, workers and threads give the same numbers; other ones need not.
+
+    Raises:
+        SftError: no such run or trial, or it left no marks.
+        TrialError: the trial did not reach its marks again.
+    """
+    store, result = open_run(location), SearchResult.load(location)
+    rows = {row["number"]: row for row in result.trials}
+    if number not in rows:
+        known = f"0 to {max(rows)}" if rows else "none yet"
+        raise ConfigError(f"{location} has no ended trial {number}; its trials: {known}")
+    row = rows[number]
+    if not row["curve"]:
+        raise ConfigError(f"{location}: trial {number} was never evaluated ({row['reason']})")
+    found = read_experiment(store)
+    assert found is not None  # `open_run` has seen it
+    screen = Screen(quiet)
+    with tempfile.TemporaryDirectory(prefix="sft_ray-") as folder:
+        prepared = prepare_experiment(_elsewhere(found, folder, row))
+        run = FixedRun(
+            f"trial {number}",
+            Train.model_validate(row["train"]),
+            row["params"],
+            row["seed"],
+            until_percent=row["curve"][-1][0],
+        )
+        screen.say(f"replaying trial {number} of {store.location}")
+        again = run_fixed(
+            prepared, [run], RunStore(folder, "replay"), "trials", screen, address=address
+        )
+    curve = dict(again[0]["curve"])
+    if lacking := [percent for percent, _ in row["curve"] if percent not in curve]:
+        raise TrialError(
+            f"{location}: trial {number} did not reach {lacking[0]} % again: {again[0]['reason']}"
+        )
+    replay = Replay(number, [(p, value, curve[p]) for p, value in row["curve"]])
+    screen.say()
+    for percent, recorded, now in replay.marks:
+        screen.say(
+            f"  {percent:3d}%  recorded {recorded:.6f}  now {now:.6f}  {now - recorded:+.1e}"
+        )
+    if replay.is_identical:
+        screen.say("the same numbers")
+    else:
+        screen.say(f"not the same numbers, up to {replay.largest_difference:.1e} apart")
+    return replay
+
+
+def _elsewhere(experiment: Experiment, folder: str, row: dict[str, Any]) -> Experiment:
+    """The experiment with one slot and a storage of its own."""
+    resources = experiment.resources.model_copy(update={"slots": 1})
+    if row["role"] == "single":  # `sft-ray train` is one process with all threads
+        alone = {"workers_per_trial": 1, "cpus_per_worker": torch.get_num_threads()}
+        resources = resources.model_copy(update=alone)
+    changes = {"storage": folder, "name": "replay", "resources": resources}
+    return experiment.model_copy(update=changes)

@@ -1,0 +1,93 @@
+"""What the conductor runs: one trial's plan, and whoever hands plans out and hears of their ends.
+
+A search does so over its study, `run_fixed` over a written list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from optuna.trial import TrialState
+
+from sft_ray.analysis.outcome import Outcome
+from sft_ray.config import Train
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """One configuration to run.
+
+    Attributes:
+        label: what the screen calls it.
+        said: the configuration in words.
+        folder: where it writes, in the run folder.
+        params: what of `train` was chosen, flat, by dotted path.
+        seed: of everything that is drawn while training.
+        training_share: of the training rows.
+        save_finished: whether its model is kept on disk when it has finished.
+        save_above: only if its score, times the direction's sign, beats this.
+        save_unfinished: no trial has finished yet, so an unfinished one may have to stand in.
+        end_diverged: whether a training loss that comes to nothing ends it early.
+    """
+
+    number: int
+    label: str
+    said: str
+    folder: str
+    train: Train
+    params: dict[str, Any]
+    seed: int
+    training_share: float = 1.0
+    save_finished: bool = True
+    save_above: float | None = None
+    save_unfinished: bool = False
+    end_diverged: bool = False
+
+    def assignment(self) -> dict[str, Any]:
+        """What the workers are told."""
+        return {
+            "folder": self.folder,
+            "train": self.train.model_dump(mode="json"),
+            "seed": self.seed,
+            "training_share": self.training_share,
+            "save_finished": self.save_finished,
+            "save_above": self.save_above,
+            "save_unfinished": self.save_unfinished,
+            "end_diverged": self.end_diverged,
+        }
+
+
+class Trials(Protocol):
+    """Where trials come from.
+
+    Attributes:
+        restarts: by trial number, of slots that died under it in this session.
+    """
+
+    restarts: dict[int, int]
+
+    def next_trial(self) -> PlannedTrial | None:
+        """The next one to run; None while there is none."""
+
+    def mark(self, number: int, percent: int, score: float, slot_seconds: float) -> str | None:
+        """Take in one evaluation; why the trial must end now, or None."""
+
+    def finish(self, number: int, state: TrialState, outcome: Outcome) -> None:
+        """Take in the end of a trial."""
+
+    def restart(self, number: int) -> bool:
+        """Put a trial that lost its slot back in line; False once it has been too often."""
+
+    def row(self, number: int) -> dict[str, Any]:
+        """A trial that has ended, for its trial.json."""
+
+    def improves(self, score: float) -> bool:
+        """Whether a finished trial of this score would be the best so far, where that counts."""
+
+    def outdated(self) -> Iterable[str]:
+        """Folders of ended trials whose models are not to be kept."""
+
+    def is_over(self) -> bool:
+        """Nothing is running, nothing is left to run."""
