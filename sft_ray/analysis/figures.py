@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -54,13 +54,17 @@ def draw_ablation(
     metric: str,
     title: str,
     costs: Sequence[str] = (),
+    base_values: Mapping[str, Any] | None = None,
 ) -> Figure:
     """Score with its intervals per arm, and one panel for each of `costs` (see `COSTS`).
 
     Arms that differ in one number only are a line over it, with the base as a band; all others
     are rows.
+
+    Args:
+        base_values: dotted path -> value of the base, which puts it on the line too.
     """
-    line = _over_one_number(summaries)
+    line = _over_one_number(summaries, base_values or {})
     with _style():
         if line is None:
             return _draw_rows(summaries, metric, title, costs)
@@ -106,7 +110,7 @@ def _style() -> Iterator[None]:
 
 
 def _over_one_number(
-    summaries: Sequence[ArmSummary],
+    summaries: Sequence[ArmSummary], base_values: Mapping[str, Any]
 ) -> tuple[str, list[tuple[float, ArmSummary]]] | None:
     """The one path that all arms but the base change, and the arms by its value."""
     others = [summary for summary in summaries if not summary.is_base]
@@ -115,9 +119,15 @@ def _over_one_number(
         return None
     [[path]] = paths
     arms = [(summary.arm.changes[path], summary) for summary in others]
-    if any(isinstance(value, bool) or not isinstance(value, int | float) for value, _ in arms):
+    if not all(_is_number(value) for value, _ in arms):
         return None
+    if _is_number(base_values.get(path)):
+        arms += [(base_values[path], summary) for summary in summaries if summary.is_base]
     return path, sorted(arms, key=lambda arm: arm[0])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _draw_rows(

@@ -221,6 +221,7 @@ def check_tree(tree: Any, where: str) -> None:
         raise ConfigError(f"{where}: damaged: must hold an object with a list of trials")
     best = tree.get("best")
     # A confirmation may find that the default recipe wins, which need not be among the trials.
+    parts: dict[str, type | tuple[type, ...]]
     parts = {"trial": (int, type(None)), "params": dict, "validation": dict}
     if not isinstance(best, dict) or not _holds(best, parts):
         raise ConfigError(f"{where}: damaged: its `best` must hold {', '.join(parts)}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_ray.ablation_file import Ablation, configuration
+from sft_ray.ablation_file import SHARE, Ablation, configuration
 from sft_ray.analysis.ablation import (
     BASE,
     Arm,
@@ -102,7 +102,7 @@ def find_base(place: str) -> Base:
 def _plan(ablation: Ablation, base: Base, prepared: Prepared) -> Planned:
     """The arms and their runs, checked against model and task."""
     changes = ablation.changes(base.train, prepared.model.num_layers)
-    arms = [Arm(BASE), *(Arm(_name(change), change) for change in changes)]
+    arms = [Arm(BASE), *_named(changes)]
     seeds = ablation_seeds(base.experiment.seed, ablation.seeds)
     settings = {arm.name: configuration(base.train, arm.changes) for arm in arms}
     problems = [
@@ -125,8 +125,12 @@ def ablation_seeds(seed: int, count: int) -> list[int]:
     return [derived_seed(seed, "ablation", i) for i in range(count)]
 
 
-def _name(change: dict[str, Any]) -> str:
-    return json.dumps(change, sort_keys=True)
+def _named(changes: Sequence[dict[str, Any]]) -> list[Arm]:
+    """Arms called by their label, or by all their digits where labels are too short."""
+    labels = [Arm("", change).label for change in changes]
+    if len(set(labels)) < len(labels):
+        labels = [json.dumps(change, sort_keys=True) for change in changes]
+    return [Arm(label, change) for label, change in zip(labels, changes, strict=True)]
 
 
 def _run_base(
@@ -170,10 +174,11 @@ def _write(
     name, metric, store = plan.ablation.name, prepared.objective, base.store
     rows = [{**by_key[run.key], "arm": run.arm} for run in plan.runs if run.key in by_key]
     summaries = summarize(plan.arms, rows, sign=prepared.task.sign(metric))
-    folder = f"{FOLDER}/{name}"
+    folder, train = f"{FOLDER}/{name}", base.train.model_dump(mode="json")
+    values = {SHARE: 1.0, **{f"train.{field}": value for field, value in train.items()}}
     tree = {
         "name": name,
-        "base": base.train.model_dump(mode="json"),
+        "base": train,
         "metric": metric,
         "seeds": list(dict.fromkeys(run.seed for run in plan.runs)),
         **to_tree(summaries),
@@ -182,7 +187,9 @@ def _write(
     store.write_text(f"{folder}/table.md", to_markdown(summaries, metric))
     store.write_text(f"{folder}/table.csv", to_csv(summaries, metric))
     store.write_text(f"{folder}/table.tex", to_latex(summaries, metric))
-    figure = draw_ablation(summaries, metric=metric, title=name, costs=plan.ablation.costs)
+    figure = draw_ablation(
+        summaries, metric=metric, title=name, costs=plan.ablation.costs, base_values=values
+    )
     with tempfile.TemporaryDirectory(prefix="sft_ray-") as local:
         for file in save_figure(figure, Path(local), "figure"):
             store.write_bytes(f"{folder}/{file.name}", file.read_bytes())

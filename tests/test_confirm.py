@@ -1,0 +1,172 @@
+"""Confirmation as arithmetic: who is confirmed, who is dropped, how much a search flattered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sft_ray.analysis.confirm import Candidate, candidates, confirmation, is_out_of_the_race
+from sft_ray.recipes import YARDSTICK
+
+DEFAULT = Candidate(YARDSTICK, None, {"train.learning_rate": 2e-5}, {"learning_rate": 2e-5}, None)
+
+
+def trial(number: int, value: float, state: str = "COMPLETE", **more: Any) -> dict[str, Any]:
+    rate = 1e-4 * (1 + number)
+    return {
+        "number": number,
+        "state": state,
+        "role": "sampled",
+        "params": {"train.learning_rate": rate},
+        "train": {"learning_rate": rate},
+        "value": value,
+        **more,
+    }
+
+
+def run(arm: str, seed: int, value: float | None, state: str = "COMPLETE") -> dict[str, Any]:
+    return {"arm": arm, "seed": seed, "value": value, "state": state}
+
+
+def test_the_best_finished_trials_and_the_default_recipe_are_confirmed() -> None:
+    rows = [
+        trial(0, 0.7, role=YARDSTICK, train=DEFAULT.train),
+        trial(1, 0.9, "PRUNED"),
+        trial(2, 0.8),
+        trial(3, 0.85),
+        trial(4, 0.6),
+    ]
+    chosen = candidates(rows, 2, 1, DEFAULT)
+    assert [one.arm for one in chosen] == ["trial 3", "trial 2", YARDSTICK]
+    assert chosen[-1].trial == 0
+    assert chosen[-1].search_value == 0.7
+    worst = candidates(rows, 2, -1, DEFAULT)
+    assert [one.arm for one in worst] == ["trial 4", YARDSTICK]  # the default is among the best
+
+
+def test_the_default_recipe_is_confirmed_even_if_the_search_left_it_out() -> None:
+    chosen = candidates([trial(0, 0.5)], 3, 1, DEFAULT)
+    assert [(one.arm, one.trial) for one in chosen] == [("trial 0", 0), (YARDSTICK, None)]
+
+
+def test_a_configuration_counts_once_however_often_it_was_tried() -> None:
+    rows = [trial(0, 0.9), trial(1, 0.8, train={"learning_rate": 1e-4}), trial(2, 0.7)]
+    chosen = candidates(rows, 2, 1, DEFAULT)
+    assert [one.arm for one in chosen] == ["trial 0", "trial 2", YARDSTICK]
+
+
+def test_a_lucky_winner_is_unmasked() -> None:
+    """40 searches over configurations of which one is better; noise is known and large."""
+    rng = np.random.default_rng(0)
+    noise, num_trials = 0.02, 30
+    truth = np.full(num_trials, 0.80)
+    truth[7] = 0.82
+    flattered, right_by_search, right_by_confirm = [], 0, 0
+    for _ in range(40):
+        scores = truth + noise * rng.standard_normal(num_trials)
+        rows = [trial(n, float(score)) for n, score in enumerate(scores)]
+        chosen = candidates(rows, 8, 1, DEFAULT)
+        runs = []
+        for seed in range(10):
+            for one in chosen:
+                mean = 0.78 if one.trial is None else truth[one.trial]
+                runs.append(run(one.arm, seed, float(mean + noise * rng.standard_normal())))
+        table = confirmation(chosen, runs, 1)
+        winner = table[0]
+        by_search = next(row for row in table if row["arm"] == chosen[0].arm)
+        flattered.append(by_search["flattered"])
+        right_by_search += chosen[0].trial == 7
+        right_by_confirm += winner["trial"] == 7
+    # The best of thirty noisy scores lies about two standard deviations too high.
+    assert 0.02 < np.mean(flattered) < 0.05
+    assert right_by_confirm > right_by_search + 5
+
+
+def test_intervals_of_the_confirmation_cover_the_truth() -> None:
+    rng = np.random.default_rng(1)
+    inside, repeats = 0, 400
+    for _ in range(repeats):
+        chosen = candidates([trial(0, 0.9)], 1, 1, DEFAULT)
+        runs = [
+            run(one.arm, seed, float(0.8 + 0.02 * rng.standard_normal()))
+            for seed in range(5)
+            for one in chosen
+        ]
+        expected = confirmation(chosen, runs, 1)[0]["expected"]
+        inside += expected["low"] <= 0.8 <= expected["high"]
+    # The better of two equal configurations is shown first, so a little below 95 %.
+    assert inside / repeats > 0.88
+
+
+def shared(arm: str, values: list[float]) -> list[dict[str, Any]]:
+    return [run(arm, seed, value) for seed, value in enumerate(values)]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_clear_loser_is_dropped_after_three_seeds(sign: int) -> None:
+    good, bad = [0.90, 0.91, 0.89], [0.60, 0.61, 0.595]
+    rows = shared("trial 1", [sign * v for v in good]) + shared("trial 2", [sign * v for v in bad])
+    assert is_out_of_the_race("trial 2", rows, sign)
+    assert not is_out_of_the_race("trial 1", rows, sign)
+    assert not is_out_of_the_race("trial 2", rows[:2] + rows[3:5], sign)  # two seeds are too few
+    assert not is_out_of_the_race("trial 3", rows, sign)  # has not run
+
+
+def test_a_near_tie_is_not_dropped() -> None:
+    rows = shared("trial 1", [0.90, 0.85, 0.89, 0.88]) + shared("trial 2", [0.89, 0.86, 0.87, 0.88])
+    assert not is_out_of_the_race("trial 2", rows, 1)
+
+
+def test_the_yardstick_is_never_dropped() -> None:
+    rows = shared("trial 1", [0.90, 0.91, 0.89]) + shared(YARDSTICK, [0.1, 0.11, 0.12])
+    assert not is_out_of_the_race(YARDSTICK, rows, 1)
+
+
+def test_wrong_drops_are_rare_among_equals() -> None:
+    rng = np.random.default_rng(2)
+    wrong = 0
+    for _ in range(200):
+        rows: list[dict[str, Any]] = []
+        dropped: set[str] = set()
+        for seed in range(5):
+            running = [f"trial {arm}" for arm in range(4) if f"trial {arm}" not in dropped]
+            rows += [run(arm, seed, float(rng.standard_normal())) for arm in running]
+            dropped |= {arm for arm in running if is_out_of_the_race(arm, rows, 1)}
+        wrong += bool(dropped)
+    assert wrong / 200 < 0.08
+
+
+def test_a_failed_seed_puts_a_configuration_behind() -> None:
+    chosen = candidates([trial(0, 0.9), trial(1, 0.8)], 2, 1, DEFAULT)
+    runs = [
+        run("trial 0", 1, None, "PRUNED"),
+        run("trial 0", 2, 0.95),
+        *[run(arm, seed, 0.7) for arm in ("trial 1", YARDSTICK) for seed in (1, 2)],
+    ]
+    table = confirmation(chosen, runs, 1)
+    assert table[-1]["arm"] == "trial 0"
+    assert table[-1]["behind"]
+    assert table[-1]["expected"]["n"] == 1
+    assert table[0]["over_default"]["difference"] == 0
+
+
+def test_no_finished_run_leaves_no_expectation() -> None:
+    chosen = candidates([trial(0, 0.9)], 1, 1, DEFAULT)
+    table = confirmation(chosen, [run(YARDSTICK, 1, 0.5)], 1)
+    assert [row["arm"] for row in table] == [YARDSTICK, "trial 0"]
+    assert table[1]["expected"] is None
+    assert table[1]["over_default"] is None
+
+
+def test_lower_scores_win_where_they_are_better() -> None:
+    chosen = candidates([trial(0, 0.2), trial(1, 0.3)], 2, -1, DEFAULT)
+    runs = [run("trial 0", s, 0.4 + s / 100) for s in range(3)]
+    runs += [run("trial 1", s, 0.3 + s / 100) for s in range(3)]
+    runs += [run(YARDSTICK, s, 0.5) for s in range(3)]
+    table = confirmation(chosen, runs, -1)
+    assert table[0]["arm"] == "trial 1"
+    assert table[0]["over_default"]["difference"] == pytest.approx(0.19)
+    found = next(row for row in table if row["arm"] == "trial 0")
+    assert found["flattered"] == pytest.approx(0.21)
