@@ -247,4 +247,5 @@ def _say_outcome(screen: Screen, result: SearchResult, prepared: Prepared) -> No
         }
     )
     screen.say()
-    prepared.say_next(screen, result.location, best["checkpoint"])
+    score_once = f"sft-ray evaluate {result.location} --split test"
+    prepared.say_next(screen, best["checkpoint"], score_once)

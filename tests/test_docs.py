@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import optuna
 import pytest
+import typer
 
-from sft_ray.config import COSTS, Experiment, Search, Train
+from sft_ray.ablation_file import Ablation
+from sft_ray.cli import app
+from sft_ray.config import COSTS, Confirm, Experiment, Search, Train
 from sft_ray.recipes import RECIPES, default_recipe
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.study import SearchStudy
+from sft_ray.single_trial import run_training
 from sft_ray.training.preparation import prepare_training
 from sft_ray.training.tasks import TASKS
 from sft_ray.yaml_text import parse_yaml
@@ -21,6 +26,8 @@ from sft_ray.yaml_text import parse_yaml
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "tasks.md").read_text(encoding="utf-8")
 SEARCH_PAGE = (DOCS / "search.md").read_text(encoding="utf-8")
+README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+RESEARCH_PAGE = (DOCS / "research.md").read_text(encoding="utf-8")
 
 
 def blocks_of(page: str) -> list[tuple[str, str]]:
@@ -133,3 +140,59 @@ def test_the_python_of_the_search_page_runs(capsys) -> None:
     (script,) = [body for language, body in blocks_of(SEARCH_PAGE) if language == "python"]
     exec(script, {})
     assert "He et al. 2021" in capsys.readouterr().out
+
+
+def test_the_yaml_of_the_research_page_is_accepted() -> None:
+    trees = [
+        parse_yaml(body, "docs/research.md")
+        for language, body in blocks_of(RESEARCH_PAGE)
+        if language == "yaml"
+    ]
+    ablations = [Ablation.model_validate(tree) for tree in trees if "base" in tree]
+    experiments = [Experiment.from_tree(tree) for tree in trees if "base" not in tree]
+    assert [a.name for a in ablations] == ["depth-and-rate"]
+    assert len(ablations[0].changes(Train(), num_layers=12)) == 13 * 2 + 1
+    assert [e.confirm for e in experiments] == [Confirm(top=3, seeds=5)]
+
+
+def test_the_commands_of_the_pages_exist_and_take_what_is_shown() -> None:
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    shown = [
+        shlex.split(line, comments=True)[1:]
+        for page in (RESEARCH_PAGE, README)
+        for language, body in blocks_of(page)
+        for line in body.splitlines()
+        if not language and line.startswith("sft-ray ")
+    ]
+    assert {words[0] for words in shown} >= {
+        "plan",
+        "confirm",
+        "ablate",
+        "verify",
+        "replay",
+        "results",
+    }
+    for verb, *arguments in shown:
+        with verbs[verb].make_context(verb, list(arguments)) as context:
+            assert not context.args, (verb, arguments)
+
+
+def test_the_python_of_the_research_page_runs(
+    tmp_path: Path, tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a run without Ray, whose study is not there, all but the line about the study."""
+    run_training(
+        tiny_experiment.model_copy(update={"name": "my", "storage": str(tmp_path / "runs")}),
+        quiet=True,
+    )
+    monkeypatch.chdir(tmp_path)
+    [python] = [body for language, body in blocks_of(RESEARCH_PAGE) if language == "python"]
+    lines = [line for line in python.splitlines() if "result.study" not in line]
+    assert len(lines) == len(python.splitlines()) - 1
+    exec("\n".join(lines), {})
+
+
+def test_the_pages_point_to_what_is_there() -> None:
+    for page in (PAGE, SEARCH_PAGE, RESEARCH_PAGE):
+        for link in re.findall(r"\]\(([^)#]+)\)", page):
+            assert "://" in link or (DOCS / link).exists(), link

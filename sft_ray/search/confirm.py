@@ -131,7 +131,7 @@ def run_confirm(
         row = next(r for r in rows if r["arm"] == winner["arm"] and r["seed"] == seeds[0])
         result = _conclude(prepared, store, result, tree, row, first[winner["arm"]])
     confirmed = Confirmed(result, tree)
-    say_confirmation(screen, confirmed.tree, result)
+    say_confirmation(screen, tree, result, prepared)
     return confirmed
 
 

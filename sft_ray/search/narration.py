@@ -98,10 +98,12 @@ def say_outcome(
     )
     say_pareto(screen, result)
     screen.say()
-    prepared.say_next(screen, result.location, best["checkpoint"])
+    if prepared.experiment.confirm is not None:
+        return
+    others = [f"sft-ray confirm {result.location}    # how good it is on fresh seeds and on test"]
     if source is not None:
-        screen.say("or search longer:")
-        screen.say(f"  sft-ray search {source} search.trials={2 * len(states)}")
+        others.append(f"sft-ray search {source} search.trials={2 * len(states)}")
+    prepared.say_next(screen, best["checkpoint"], *others)
 
 
 def importance_lines(importance: dict[str, Any]) -> dict[str, str]:
@@ -131,7 +133,9 @@ def say_pareto(screen: Screen, result: SearchResult) -> None:
         screen.say(f"  {score}  {costs}  {row['path']}/best")
 
 
-def say_confirmation(screen: Screen, tree: dict[str, Any], result: SearchResult) -> None:
+def say_confirmation(
+    screen: Screen, tree: dict[str, Any], result: SearchResult, prepared: Prepared
+) -> None:
     """Every configuration over the fresh seeds, the two gaps, and what is in best/ now."""
     metric, test = tree["metric"], tree["test"] or {}
     screen.say()
@@ -162,6 +166,8 @@ def say_confirmation(screen: Screen, tree: dict[str, Any], result: SearchResult)
     lines["checkpoint"] = result.best["checkpoint"]
     screen.say()
     screen.facts(lines)
+    screen.say()
+    prepared.say_next(screen, result.best["checkpoint"], f"sft-ray verify {result.location}")
 
 
 def confirmed_line(row: dict[str, Any]) -> str:

@@ -84,12 +84,12 @@ class Prepared:
             )
         return described
 
-    def say_next(self, screen: Screen, location: str, checkpoint: str) -> None:
-        """The commands to type once there is a model."""
+    def say_next(self, screen: Screen, checkpoint: str, *others: str) -> None:
+        """The commands to type once there is a model; `others` come behind the first."""
         line = self.task.example_line(self.dataset.validation.has("text_pair"))
-        screen.say("next, try the model, or score its test split once:")
-        screen.say(f"  echo '{line}' | sft-ray predict {checkpoint}")
-        screen.say(f"  sft-ray evaluate {location} --split test")
+        screen.say("next:")
+        for command in (f"echo '{line}' | sft-ray predict {checkpoint}", *others):
+            screen.say(f"  {command}")
 
 
 def prepare_training(experiment: Experiment) -> Prepared:

@@ -58,6 +58,7 @@ def write_run(
             role="sampled",
             params={**params, "train.warmup": 0.06},
             outcome=Outcome(score=score),
+            train={},
             curve={},
             seed=17,
         )
