@@ -60,7 +60,7 @@ STEPS_TRAIN = Train(
     dropout=0.0, learning_rate=1e-4, warmup=0.1, batch_size=16, epochs=1, precision="fp32"
 )
 STEPS_MAX_LENGTH = 64
-PAIRS_TRAIN = Train(learning_rate=2e-4, warmup=0.06, precision="fp32")
+PAIRS_TRAIN = Train(warmup=0.06, precision="fp32")
 VALIDATION_ROWS = 32  # training wants some; they decide nothing here
 SYSTEMS = ("ours", "trainer")
 
@@ -71,9 +71,9 @@ class Case:
 
     Attributes:
         pooled: whether `pairs` counts it in the pooled difference.
-        train_rows, batch_size, epochs: of both systems in `pairs`; rows and steps enough to leave
-            the steep part of the learning curve, where a seed moves a score more than the systems
-            differ.
+        train_rows, batch_size, learning_rate, epochs: of both systems in `pairs`; rows and steps
+            enough to leave the steep part of the learning curve, where a seed moves a score more
+            than the systems differ.
     """
 
     name: str
@@ -84,12 +84,19 @@ class Case:
     pooled: bool = True
     train_rows: int = 1200
     batch_size: int = 32
+    learning_rate: float = 2e-4
     epochs: int = 2
 
     @property
     def train(self) -> Train:
         """What both systems train with in `pairs`."""
-        return PAIRS_TRAIN.model_copy(update={"batch_size": self.batch_size, "epochs": self.epochs})
+        return PAIRS_TRAIN.model_copy(
+            update={
+                "batch_size": self.batch_size,
+                "learning_rate": self.learning_rate,
+                "epochs": self.epochs,
+            }
+        )
 
     def data(self, folder: Path, *, max_length: int = 128, limit: Limit | None = None) -> Data:
         return Data(
@@ -108,7 +115,7 @@ CASES = (
     Case("sst2", "text-classification", "accuracy"),
     Case("trec", "text-classification", "accuracy"),
     Case("mrpc", "text-classification", "accuracy", PAIR),
-    Case("stsb-en", "regression", "spearman", PAIR, train_rows=5749, batch_size=16, epochs=1),
+    Case("stsb-en", "regression", "spearman", PAIR, train_rows=5749, learning_rate=1e-4, epochs=1),
     Case(
         "wikiann",
         "token-classification",
@@ -467,6 +474,7 @@ def pairs(
             "train_limit": case.train_rows,
             "test_limit": test_limit,
             "batch_size": case.batch_size,
+            "learning_rate": case.learning_rate,
             "epochs": case.epochs,
         }
         for seed in range(num_seeds):
@@ -519,6 +527,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
         "train_limit",
         "test_limit",
         "batch_size",
+        "learning_rate",
         "epochs",
     )
     return tuple(row[name] for name in names)
@@ -542,6 +551,7 @@ def report_pairs(rows: Sequence[dict[str, Any]]) -> str:
             if row["dataset"] == case.name
             and row["train_limit"] == case.train_rows
             and row["batch_size"] == case.batch_size
+            and row["learning_rate"] == case.learning_rate
             and row["epochs"] == case.epochs
         ]
         found = {_key(row): row for row in mine}

@@ -31,7 +31,10 @@ class Ablation(Section):
     base: Location
     vary: dict[str, list[Any] | Literal["every"]] = {}
     arms: list[dict[str, Any]] = []
-    learning_rate_scaling: list[Literal["none", "sqrt", "linear"]] = ["none"]  # with batch sizes
+    # With batch sizes.
+    learning_rate_scaling: Annotated[
+        list[Literal["none", "sqrt", "linear"]], Field(min_length=1)
+    ] = ["none"]
     seeds: Annotated[int, Field(ge=2, le=1000)] = 5
     costs: list[Literal["train_seconds", "trained_parameters", "memory_bytes"]] = []  # in figures
 

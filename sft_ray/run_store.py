@@ -78,6 +78,11 @@ class RunStore:
         self._filesystem = fs.SubTreeFileSystem(f"{base}/{name}", filesystem)
         self._parent = fs.SubTreeFileSystem(base, filesystem)
 
+    def anchored(self) -> tuple[str, str]:
+        """Storage and name that make the same store in processes that work elsewhere."""
+        root = self.local_root
+        return (self.storage, self.name) if root is None else (str(root.parent), root.name)
+
     def exists(self, path: str) -> bool:
         return bool(self._filesystem.get_file_info(path).type != fs.FileType.NotFound)
 
@@ -183,6 +188,15 @@ class RunStore:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.rmtree(outdated, ignore_errors=True)
+
+    def restore_folder(self, path: str) -> None:
+        """Bring back what `replacing_folder` had put aside when it was killed between renames."""
+        if self.local_root is None or (self.local_root / path).exists():
+            return
+        target = self.local_root / path
+        for outdated in sorted(target.parent.glob(f".{target.name}.*.old")):
+            outdated.rename(target)
+            return
 
     def fetch_folder(self, path: str, local: Path) -> None:
         """Copy a folder of the run into a local one."""

@@ -91,7 +91,9 @@ class _Run:
         self.messages: list[dict[str, Any]] = []
         self._saved_percent: int | None = None
         self._began = time.monotonic()
-        self.last = LastState(store, FOLDER, prepared.experiment.checkpoint.every_minutes)
+        experiment = prepared.experiment
+        every_minutes, seed = experiment.checkpoint.every_minutes, experiment.seed
+        self.last = LastState(store, FOLDER, every_minutes, experiment.train, seed)
         self._seconds_before = 0.0
 
     @property
@@ -144,7 +146,7 @@ class _Run:
         lines = "".join(f"{json.dumps(m)}\n" for m in self.messages)
         self.store.write_text(METRICS, lines)
         self._say_mark(progress)
-        self.last.consider(progress)
+        self.last.consider(progress, messages=self.messages, seconds=message["seconds"])
         return True
 
     def _say_mark(self, progress: Progress) -> None:
@@ -161,10 +163,9 @@ class _Run:
         if state is None:
             self.messages, self._saved_percent = [], None
             return None
-        kept = [json.loads(line) for line in (self.store.read_text(METRICS) or "").splitlines()]
-        self.messages = kept[: state.facts["last"]["index"] + 1]
+        self.messages = state.facts["messages"]
         self._saved_percent = state.facts["best"]["percent"]
-        self._seconds_before = self.messages[-1]["seconds"]
+        self._seconds_before = state.facts["seconds"]
         self.screen.event(f"going on behind {state.facts['last']['percent']} %")
         return state
 

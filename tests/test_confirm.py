@@ -170,3 +170,28 @@ def test_lower_scores_win_where_they_are_better() -> None:
     assert table[0]["over_default"]["difference"] == pytest.approx(0.19)
     found = next(row for row in table if row["arm"] == "trial 0")
     assert found["flattered"] == pytest.approx(0.21)
+
+
+def test_a_default_recipe_that_was_drawn_again_is_confirmed_once() -> None:
+    rows = [
+        trial(0, 0.8, role=YARDSTICK, train=DEFAULT.train),
+        trial(1, 0.8, train=DEFAULT.train),
+        trial(2, 0.9),
+    ]
+    for order in (rows, rows[::-1]):
+        chosen = candidates(order, 3, 1, DEFAULT)
+        assert [(one.arm, one.trial) for one in chosen] == [("trial 2", 2), (YARDSTICK, 0)]
+
+
+def test_a_default_recipe_that_failed_on_a_seed_cannot_win_and_is_still_measured() -> None:
+    chosen = candidates([trial(0, 0.9)], 1, 1, DEFAULT)
+    runs = [
+        run(YARDSTICK, 1, None, "PRUNED"),
+        run(YARDSTICK, 2, 0.99),
+        *[run("trial 0", seed, 0.7) for seed in (1, 2)],
+    ]
+    assert not is_out_of_the_race(YARDSTICK, runs, 1)
+    winner, default = confirmation(chosen, runs, 1)
+    assert (winner["arm"], winner["behind"]) == ("trial 0", False)
+    assert default["behind"]
+    assert winner["over_default"]["n"] == 1

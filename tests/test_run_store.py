@@ -7,7 +7,14 @@ import pytest
 
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, ResourceError
-from sft_ray.run_store import JOURNAL, RunStore, check_folder_rule, write_experiment
+from sft_ray.run_store import (
+    JOURNAL,
+    RESULTS,
+    RunStore,
+    check_folder_rule,
+    finished_results,
+    write_experiment,
+)
 from sft_ray.search.study import open_storage
 
 TREE = {"name": "x", "model": "m", "data": {"path": "d"}, "search": {"trials": 4}}
@@ -104,6 +111,19 @@ def test_the_same_experiment_goes_on(
     assert check_folder_rule(store, Experiment.from_tree(TREE)) == "new"
     write_experiment(store, Experiment.from_tree(TREE))
     assert check_folder_rule(store, Experiment.from_tree({**TREE, **change})) == outcome
+
+
+def test_a_confirmation_may_be_added_changed_and_left_out(store: RunStore) -> None:
+    tree, plan = {**TREE, "seed": 3}, {"top": 2, "seeds": 4}
+    for there, here in ((None, plan), (plan, {"top": 5, "seeds": 2}), (plan, None)):
+        write_experiment(store, Experiment.from_tree({**tree, "confirm": there}))
+        store.write_json(RESULTS, {"kept": True})
+        changed = Experiment.from_tree({**tree, "confirm": here})
+        assert check_folder_rule(store, changed) == "same"
+        assert finished_results(store, changed) == {"kept": True}
+        with pytest.raises(ConfigError) as caught:
+            check_folder_rule(store, changed.model_copy(update={"seed": 4}))
+        assert len(caught.value.problems) == 2  # the seed, and the two ways out
 
 
 @pytest.mark.parametrize(

@@ -49,10 +49,11 @@ def candidates(
         is_default = row["role"] == YARDSTICK or row["train"] == default.train
         arm = YARDSTICK if is_default else f"trial {row['number']}"
         found = Candidate(arm, row["number"], row["params"], row["train"], row["value"])
+        if found.train in [other.train for other in chosen]:
+            continue
         if is_default:
             default = found
-        if found.train not in [other.train for other in chosen]:
-            chosen.append(found)
+        chosen.append(found)
     return [one for one in chosen[:top] if one is not default] + [default]
 
 
@@ -60,6 +61,11 @@ def scores_by_seed(rows: Sequence[Mapping[str, Any]], arm: str) -> dict[int, flo
     """Of the runs that came to their end."""
     finished = [row for row in rows if row["arm"] == arm and row["state"] == "COMPLETE"]
     return {row["seed"]: row["value"] for row in finished}
+
+
+def has_failed(arm: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a run of a configuration ended before its end."""
+    return any(row["arm"] == arm and row["state"] != "COMPLETE" for row in rows)
 
 
 def is_out_of_the_race(arm: str, rows: Sequence[Mapping[str, Any]], sign: int) -> bool:
@@ -71,7 +77,7 @@ def is_out_of_the_race(arm: str, rows: Sequence[Mapping[str, Any]], sign: int) -
     """
     if arm == YARDSTICK:
         return False
-    if any(row["arm"] == arm and row["state"] != "COMPLETE" for row in rows):
+    if has_failed(arm, rows):
         return True
     scores = {name: scores_by_seed(rows, name) for name in {row["arm"] for row in rows}}
     mine = scores.get(arm, {})
@@ -122,7 +128,7 @@ def confirmation(
                 "flattered": None
                 if expected is None or one.search_value is None
                 else sign * (one.search_value - expected.mean),
-                "behind": is_out_of_the_race(one.arm, rows, sign),
+                "behind": has_failed(one.arm, rows) or is_out_of_the_race(one.arm, rows, sign),
                 "over_default": None if ahead is None else asdict(ahead),
             }
         )

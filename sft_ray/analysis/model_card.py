@@ -29,7 +29,7 @@ The figures are of exactly these weights. {selection}
 SEARCHED = """They are the best of {num_trials} trials on the same split, so expect somewhat less on
 new data; the test split was not scored. Gain over the default recipe: {gain}."""
 CONFIRMED = """They are those of one training with a seed that was settled beforehand. Over {n}
-fresh seeds the configuration reaches {mean:.4f} {metric} on average{interval}, {gain:+.4f} over
+fresh seeds the configuration reaches {mean:.4f} {metric} on average{interval}, {gain} over
 the default recipe on the same seeds. {test}"""
 SINGLE = """They are the best evaluation of one training on the same split, so expect somewhat less
 on new data; the test split was not scored."""
@@ -73,6 +73,7 @@ def _confirmed(tree: dict[str, Any]) -> str:
     expected, interval = best["expected"], ""
     if expected["low"] is not None:
         interval = f" (95 % interval {expected['low']:.4f} to {expected['high']:.4f})"
+    gain = best["gain_over_default"]  # None: the default recipe finished on none of them
     if best["test"] is not None:
         found = ", ".join(f"{k} {v:.4f}" for k, v in best["test"]["metrics"].items())
         test = f"The test split ({best['test']['num_examples']} examples), scored once: {found}."
@@ -81,6 +82,6 @@ def _confirmed(tree: dict[str, Any]) -> str:
         mean=expected["mean"],
         interval=interval,
         metric=tree["metric"],
-        gain=best["gain_over_default"],
+        gain="by an unknown amount" if gain is None else f"{gain:+.4f}",
         test=test,
     )

@@ -71,7 +71,7 @@ class SearchResult:
         rows = []
         for path in trial_records(store):
             rows.append(store.read_json(path))
-            _check_row(rows[-1], store.path_of(path))
+            check_row(rows[-1], store.path_of(path))
         tree = {
             "name": experiment.name,
             "metric": experiment.search.score,  # None: the task's first
@@ -226,10 +226,15 @@ def check_tree(tree: Any, where: str) -> None:
     if not isinstance(best, dict) or not _holds(best, parts):
         raise ConfigError(f"{where}: damaged: its `best` must hold {', '.join(parts)}")
     for row in tree["trials"]:
-        _check_row(row, where)
+        check_row(row, where)
 
 
-def _check_row(row: Any, where: str) -> None:
+def check_row(row: Any, where: str) -> None:
+    """The same for one trial's record.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
     parts = {"number": int, "state": str, "role": str, "params": dict, "metrics": dict}
     number = (int, float, type(None))
     if not isinstance(row, dict) or not _holds(row, parts):

@@ -28,7 +28,7 @@ from sft_ray.run_store import RunStore, open_run, read_experiment
 from sft_ray.screen import Screen, count
 from sft_ray.search.fixed_runs import FixedRun, Row, run_fixed
 from sft_ray.search.narration import say_ablation
-from sft_ray.search.preflight import prepare_experiment
+from sft_ray.search.preflight import check_data, prepare_experiment
 from sft_ray.training.preparation import Prepared, arm_problems
 from sft_ray.training.seeds import derived_seed
 
@@ -43,6 +43,7 @@ class Base:
     experiment: Experiment
     train: Train
     store: RunStore
+    environment: dict[str, Any] | None = None  # of a run
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def run_ablations(
     screen = Screen(quiet)
     bases = {ablation.base: find_base(ablation.base) for ablation in ablations}
     prepared = {place: prepare_experiment(base.experiment) for place, base in bases.items()}
+    for place, base in bases.items():
+        check_data(prepared[place], base.environment, place)
     plans = [_plan(a, bases[a.base], prepared[a.base]) for a in ablations]
     summaries: dict[str, list[ArmSummary]] = {}
     for place, base in bases.items():
@@ -96,7 +99,9 @@ def find_base(place: str) -> Base:
     store = open_run(place)
     run = read_experiment(store)
     assert run is not None  # `open_run` has seen it
-    return Base(run, Train.model_validate(SearchResult.load(place).best["train"]), store)
+    result = SearchResult.load(place)
+    train = Train.model_validate(result.best["train"])
+    return Base(run, train, store, result.tree.get("environment"))
 
 
 def _plan(ablation: Ablation, base: Base, prepared: Prepared) -> Planned:
@@ -113,11 +118,25 @@ def _plan(ablation: Ablation, base: Base, prepared: Prepared) -> Planned:
     if problems:
         raise ConfigError(*problems)
     runs = [
-        FixedRun(arm.name, settings[arm.name][0], arm.changes, seed, settings[arm.name][1])
+        FixedRun(
+            arm.name,
+            settings[arm.name][0],
+            arm.changes,
+            seed,
+            settings[arm.name][1],
+            setting=_setting(prepared),
+        )
         for seed in seeds
         for arm in arms
     ]
     return Planned(ablation, arms, runs)
+
+
+def _setting(prepared: Prepared) -> str:
+    """What the numbers of all arms depend on: an experiment's file may change between calls."""
+    experiment = prepared.experiment
+    data, model = prepared.dataset.fingerprint, [experiment.model, experiment.revision]
+    return json.dumps([data, *model, prepared.objective, experiment.search.rungs])
 
 
 def ablation_seeds(seed: int, count: int) -> list[int]:

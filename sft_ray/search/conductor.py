@@ -77,6 +77,8 @@ class Conductor:
             return False
         score = message["metrics"][self.objective]
         reason = self.trials.mark(number, message["percent"], score, message["slot_seconds"])
+        if message.get("replayed"):
+            return True
         self.screen.event(
             f"{planned.label:<9} {message['percent']:3d}%    {self.objective} {score:.4f}  "
             f"train loss {message['train_loss']:.3f}  epoch {message['epochs_run']:.2f}"

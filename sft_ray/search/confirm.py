@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from optuna.trial import TrialState
+
 from sft_ray import space as spaces
 from sft_ray.analysis.confirm import (
     Candidate,
@@ -15,11 +17,12 @@ from sft_ray.analysis.confirm import (
     is_out_of_the_race,
 )
 from sft_ray.analysis.model_card import model_card
-from sft_ray.analysis.results import SearchResult
+from sft_ray.analysis.results import SearchResult, check_tree
 from sft_ray.config import Confirm, Experiment, apply_values
 from sft_ray.errors import ConfigError, TrialError
 from sft_ray.recipes import YARDSTICK, default_recipe
 from sft_ray.run_store import (
+    BEST,
     CONFIRMATION,
     RESULTS,
     RunStore,
@@ -28,11 +31,11 @@ from sft_ray.run_store import (
     read_experiment,
     write_results,
 )
-from sft_ray.screen import Screen
+from sft_ray.screen import Screen, count
 from sft_ray.search.fixed_runs import FixedRun, Row, run_fixed
 from sft_ray.search.narration import say_confirmation
-from sft_ray.search.preflight import prepare_experiment
-from sft_ray.serving.evaluate import has_test_split, record_test, score_split
+from sft_ray.search.preflight import check_data, prepare_experiment
+from sft_ray.serving.evaluate import has_test_split, record_test, recorded_test, score_split
 from sft_ray.serving.predict import load_predictor
 from sft_ray.training.preparation import Prepared
 from sft_ray.training.seeds import derived_seed
@@ -69,6 +72,7 @@ def run_confirm(
         plan: how many configurations and seeds; more than before go on where those stopped.
         address: of a Ray cluster, as in `run_search`.
         seconds: no run starts later than so many seconds from now, but for the first two seeds.
+            A confirmation of this plan that has ended is not taken further.
 
     Raises:
         SftError: something the user can mend; nothing has been written then.
@@ -81,13 +85,19 @@ def run_confirm(
         raise ConfigError(
             f"{store.location}: the search has not finished; its own command goes on with it"
         )
+    check_tree(found, store.path_of(RESULTS))
     result = SearchResult(store.location, found)
     screen = Screen(quiet)
     prepared = prepare_experiment(experiment)
+    check_data(prepared, result.tree.get("environment"), store.location)
     sign = prepared.task.sign(prepared.objective)
     default = _default_recipe(experiment, prepared)
     chosen = candidates(result.trials, plan.top, sign, default)
     seeds = fresh_seeds(experiment.seed, plan.seeds)
+    before = store.read_json(CONFIRMATION)
+    is_same_plan = bool(before) and (before.get("top"), before.get("seeds")) == (plan.top, seeds)
+    if seconds is not None and is_same_plan:
+        seconds = 0.0
     runs = [
         FixedRun(
             one.arm,
@@ -100,7 +110,8 @@ def run_confirm(
         for one in chosen
     ]
     screen.say(
-        f"confirming {len(chosen)} configurations of {store.location} on {len(seeds)} fresh seeds"
+        f"confirming {count(len(chosen), 'configuration')} of {store.location} on {len(seeds)} "
+        "fresh seeds"
     )
     with store.locked():
         rows = run_fixed(
@@ -122,13 +133,17 @@ def run_confirm(
         }
         winner = tree["configurations"][0]
         if winner["expected"] is None or winner["behind"]:
-            raise TrialError(f"{store.location}: no configuration finished on the fresh seeds")
-        first = {run.arm: run for run in runs if run.keep_model}
-        tree["test"] = _test_scores(
-            prepared, store, {arm: first[arm] for arm in dict.fromkeys([winner["arm"], YARDSTICK])}
-        )
+            raise TrialError(f"{store.location}: no configuration finished on all fresh seeds")
+        of_first_seed = {
+            row["arm"]: row
+            for row in rows
+            if row["seed"] == seeds[0] and row["state"] == TrialState.COMPLETE.name
+        }
+        first = {run.arm: run for run in runs if run.keep_model and run.arm in of_first_seed}
+        scored = [arm for arm in dict.fromkeys([winner["arm"], YARDSTICK]) if arm in first]
+        tree["test"] = _test_scores(prepared, store, {arm: first[arm] for arm in scored})
         store.write_json(CONFIRMATION, tree)
-        row = next(r for r in rows if r["arm"] == winner["arm"] and r["seed"] == seeds[0])
+        row = of_first_seed[winner["arm"]]
         result = _conclude(prepared, store, result, tree, row, first[winner["arm"]])
     confirmed = Confirmed(result, tree)
     say_confirmation(screen, tree, result, prepared)
@@ -168,19 +183,16 @@ def _test_scores(
     """Score the test split with one model per configuration, each once and on record."""
     if not has_test_split(prepared.experiment, prepared.task):
         return None
-    before = store.read_json(CONFIRMATION) or {}
     scored: dict[str, Any] = {}
     for arm, run in runs.items():
-        known = (before.get("test") or {}).get(arm)
-        if known is not None and known["run"] == run.key:
-            scored[arm] = known
-            continue
         path = f"{FOLDER}/{run.key}/best"
-        with store.fetched_folder(path) as folder:
-            predictor = load_predictor(str(folder))
-            metrics, num_examples = score_split(predictor, prepared.experiment, "test")
-        record_test(store, store.path_of(path), metrics, num_examples)
-        scored[arm] = {"run": run.key, "metrics": metrics, "num_examples": num_examples}
+        record = recorded_test(store, path)
+        if record is None:
+            with store.fetched_folder(path) as folder:
+                predictor = load_predictor(str(folder))
+                found = score_split(predictor, prepared.experiment, "test")
+            record = record_test(store, store.path_of(path), *found)
+        scored[arm] = {"run": run.key, **{k: record[k] for k in ("metrics", "num_examples")}}
     return scored
 
 
@@ -195,6 +207,7 @@ def _conclude(
     """Put the confirmed winner in best/, and what to expect of it in results.json."""
     winner, test = tree["configurations"][0], tree["test"] or {}
     over = winner["over_default"]
+    gain = 0.0 if winner["arm"] == YARDSTICK else None
     best = {
         **result.best,
         "trial": winner["trial"],
@@ -204,10 +217,11 @@ def _conclude(
         "validation": row["metrics"],
         "seed": row["seed"],
         "expected": winner["expected"],
-        "gain_over_default": over["difference"] if over is not None else 0.0,
+        "gain_over_default": gain if over is None else over["difference"],
         "gain_interval": over,
         "flattered": winner["flattered"],
         "test": test.get(winner["arm"]),
+        "checkpoint": store.path_of(BEST),
     }
     updated = {**result.tree, "best": best}
     card = model_card(updated, prepared.experiment.to_tree(), prepared.dataset.label_names)

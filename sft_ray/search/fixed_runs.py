@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from optuna.trial import TrialState
 
 from sft_ray.analysis.outcome import Outcome
-from sft_ray.analysis.results import trial_row
+from sft_ray.analysis.results import check_row, trial_row
 from sft_ray.config import Train
-from sft_ray.run_store import RunStore
+from sft_ray.errors import ConfigError
+from sft_ray.run_store import TRIAL, RunStore
 from sft_ray.screen import Screen
 from sft_ray.search.cluster import capacity, connected, plan_layout
 from sft_ray.search.conductor import Conductor
@@ -35,6 +36,7 @@ class FixedRun:
         training_share: of the training rows.
         keep_model: whether its best weights stay on disk.
         until_percent: of its schedule; the run ends at the first mark there or behind.
+        setting: of what else its numbers depend on, where runs of several settings share a folder.
     """
 
     arm: str
@@ -44,11 +46,12 @@ class FixedRun:
     training_share: float = 1.0
     keep_model: bool = False
     until_percent: int = 100
+    setting: str = ""
 
     @property
     def key(self) -> str:
         """The same for runs that come to the same numbers."""
-        what = [self.train.model_dump(mode="json"), self.seed, self.training_share]
+        what = [self.train.model_dump(mode="json"), self.seed, self.training_share, self.setting]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -65,6 +68,9 @@ class FixedRuns:
         store: the run folder.
         folder: below it, where each run has a folder named by its key.
         leave_out: asked before a run starts, with the rows of those that have finished.
+
+    Raises:
+        ConfigError: the record of a run that has ended is damaged.
     """
 
     def __init__(
@@ -78,15 +84,27 @@ class FixedRuns:
         self.restarts: dict[int, int] = {}
         self.rows: dict[int, Row] = {}
         for number, run in enumerate(self.runs):
-            row = store.read_json(f"{self._folder_of(run)}/trial.json")
-            lacks_model = run.keep_model and not store.exists(f"{self._folder_of(run)}/best")
-            if row is not None and row["state"] != TrialState.FAIL.name and not lacks_model:
+            row = self._row_before(run, store)
+            if row is not None:
                 self.rows[number] = {**row, "number": number, "arm": run.arm}
         self._pending = [n for n in range(len(self.runs)) if n not in self.rows]
         self._curves: dict[int, dict[int, float]] = {}  # of live runs
 
     def _folder_of(self, run: FixedRun) -> str:
         return f"{self.folder}/{run.key}"
+
+    def _row_before(self, run: FixedRun, store: RunStore) -> Row | None:
+        """What an earlier session left of a run; None if it is to run, or to run again."""
+        path = f"{self._folder_of(run)}/{TRIAL}"
+        row = store.read_json(path)
+        if row is None:
+            return None
+        check_row(row, store.path_of(path))
+        if row.get("key") != run.key or row.get("seed") != run.seed:
+            raise ConfigError(f"{store.path_of(path)}: damaged: of another run; delete its folder")
+        has_model = store.exists(f"{self._folder_of(run)}/best")
+        is_lacking = run.keep_model and row["state"] == TrialState.COMPLETE.name and not has_model
+        return None if is_lacking or row["state"] == TrialState.FAIL.name else dict(row)
 
     @property
     def finished_rows(self) -> list[Row]:
@@ -120,6 +138,7 @@ class FixedRuns:
             seed=run.seed,
             training_share=run.training_share,
             save_finished=run.keep_model,
+            resumes=True,
         )
 
     def mark(self, number: int, percent: int, score: float, slot_seconds: float) -> str | None:
@@ -202,8 +221,10 @@ def run_fixed(
         with connected(address):
             from sft_ray.search.slots import run_on_slots  # brings Ray
 
-            layout = plan_layout(prepared.experiment, capacity())
-            layout = replace(layout, slots=min(layout.slots, pending))
+            # Slots are for these runs, however many trials the search had.
+            search = prepared.experiment.search.model_copy(update={"trials": pending})
+            experiment = prepared.experiment.model_copy(update={"search": search})
+            layout = plan_layout(experiment, capacity())
             conductor = Conductor(trials, store, screen, prepared.objective, layout.slots)
             run_on_slots(conductor, prepared, layout)
     return trials.finished_rows

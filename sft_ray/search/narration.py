@@ -83,10 +83,11 @@ def say_outcome(
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     unfinished = "" if best["complete"] else " (unfinished: no trial reached its end)"
     over = "over the default recipe"
+    who = "the default recipe" if best["trial"] is None else f"trial {best['trial']}"
     screen.say()
     screen.facts(
         {
-            "best": f"trial {best['trial']}: {short_params(best['params'])}{unfinished}",
+            "best": f"{who}: {short_params(best['params'])}{unfinished}",
             "validation": ", ".join(f"{k} {v:.4f}" for k, v in best["validation"].items()),
             "gain": f"{gain:+.4f} {result.tree['metric']} {over}"
             if gain is not None

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
 
 from sft_ray import space as spaces
-from sft_ray.config import Experiment
-from sft_ray.errors import did_you_mean
+from sft_ray.config import Experiment, apply_values, explain
+from sft_ray.errors import DataError, did_you_mean
 from sft_ray.recipes import recipe_of
 from sft_ray.search.cluster import plan_layout
-from sft_ray.search.finite_space import FiniteSpace
 from sft_ray.search.samplers import grid_points
 from sft_ray.training.model import ModelFacts, inspect_model
 from sft_ray.training.preparation import Prepared, collect, prepare_with_model
+
+# Fields of train that are valid or not together, beside the depths.
+SCHEDULE_PATHS = ("train.schedule", "train.warmup", "train.cooldown")
 
 
 def prepare_experiment(experiment: Experiment, has: Mapping[str, float] | None = None) -> Prepared:
@@ -35,10 +41,24 @@ def prepare_experiment(experiment: Experiment, has: Mapping[str, float] | None =
     problems += _enqueue_problems(experiment)
     if experiment.search.sampler == "grid":
         collect(problems, grid_points, experiment.search.domains)
-    collect(problems, FiniteSpace.of, experiment.search.domains, experiment.train)
+    problems += _schedule_problems(experiment)
     if has is not None:
         collect(problems, plan_layout, experiment, has)
     return prepare_with_model(experiment, model, problems)
+
+
+def check_data(prepared: Prepared, environment: Mapping[str, Any] | None, location: str) -> None:
+    """Whether a run's data is still what it was made from; its scores compare with no other's.
+
+    Raises:
+        DataError: it is not.
+    """
+    then, now = (environment or {}).get("data_fingerprint"), prepared.dataset.fingerprint
+    if then not in (None, now):
+        raise DataError(
+            f"data: {location} was made from other data (fingerprint {then}, now {now}); bring "
+            "that back, or search again under another name=…"
+        )
 
 
 def _depth_problems(experiment: Experiment, model: ModelFacts) -> list[str]:
@@ -68,6 +88,23 @@ def _depth_problems(experiment: Experiment, model: ModelFacts) -> list[str]:
                 f"up to {frozen} frozen and {fresh} re-initialised"
             )
     return problems
+
+
+def _schedule_problems(experiment: Experiment) -> list[str]:
+    """Every corner of what is searched of the schedule must be a valid configuration."""
+    ends = [
+        [value for name, value in spaces.boundary_values(experiment.search.domains) if name == path]
+        or [getattr(experiment.train, path.removeprefix("train."))]
+        for path in SCHEDULE_PATHS
+    ]
+    for corner in itertools.product(*ends):
+        try:
+            apply_values(experiment.train, dict(zip(SCHEDULE_PATHS, corner, strict=True)))
+        except ValidationError as error:
+            return [
+                f"search.space: not all combinations work: {explain(error)[0]}; narrow their ranges"
+            ]
+    return []
 
 
 def _enqueue_problems(experiment: Experiment) -> list[str]:

@@ -14,7 +14,7 @@ from sft_ray.errors import ConfigError, TrialError
 from sft_ray.run_store import RunStore, open_run, read_experiment
 from sft_ray.screen import Screen
 from sft_ray.search.fixed_runs import FixedRun, run_fixed
-from sft_ray.search.preflight import prepare_experiment
+from sft_ray.search.preflight import check_data, prepare_experiment
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def run_replay(
     screen = Screen(quiet)
     with tempfile.TemporaryDirectory(prefix="sft_ray-") as folder:
         prepared = prepare_experiment(_elsewhere(found, folder, row))
+        check_data(prepared, result.tree["environment"], location)
         run = FixedRun(
             f"trial {number}",
             Train.model_validate(row["train"]),

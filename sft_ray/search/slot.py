@@ -85,7 +85,7 @@ class Slot(tune.Trainable):
         # A trial that is stopped here leaves its slot free from now on; what follows until the
         # next one runs is the overhead of that one.
         self._returned_at = time.monotonic()
-        slot_seconds = self._returned_at - self._free_since
+        slot_seconds = self._returned_at - self._free_since + message.get("seconds_before", 0.0)
         # As text, because Tune flattens nested results.  Never `done`: the scheduler hears of every
         # message and stops the trial, Tune would not show it a last one.
         return {"message": json.dumps({**message, "slot_seconds": slot_seconds})}

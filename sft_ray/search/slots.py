@@ -34,13 +34,14 @@ def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> No
     """
     experiment, store, screen = prepared.experiment, conductor.store, conductor.screen
     # Ray's own files lie beside the run folders, because they hold pickles.
-    ray_storage = RunStore(experiment.storage, f".ray/{experiment.name}-{os.getpid()}")
+    ray_storage = RunStore(store.storage, f".ray/{store.name}-{os.getpid()}")
     settings = {
         "workers": layout.workers_per_trial,
         "resources_per_worker": layout.resources_per_worker,
         "ray_storage": str(ray_storage.local_root or ray_storage.location),
         "worker": {
             "experiment": experiment.anchored().to_tree(),
+            "run": store.anchored(),  # which may have been moved since the experiment was written
             "dataset_folder": str(prepared.dataset_folder),
             "objective": prepared.objective,
         },

@@ -91,6 +91,8 @@ class SearchStudy:
         self._running_seconds: dict[int, float] = {}
         self._live: dict[int, optuna.Trial] = {}
         self._curves: dict[int, dict[int, float]] = {}  # of live trials
+        # Marks of live trials that were decided on before these were interrupted.
+        self._settled: dict[int, set[int]] = {}
         self.restarts: dict[int, int] = {}  # of slots that died under a trial, this session
         self._interrupted = [t.number for t in self.trials if t.state == TrialState.RUNNING]
         if not self.study.get_trials(deepcopy=False):
@@ -105,7 +107,8 @@ class SearchStudy:
 
     def next_trial(self) -> PlannedTrial | None:
         """The next configuration: interrupted ones first, under their number; None at the end."""
-        if self._interrupted:
+        resumes = bool(self._interrupted)
+        if resumes:
             number = self._interrupted.pop(0)
             self.study.sampler = self._sampler(number)
             trial = optuna.Trial(self.study, self._frozen(number)._trial_id)
@@ -124,6 +127,7 @@ class SearchStudy:
         trial.set_user_attr("train", train.model_dump(mode="json"))
         trial.set_user_attr("path", trial_folder(trial.number))
         self._curves[trial.number] = {}
+        self._settled[trial.number] = set(self._frozen(trial.number).intermediate_values)
         complete = sorted((self.sign * score_of(t) for t in self._complete()), reverse=True)
         # With several objectives a low score may belong to the Pareto set.
         keep = len(complete) + 1 if self.costs else self.experiment.checkpoint.keep
@@ -138,6 +142,7 @@ class SearchStudy:
             save_above=complete[keep - 1] if len(complete) >= keep else None,
             save_unfinished=not complete,
             end_diverged=trial.user_attrs.get("role") != YARDSTICK,
+            resumes=resumes,
         )
 
     def _values(self, trial: optuna.Trial) -> dict[str, Any]:
@@ -171,10 +176,11 @@ class SearchStudy:
         """Report one evaluation; why the trial must end now, or None."""
         trial = self._live[number]
         self._curves[number].setdefault(percent, score)
-        # Optuna takes no intermediate values of several objectives.
-        if not self.costs and percent not in self._frozen(number).intermediate_values:
-            trial.report(score, percent)
         self._running_seconds[number] = slot_seconds
+        if percent in self._settled[number]:
+            return None
+        if not self.costs:  # Optuna takes no intermediate values of several objectives
+            trial.report(score, percent)
         if percent >= 100:
             return None
         if budget := self.budget_used_up():

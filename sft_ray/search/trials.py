@@ -30,6 +30,7 @@ class PlannedTrial:
         save_above: only if its score, times the direction's sign, beats this.
         save_unfinished: no trial has finished yet, so an unfinished one may have to stand in.
         end_diverged: whether a training loss that comes to nothing ends it early.
+        resumes: it may have begun before, and left a state to go on from.
     """
 
     number: int
@@ -44,6 +45,7 @@ class PlannedTrial:
     save_above: float | None = None
     save_unfinished: bool = False
     end_diverged: bool = False
+    resumes: bool = False
 
     def assignment(self) -> dict[str, Any]:
         """What the workers are told."""
@@ -56,6 +58,7 @@ class PlannedTrial:
             "save_above": self.save_above,
             "save_unfinished": self.save_unfinished,
             "end_diverged": self.end_diverged,
+            "resumes": self.resumes,
         }
 
 

@@ -90,6 +90,7 @@ def run_search(
         with store.locked():
             study = _open_study(prepared, store, layout.slots, warm)
             store.push_journal()  # what runs first is settled from here on
+            _forget_states(store, study)
             delete_results(store)
             write_experiment(store, experiment)
             environment = describe_environment(
@@ -134,7 +135,7 @@ def _confirmed(
             for row in tree["trials"]
             for kind in ("train", "eval", "overhead")
         )
-        workers, slots = experiment.resources.workers_per_trial, tree["environment"]["slots"]
+        workers, slots = experiment.resources.workers_per_trial, tree["environment"].get("slots", 1)
         left.append((3600 * budget.worker_hours / workers - slot_seconds) / slots)
     seconds = min(left, default=None)
     confirm = experiment.confirm
@@ -152,6 +153,15 @@ def extended(experiment: Experiment, by: int) -> Experiment:
     before = (stored or experiment).search.trials
     search = experiment.search.model_copy(update={"trials": before + more})
     return experiment.model_copy(update={"search": search})
+
+
+def _forget_states(store: RunStore, study: SearchStudy) -> None:
+    """Of trials that have ended; a killed driver may have left some."""
+    ended = {trial_folder(t.number) for t in study.trials if t.state.is_finished()}
+    for path in store.files_below("trials"):
+        folder, last, _ = path.partition("/last/")
+        if last and folder in ended:
+            store.delete_folder(f"{folder}/last")
 
 
 def _open_study(

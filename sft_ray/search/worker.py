@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import time
 import traceback
 import warnings
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ import torch
 
 from sft_ray.config import Experiment, Train
 from sft_ray.run_store import PREDICTIONS, RunStore
-from sft_ray.training.checkpoint import save_model, save_predictions
+from sft_ray.training.checkpoint import ResumeState, save_model, save_predictions
 from sft_ray.training.data import prepare, prepare_here
 from sft_ray.training.fit import Progress, fit
 from sft_ray.training.last_state import LastState
@@ -44,7 +45,8 @@ class Loaded:
 def run_worker(settings: dict[str, Any]) -> None:
     """The train function of a slot: serve assignments until the mailbox says to go home.
 
-    Settings: `experiment` (tree), `dataset_folder`, `objective`, `mailbox` (actor handle).
+    Settings: `experiment` (tree), `run` (storage and name of its folder), `dataset_folder`,
+    `objective`, `mailbox` (actor handle).
     """
     warnings.simplefilter("ignore")
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -96,42 +98,87 @@ def load(settings: dict[str, Any], rank: int, size: int) -> Loaded:
     return Loaded(
         experiment=experiment,
         setup=load_setup(experiment, dataset_folder, world),
-        store=RunStore(experiment.storage, experiment.name),
+        store=RunStore(*settings["run"]),
     )
 
 
 def run_trial(
     assignment: dict[str, Any], generation: int, loaded: Loaded, objective: str, mailbox: Any
 ) -> None:
-    """Fit one configuration, posting every mark and asking leave to go on."""
-    setup, seed = loaded.setup, assignment["seed"]
+    """Fit one configuration, posting every mark and asking leave to go on.
+
+    One that is taken up from a state posts the marks before it again, word for word.
+    """
+    setup, seed, train = loaded.setup, assignment["seed"], Train.model_validate(assignment["train"])
     dataset = setup.dataset.with_training_share(assignment["training_share"], seed)
     keep = Keeper(assignment, loaded, setup.task.sign(objective))
-    last = LastState(loaded.store, assignment["folder"], loaded.experiment.checkpoint.every_minutes)
+    every_minutes = loaded.experiment.checkpoint.every_minutes
+    last = LastState(loaded.store, assignment["folder"], every_minutes, train, seed)
+    state = last.load() if assignment["restarts"] or assignment["resumes"] else None
+    posted: list[dict[str, Any]] = [] if state is None else state.facts["messages"]
+    clock = Clock(mailbox, state)
+
+    def post(index: int, message: dict[str, Any]) -> None:
+        if setup.world.rank == 0:
+            message = {**message, "seconds_before": clock.before}
+            ray.get(mailbox.post.remote(generation, index, message))
+
+    def may_go_on(index: int) -> bool:
+        return bool(_poll(mailbox.may_continue, generation, index))
 
     def report(progress: Progress) -> bool:
         if setup.world.rank == 0:
             keep.consider(progress)
-            message = progress.message(keep.saved_percent, assignment["restarts"])
-            ray.get(mailbox.post.remote(generation, progress.index, message))
-            last.consider(progress)  # after the post, so that a resumed trial never owes a mark
-        return bool(_poll(mailbox.may_continue, generation, progress.index + 1))
+            posted.append(progress.message(keep.saved_percent, assignment["restarts"]))
+        post(progress.index, posted[-1] if posted else {})
+        if setup.world.rank == 0:  # after the post, so that a resumed trial never owes a mark
+            last.consider(progress, messages=posted, clock=clock.facts())
+        return may_go_on(progress.index + 1)
 
-    if _poll(mailbox.may_continue, generation, 0):
+    goes_on = may_go_on(0)
+    for index, message in enumerate(list(posted)):
+        if goes_on:
+            post(index, {**message, "replayed": True})
+            goes_on = may_go_on(index + 1)
+    if goes_on:
         fit(
-            Train.model_validate(assignment["train"]),
+            train,
             replace(setup, dataset=dataset),
             objective=objective,
             rungs=loaded.experiment.search.rungs,
             seed=seed,
             report=report,
-            # Of these workers before they were restarted; what another driver left is not ours.
-            resume=last.load() if assignment["restarts"] else None,
+            resume=state,
             most_per_pass=assignment["most_per_pass"],
             end_diverged=assignment["end_diverged"],
         )
     if setup.world.rank == 0:
         last.delete()
+
+
+class Clock:
+    """What a trial has taken: in this slot, which has a clock of its own, and in others before.
+
+    Args:
+        mailbox: of the slot.
+        state: that the trial is taken up from, if it is.
+    """
+
+    def __init__(self, mailbox: Any, state: ResumeState | None) -> None:
+        self._slot = mailbox._actor_id.hex()
+        self.before, self._began = 0.0, time.monotonic()
+        if state is not None:
+            earlier = state.facts["clock"]
+            self.before = earlier["before"]
+            if earlier["slot"] == self._slot:  # only its workers are new
+                self._began -= earlier["here"]
+            else:
+                self.before += earlier["here"]
+
+    def facts(self) -> dict[str, Any]:
+        """For the next state."""
+        here = time.monotonic() - self._began
+        return {"slot": self._slot, "before": self.before, "here": here}
 
 
 class Keeper:

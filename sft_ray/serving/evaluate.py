@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from sft_ray.config import Data, Experiment, Splits
 from sft_ray.errors import ConfigError, DataError
@@ -56,7 +57,9 @@ def run_evaluation(place: str, split: str, experiment_file: str | None = None) -
     return Evaluation(place, split, num_examples, metrics, recorded_in)
 
 
-def record_test(store: RunStore, model: str, metrics: dict[str, float], num_examples: int) -> None:
+def record_test(
+    store: RunStore, model: str, metrics: dict[str, float], num_examples: int
+) -> dict[str, Any]:
     """Write down that the test split was scored; every time weakens it a little."""
     record = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -65,6 +68,19 @@ def record_test(store: RunStore, model: str, metrics: dict[str, float], num_exam
         "metrics": metrics,
     }
     store.append_text(TEST_ACCESS, json.dumps(record) + "\n")
+    return record
+
+
+def recorded_test(store: RunStore, path: str) -> dict[str, Any] | None:
+    """The record of a model of the run, wherever that lay then; None if it was not scored."""
+    for line in (store.read_text(TEST_ACCESS) or "").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # torn by a kill
+            continue
+        if isinstance(record, dict) and str(record.get("model")).endswith(f"/{path}"):
+            return record
+    return None
 
 
 def has_test_split(experiment: Experiment, task: Task) -> bool:

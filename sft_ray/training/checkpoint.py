@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,8 @@ def save_resume_state(folder: Path, state: ResumeState) -> None:
     """Write a state into an empty folder; safetensors and JSON, nothing that executes."""
     tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
     safetensors.torch.save_file(tensors, folder / TENSORS)
-    (folder / FACTS).write_text(json.dumps(state.facts), encoding="utf-8")
+    facts = {**state.facts, "tensors_sha256": _sha256(folder / TENSORS)}
+    (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def load_resume_state(folder: Path) -> ResumeState:
@@ -91,8 +93,15 @@ def load_resume_state(folder: Path) -> ResumeState:
         DataError: the folder is incomplete or damaged.
     """
     try:
-        tensors = safetensors.torch.load_file(folder / TENSORS)
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        if facts.pop("tensors_sha256", None) != _sha256(folder / TENSORS):
+            raise ValueError(f"{TENSORS} is not what {FACTS} was written with")
+        tensors = safetensors.torch.load_file(folder / TENSORS)
+    except (OSError, ValueError, AttributeError, safetensors.SafetensorError) as error:
         raise DataError(f"{folder}: the checkpoint cannot be read: {error}") from None
     return ResumeState(tensors, facts)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

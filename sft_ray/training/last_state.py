@@ -1,9 +1,12 @@
-"""`trials/<n>/last`: the state of a running trial in its run folder, written now and then."""
+"""`last/`: the state of a running trial in its run folder, written now and then."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
+from sft_ray.config import Train
+from sft_ray.errors import DataError
 from sft_ray.run_store import RunStore
 from sft_ray.training.checkpoint import (
     FACTS,
@@ -21,31 +24,42 @@ class LastState:
         store: the run folder.
         folder: of the trial, in the run folder.
         every_minutes: between two writings.
+        train, seed: of the trial; a state of any other is not taken.
     """
 
-    def __init__(self, store: RunStore, folder: str, every_minutes: float) -> None:
+    def __init__(
+        self, store: RunStore, folder: str, every_minutes: float, train: Train, seed: int
+    ) -> None:
         self._store, self._every_minutes = store, every_minutes
         self._path = f"{folder}/last"
         self._written_at = time.monotonic()
+        self._trial = {"train": train.model_dump(mode="json"), "seed": seed}
 
-    def consider(self, progress: Progress) -> None:
-        """Write the state of a mark if it is time to, and the trial goes on behind it."""
+    def consider(self, progress: Progress, **facts: Any) -> None:
+        """Write the state of a mark if it is time to, and the trial goes on behind it.
+
+        Args:
+            facts: plain values that whoever takes it up needs too, into the state's own facts.
+        """
         due = (time.monotonic() - self._written_at) / 60 >= self._every_minutes
         if due and progress.resume_state is not None and not progress.finished:
+            state = progress.resume_state()
+            state.facts.update(trial=self._trial, **facts)
             with self._store.replacing_folder(self._path) as folder:
-                save_resume_state(folder, progress.resume_state())
+                save_resume_state(folder, state)
             self._written_at = time.monotonic()
 
     def load(self) -> ResumeState | None:
-        """What was written last, None if nothing was.
-
-        Raises:
-            DataError: it is damaged.
-        """
+        """What was written last; None if nothing was, it is damaged, or it is of another trial."""
+        self._store.restore_folder(self._path)
         if not self._store.exists(f"{self._path}/{FACTS}"):
             return None
-        with self._store.fetched_folder(self._path) as folder:
-            return load_resume_state(folder)
+        try:
+            with self._store.fetched_folder(self._path) as folder:
+                state = load_resume_state(folder)
+        except DataError:
+            return None
+        return state if state.facts.get("trial") == self._trial else None
 
     def delete(self) -> None:
         self._store.delete_folder(self._path)

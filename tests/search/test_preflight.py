@@ -1,11 +1,13 @@
 """The shipped experiments resolve: model, data, splits, space and layout, without a search."""
 
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 
 from sft_ray.config import Experiment
+from sft_ray.errors import ConfigError
 from sft_ray.search.cluster import plan_layout
 from sft_ray.search.preflight import prepare_experiment
 from tests.models import toy_rows
@@ -80,3 +82,33 @@ def test_the_default_recipe_depends_on_the_size_of_the_encoder(size: int) -> Non
     recipe = default_recipe(size)
     assert recipe["train.learning_rate"] == (1e-4 if size < 50_000_000 else 2e-5)
     assert (recipe["train.epochs"], recipe["train.batch_size"]) == (3, 32)
+
+
+@pytest.mark.parametrize(
+    ("space", "train", "got"),
+    [
+        (
+            {"train.warmup": {"uniform": [0.0, 0.6]}, "train.cooldown": {"uniform": [0.1, 0.5]}},
+            {"schedule": "constant_with_cooldown"},
+            "0.6 + 0.5",
+        ),
+        (
+            {
+                "train.schedule": {"choice": ["linear", "constant_with_cooldown"]},
+                "train.warmup": {"uniform": [0.0, 0.7]},
+            },
+            {"cooldown": 0.4},
+            "0.7 + 0.4",
+        ),
+    ],
+)
+def test_a_combination_that_cannot_be_trained_is_refused(
+    tiny_experiment: Experiment, space: dict[str, Any], train: dict[str, Any], got: str
+) -> None:
+    tree = tiny_experiment.to_tree()
+    tree["search"]["space"] = {"train.learning_rate": {"log_uniform": [1e-4, 1e-2]}, **space}
+    with pytest.raises(ConfigError) as caught:
+        prepare_experiment(Experiment.from_tree({**tree, "train": train}))
+    assert [p for p in caught.value.problems if "not all combinations work" in p and got in p]
+    tree["search"]["space"]["train.warmup"] = {"uniform": [0.0, 0.5]}
+    prepare_experiment(Experiment.from_tree({**tree, "train": {**train, "schedule": "linear"}}))

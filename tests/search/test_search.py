@@ -243,11 +243,12 @@ def test_another_task_ends_with_its_own_kind_of_model_and_answers(
     assert not (run / "best" / "predictions.parquet").exists()
 
 
-def test_a_killed_driver_loses_no_finished_trial_and_doubles_none(
+def test_a_killed_driver_loses_nothing_but_the_work_since_the_last_state(
     finished: tuple[Experiment, SearchResult, str], experiment: Experiment
 ) -> None:
     _, straight, _ = finished
-    interrupted = experiment.model_copy(update={"name": "interrupted"})
+    always = experiment.checkpoint.model_copy(update={"every_minutes": 1e-6})
+    interrupted = experiment.model_copy(update={"name": "interrupted", "checkpoint": always})
     script = textwrap.dedent(
         """
         import os, sys
@@ -259,9 +260,9 @@ def test_a_killed_driver_loses_no_finished_trial_and_doubles_none(
 
         honest = conductor.Conductor.on_message
         def on_message(self, tune_id, message):
-            finished = sum(t.state.is_finished() for t in self.study.trials)
+            finished = sum(t.state.is_finished() for t in self.trials.trials)
             go_on = honest(self, tune_id, message)
-            if finished == 1 and message["percent"] == 10:
+            if finished and message["index"] == 1 and go_on:
                 os._exit(9)
             return go_on
         conductor.Conductor.on_message = on_message
@@ -281,8 +282,20 @@ def test_a_killed_driver_loses_no_finished_trial_and_doubles_none(
         timeout=120,
     )
     assert died.returncode == 9, died.stderr
-    assert not (folder / "interrupted" / "results.json").exists()
+    run = folder / "interrupted"
+    assert not (run / "results.json").exists()
+    [state] = run.glob("trials/*/last/state.json")
+    number = int(state.parts[-3])
+    before = json.loads(state.read_text())["last"]["train_seconds"]
     resumed = run_search(interrupted, quiet=True)
+    lines = (run / "trials" / str(number) / "metrics.jsonl").read_text().splitlines()
+    replayed = [json.loads(line).get("replayed", False) for line in lines]
+    assert replayed[0] is True
+    assert replayed == sorted(replayed, reverse=True)
+    assert not all(replayed) or resumed.trials[number]["state"] == "PRUNED"
+    assert resumed.trials[number]["train_seconds"] >= before
+    assert resumed.trials[number]["overhead_seconds"] > 0
+    assert not list(run.glob("trials/*/last"))
     assert [t["number"] for t in resumed.trials] == [0, 1, 2, 3]
     for mine, theirs in zip(resumed.trials, straight.trials, strict=True):
         assert (mine["params"], mine["state"]) == (theirs["params"], theirs["state"])

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from sft_ray.analysis.outcome import Outcome
 from sft_ray.analysis.results import gain_over_default, row_of, winner
-from sft_ray.config import Experiment
+from sft_ray.config import Confirm, Experiment
 from sft_ray.errors import ConfigError
 from sft_ray.recipes import default_recipe
 from sft_ray.search.pruners import RungPruner
@@ -512,3 +512,54 @@ def test_patience_ends_a_search_that_finds_nothing_better(tmp_path: Path) -> Non
     values = [t.value for t in study.trials if t.state == TrialState.COMPLETE]
     best = next(t.number for t in study.trials if t.value == max(values))
     assert len(study.trials) == best + 1 + 7
+
+
+def to_confirm(exp: Experiment, top: int, seeds: int) -> Experiment:
+    return exp.model_copy(update={"confirm": Confirm(top=top, seeds=seeds)})
+
+
+@pytest.mark.parametrize(
+    ("top", "seeds", "started"),
+    [
+        (None, None, 11),  # of 10 s each: the 11th reaches 105 s on its way
+        (1, 2, 7),  # and the default recipe: 4 runs, so the search has 65 s
+        (9, 9, 6),  # at most half is kept
+    ],
+)
+def test_worker_hours_keep_a_reserve_for_the_confirmation(
+    tmp_path: Path, top: int | None, seeds: int | None, started: int
+) -> None:
+    exp = experiment(budget={"worker_hours": 105 / 3600}, pruner="none")
+    if top is not None and seeds is not None:
+        exp = to_confirm(exp, top, seeds)
+    study = open_study(tmp_path, exp)
+    run_all(study)
+    assert study.is_over()
+    assert len(study.trials) == started
+    assert study.budget_used_up() == "0.0291667 worker hours"
+    assert Outcome.of(study.trials[-1]).reason == f"budget: {study.budget_used_up()}"
+
+
+@pytest.mark.parametrize(
+    ("slots", "top", "limit"),
+    [(1, 1, 60), (2, 1, 80), (1, 50, 50), (100, 50, 90)],
+)
+def test_wall_minutes_keep_a_reserve_shared_out_over_the_slots(
+    tmp_path: Path, slots: int, top: int, limit: int
+) -> None:
+    exp = to_confirm(experiment(budget={"wall_minutes": 100 / 60}), top, 2)
+
+    def reopened(seconds: float) -> SearchStudy:
+        storage = open_storage(tmp_path / "study.journal")
+        study = SearchStudy(exp, storage, recipe=RECIPE, direction="maximize", slots=slots)
+        study.study.set_user_attr("wall_seconds", seconds)
+        return SearchStudy(exp, storage, recipe=RECIPE, direction="maximize", slots=slots)
+
+    assert reopened(90.0).budget_used_up() is None  # nothing has finished: nothing is known
+    study = reopened(0.0)
+    planned = study.next_trial()
+    assert planned is not None
+    run_one(study, planned)
+    assert study.reserved_seconds() == (top + 1) * 2 * 10
+    assert reopened(limit - 5.0).budget_used_up() is None
+    assert reopened(limit + 1.0).budget_used_up() == "wall time of 1.66667 minutes"

@@ -1,0 +1,129 @@
+"""How fast this machine trains and evaluates, measured for a short while."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sft_ray.config import Train
+from sft_ray.errors import ResourceError
+from sft_ray.search.cluster import Layout
+from sft_ray.training import batches
+from sft_ray.training.fit import _Trial, evaluate
+from sft_ray.training.micro_batch import NothingFitsError
+from sft_ray.training.preparation import Prepared
+from sft_ray.training.setup import Setup, load_setup
+from sft_ray.training.world import World, resolve_precision
+
+EVAL_SHARE = 0.2  # of the time
+EVAL_EXAMPLES = 64  # at a time
+MOST_STEPS = 50  # per frozen depth: more do not tell more
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured.
+
+    Attributes:
+        device: CPU or GPU.
+        train_seconds: frozen layers -> seconds per training example of one worker, its part of
+            every optimiser step included.
+        eval_seconds: per evaluated example of one worker.
+    """
+
+    device: str
+    train_seconds: dict[int, float]
+    eval_seconds: float
+
+    def of_training(self, train: Train) -> float:
+        """Seconds per example, on a line between the frozen depths that were measured."""
+        depths = sorted(self.train_seconds)
+        depth = depths[-1] if train.frozen_layers == "all" else train.frozen_layers
+        return float(np.interp(depth, depths, [self.train_seconds[d] for d in depths]))
+
+
+def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds: float) -> Speed:
+    """Train and evaluate for a short while, as one worker of a trial would.
+
+    Args:
+        trains: configurations that will run; at most three of their frozen depths are measured.
+        seconds: about so long; everything is measured at least once, however long it takes.
+
+    Raises:
+        SftError: the model cannot be loaded, or not one example fits into memory.
+    """
+    layers = prepared.model.num_layers
+    found = sorted({layers if t.frozen_layers == "all" else t.frozen_layers for t in trains})
+    depths = sorted({found[0], found[len(found) // 2], found[-1]})
+    batch_size = sorted(train.batch_size for train in trains)[len(trains) // 2]
+    on_gpu = layout.gpus_per_worker > 0 and torch.cuda.is_available()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(layout.cpus_per_worker)))  # as a worker has
+    try:
+        world = World(device=torch.device("cuda" if on_gpu else "cpu"))
+        setup = load_setup(prepared.experiment, prepared.dataset_folder, world)
+        train_seconds = {}
+        for depth in depths:
+            fixed = {"batch_size": batch_size, "frozen_layers": depth, "reinit_layers": 0}
+            train = prepared.experiment.train.model_copy(update={**fixed, "epochs": MOST_STEPS + 1})
+            step = _training(train, setup, prepared, layout.workers_per_trial)
+            share = seconds * (1 - EVAL_SHARE) / len(depths)
+            train_seconds[depth] = _seconds_per_example(step, world, share)
+        look = _evaluation(setup, prepared.experiment.train.precision)
+        eval_seconds = _seconds_per_example(look, world, seconds * EVAL_SHARE)
+    finally:
+        torch.set_num_threads(threads)
+    return Speed("GPU" if on_gpu else "CPU", train_seconds, eval_seconds)
+
+
+def _training(train: Train, setup: Setup, prepared: Prepared, workers: int) -> Callable[[], int]:
+    """A function that takes one worker's share of a step; how many examples that were."""
+    try:
+        trial = _Trial(train, setup, prepared.objective, prepared.experiment.seed, None)
+    except NothingFitsError:
+        raise ResourceError(
+            f"data.max_length: not one example of {setup.dataset.train.lengths.max()} tokens fits "
+            "into the memory of this machine; shorten it or take a smaller model"
+        ) from None
+    steps = trial.batches_from(0)
+
+    def step() -> int:
+        mine = batches.share(next(steps), 0, workers)
+        trial.take_step(mine)
+        return len(mine)
+
+    return step
+
+
+def _evaluation(setup: Setup, precision: str) -> Callable[[], int]:
+    """A function that evaluates some examples of all lengths; how many that were."""
+    dtype, _ = resolve_precision(precision, setup.world.device)
+    model, pad_token = setup.pretrained.model, setup.tokenizer.pad_token_id
+    validation = setup.dataset.validation
+    ranked = np.argsort(validation.lengths, kind="stable")
+    places = np.linspace(0, len(ranked) - 1, min(EVAL_EXAMPLES, len(ranked))).astype(int)
+    part = validation.chosen(np.isin(np.arange(len(ranked)), ranked[places]))
+
+    def look() -> int:
+        evaluate(model, setup.task, part, pad_token, setup.world, dtype)
+        return len(part)
+
+    return look
+
+
+def _seconds_per_example(work: Callable[[], int], world: World, seconds: float) -> float:
+    """Of work that is done again and again; the first, cold time does not count."""
+    work()
+    world.synchronize()
+    started, done = time.monotonic(), 0
+    for _ in range(MOST_STEPS):
+        done += work()
+        world.synchronize()
+        took = time.monotonic() - started
+        if took > seconds:
+            break
+    return took / done
