@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -77,6 +77,7 @@ class RunStore:
             self.location = str(Path(storage) / name)
         self._filesystem = fs.SubTreeFileSystem(f"{base}/{name}", filesystem)
         self._parent = fs.SubTreeFileSystem(base, filesystem)
+        self._has_folders = filesystem.type_name == "local"  # object stores have names only
 
     def anchored(self) -> tuple[str, str]:
         """Storage and name that make the same store in processes that work elsewhere."""
@@ -141,6 +142,7 @@ class RunStore:
     def write_bytes(self, path: str, content: bytes) -> None:
         """Replace a file as a whole, on disk before its name changes."""
         if self.local_root is None:  # an object appears when its upload is complete
+            self._make_folder(str(PurePosixPath(path).parent))
             with self._filesystem.open_output_stream(path) as stream:
                 stream.write(content)
             return
@@ -155,6 +157,11 @@ class RunStore:
             unfinished.replace(target)
         finally:
             unfinished.unlink(missing_ok=True)
+
+    def _make_folder(self, path: str) -> None:
+        """Make room for files at a URI of a disk."""
+        if self._has_folders:
+            self._filesystem.create_dir(path)
 
     def append_text(self, path: str, text: str) -> None:
         """Add to a text file; on object stores the whole file is written again."""
@@ -172,6 +179,7 @@ class RunStore:
             with tempfile.TemporaryDirectory(prefix="sft_ray-") as local:
                 yield Path(local)
                 self.delete_folder(path)
+                self._make_folder(path)
                 fs.copy_files(local, path, destination_filesystem=self._filesystem)
             return
         target = self.local_root / path

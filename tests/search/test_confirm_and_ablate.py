@@ -32,7 +32,7 @@ from tests.models import toy_rows, write_csv
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(300)]
 
 RATE = "train.learning_rate"
-GOOD, BAD = 5e-3, 1e-5  # what the tiny model learns with, and what leaves it as it was
+GOOD, BAD = 1e-2, 1e-5  # what the tiny model learns with, and what leaves it as it was
 PLAN = Confirm(top=2, seeds=2)
 
 
@@ -62,7 +62,11 @@ def searched(
     """A search that ends with its confirmation, and what it printed."""
     tree = tiny_experiment.to_tree()
     tree["search"] |= {
-        "space": {RATE: {"log_uniform": [1e-6, 1e-2]}, "train.epochs": 2},
+        "space": {
+            RATE: {"log_uniform": [1e-6, 1e-2]},
+            "train.epochs": 3,
+            "train.batch_size": 8,
+        },
         "enqueue": [{RATE: GOOD}, {RATE: BAD}],
         "pruner": "none",
         "trials": 3,
