@@ -243,6 +243,15 @@ def replay(
 
 
 @app.command()
+def status(run: Annotated[str, typer.Argument(help="Folder of a run.")]) -> None:
+    """Say how a run stands, from its folder alone, while it runs or after it died."""
+    from sft_ray.analysis.status import run_status
+    from sft_ray.screen import Screen
+
+    Screen().facts(run_status(run).facts)
+
+
+@app.command()
 def results(
     run: Annotated[str, typer.Argument(help="Folder of a run, finished or not.")],
     top: Annotated[int | None, typer.Option(min=1, help="Only the best so many.")] = None,

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -318,6 +319,24 @@ class RunStore:
                     "choose another name=…"
                 ) from None
             yield
+
+    def is_locked(self) -> bool | None:
+        """Whether a driver on this machine works on the run; None for object stores."""
+        if self.local_root is None:
+            return None
+        try:
+            with (self.local_root / ".lock").open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def modified(self, path: str) -> datetime | None:
+        """When a file was written last; None if it does not exist."""
+        found: datetime | None = self._filesystem.get_file_info(path).mtime
+        return found
 
     def set_aside(self) -> str:
         """Rename the run folder so that a fresh one can take its name; return the new name."""

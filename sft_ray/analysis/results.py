@@ -123,7 +123,8 @@ class SearchResult:
             raise ConfigError(f"{self.location} has no study; only a search keeps one")
         try:
             storage = JournalStorage(_Records(records, self.location))
-            return optuna.load_study(study_name=None, storage=storage)
+            [only] = storage.get_all_studies()
+            return optuna.load_study(study_name=only.study_name, storage=storage)
         except Exception as error:  # Optuna takes the records at their word
             raise ConfigError(
                 f"{self.location}: the study is damaged: {type(error).__name__}: {error}"

@@ -1,0 +1,102 @@
+"""How a run stands, from its folder alone: whether it runs, has ended or was killed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from sft_ray.analysis.outcome import curve_of, score_of
+from sft_ray.analysis.results import SearchResult
+from sft_ray.run_store import RunStore, open_run, trial_folder
+from sft_ray.screen import count, duration, short_params
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run at one moment.
+
+    Attributes:
+        state: finished, running, or stopped before its end; None where storage cannot tell
+            whether a driver is at work.
+        facts: name -> words, for the screen.
+    """
+
+    location: str
+    state: str | None
+    facts: dict[str, str]
+
+
+def run_status(location: str) -> Status:
+    """Look into a run folder; takes no lock and changes nothing.
+
+    Raises:
+        SftError: there is no run, or a file of it is damaged.
+    """
+    store = open_run(location)
+    result = SearchResult.load(location)
+    if result.is_finished:
+        best = result.best
+        value = best["validation"][result.tree["metric"]]
+        states = Counter(row["state"] for row in result.trials)
+        facts = {
+            "run": store.location,
+            "state": "finished",
+            "trials": _counted(states),
+            "best": f"{result.tree['metric']} {value:.4f}: {short_params(best['params'])}",
+            "time": duration(result.tree["wall_seconds"]),
+        }
+        return Status(store.location, "finished", facts)
+    busy = store.is_locked()
+    words = {True: "running", False: "stopped before its end; the same command goes on", None: ""}
+    facts = {"run": store.location, "state": words[busy] or "not finished"}
+    if store.read_journal():
+        facts |= _of_study(result, store)
+    return Status(store.location, words[busy] or None, facts)
+
+
+def _of_study(result: SearchResult, store: RunStore) -> dict[str, str]:
+    """Of a search that has not ended."""
+    study = result.study
+    trials = [t for t in study.trials if t.state != TrialState.WAITING]
+    facts = {"trials": _counted(Counter(t.state.name for t in trials))}
+    complete = [t for t in trials if t.state == TrialState.COMPLETE]
+    sign = 1 if study.directions[0].name == "MAXIMIZE" else -1
+    if complete:
+        best = max(complete, key=lambda t: sign * score_of(t))
+        settings = short_params(best.user_attrs["params"])
+        facts["best so far"] = f"trial {best.number}: {score_of(best):.4f}, {settings}"
+    for name, words in _running(trials, store):
+        facts[name] = words
+    if "wall_seconds" in study.user_attrs:
+        facts["time"] = (
+            f"{duration(study.user_attrs['wall_seconds'])} until the last end of a trial"
+        )
+    return facts
+
+
+def _running(trials: list[FrozenTrial], store: RunStore) -> Iterator[tuple[str, str]]:
+    """Trials that have begun and not ended: how far they are, and how long ago that was."""
+    for trial in trials:
+        if trial.state != TrialState.RUNNING:
+            continue
+        curve, parts = curve_of(trial), ["not evaluated yet"]
+        if curve:
+            percent, value = max(curve.items())
+            parts = [f"{percent} %, {value:.4f}"]
+            written = store.modified(f"{trial_folder(trial.number)}/metrics.jsonl")
+            if written is not None:
+                ago = (datetime.now(UTC) - written).total_seconds()
+                parts.append(f"{duration(max(ago, 0))} ago")
+        settings: dict[str, Any] = trial.user_attrs.get("params", {})
+        yield f"trial {trial.number}", f"{', '.join(parts)}; {short_params(settings)}"
+
+
+def _counted(states: Counter[str]) -> str:
+    number = sum(states.values())
+    named = ", ".join(f"{amount} {state}" for state, amount in states.items())
+    return f"{count(number, 'trial')}: {named}" if named else "none yet"
