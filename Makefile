@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: search test test-gpu check bench clean
+.PHONY: search test test-cluster test-gpu check bench clean
 
 search: $(INSTALLED)
 	$(BIN)/sft-ray search experiments/quickstart.yaml
 
 test: $(INSTALLED)
 	$(BIN)/pytest
+
+# Slow tests on a real Ray cluster, which `make test` leaves out.
+test-cluster: $(INSTALLED)
+	$(BIN)/pytest -m cluster
 
 test-gpu: $(INSTALLED)
 	$(BIN)/pytest -m gpu

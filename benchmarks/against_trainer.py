@@ -115,7 +115,7 @@ CASES = (
     Case("sst2", "text-classification", "accuracy"),
     Case("trec", "text-classification", "accuracy"),
     Case("mrpc", "text-classification", "accuracy", PAIR),
-    Case("stsb-en", "regression", "spearman", PAIR, train_rows=5749, learning_rate=1e-4, epochs=1),
+    Case("stsb-en", "regression", "spearman", PAIR, train_rows=5749, learning_rate=1e-4, epochs=3),
     Case(
         "wikiann",
         "token-classification",

@@ -186,6 +186,7 @@ def test_a_trial_that_raises_fails_alone_and_a_dead_worker_costs_a_restart(
     assert all(len(t["curve"]) == 4 for t in (restarted, calm))
 
 
+@pytest.mark.cluster
 def test_a_restarted_trial_goes_on_from_its_last_state_as_if_nothing_had_happened(
     experiment: Experiment,
 ) -> None:
@@ -213,6 +214,7 @@ def test_a_restarted_trial_goes_on_from_its_last_state_as_if_nothing_had_happene
     assert not list(Path(result.location).glob("trials/*/last"))
 
 
+@pytest.mark.cluster
 def test_another_task_ends_with_its_own_kind_of_model_and_answers(
     experiment: Experiment, tmp_path: Path
 ) -> None:
@@ -302,6 +304,7 @@ def test_a_killed_driver_loses_nothing_but_the_work_since_the_last_state(
         assert mine["curve"] == theirs["curve"]
 
 
+@pytest.mark.cluster
 def test_two_slots_share_a_search(experiment: Experiment) -> None:
     tree = with_search(experiment, trials=5).to_tree()
     tree["resources"] = {"workers_per_trial": 1, "slots": 2}
@@ -340,6 +343,7 @@ def test_more_workers_than_there_are_are_refused_before_anything_is_written(
     assert not Path(experiment.storage).exists()
 
 
+@pytest.mark.cluster
 def test_a_search_whose_slots_cannot_start_ends_with_the_cause(
     experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
