@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 from sft_ray.analysis.confirm import Candidate, candidates, confirmation, is_out_of_the_race
 from sft_ray.recipes import YARDSTICK
+from sft_ray.run_store import TEST_ACCESS, RunStore
+from sft_ray.serving.evaluate import record_test, recorded_test
 
 DEFAULT = Candidate(YARDSTICK, None, {"train.learning_rate": 2e-5}, {"learning_rate": 2e-5}, None)
 
@@ -195,3 +198,16 @@ def test_a_default_recipe_that_failed_on_a_seed_cannot_win_and_is_still_measured
     assert (winner["arm"], winner["behind"]) == ("trial 0", False)
     assert default["behind"]
     assert winner["over_default"]["n"] == 1
+
+
+def test_a_model_is_scored_on_the_test_split_once_wherever_its_run_lies(tmp_path: Path) -> None:
+    store, path = RunStore(str(tmp_path), "mine"), "confirm/ab/best"
+    assert recorded_test(store, path) is None
+    record_test(store, "runs/elsewhere/confirm/ab/best", {"accuracy": 0.5}, 10)
+    record_test(store, "runs/mine/best", {"accuracy": 0.75}, 10)  # by `evaluate`
+    store.append_text(TEST_ACCESS, '{"model": "runs/mine/confirm/to')  # killed here
+    found = recorded_test(store, path)
+    assert found is not None
+    assert (found["metrics"], found["num_examples"]) == ({"accuracy": 0.5}, 10)
+    assert recorded_test(store, "confirm/to/best") is None
+    assert recorded_test(store, "confirm/b/best") is None
