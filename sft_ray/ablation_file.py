@@ -57,6 +57,22 @@ class Ablation(Section):
             raise ValueError("an arm changes something, got {}; the base is there in any case")
         return arms
 
+    @field_validator("name")
+    @classmethod
+    def _not_taken(cls, name: str) -> str:
+        if name == "runs":
+            raise ValueError("`runs` is the folder of all ablations' runs; take another name")
+        return name
+
+    @model_validator(mode="after")
+    def _scales_something(self) -> Self:
+        if self.learning_rate_scaling != ["none"] and BATCH_SIZE not in self.vary:
+            raise ValueError(
+                f"learning_rate_scaling goes with {BATCH_SIZE} in `vary`, got "
+                f"{self.learning_rate_scaling}; remove it or vary the batch size"
+            )
+        return self
+
     @model_validator(mode="after")
     def _known_paths(self) -> Self:
         known = [f"train.{name}" for name in Train.model_fields] + [SHARE]

@@ -265,10 +265,11 @@ def results(
     from sft_ray.screen import Screen
 
     found, screen = SearchResult.load(run), Screen()
+    if out is not None:
+        write_frame(found.frame(), out)
     for line in trial_table(found, top):
         screen.say(line)
     if out is not None:
-        write_frame(found.frame(), out)
         screen.say(f"written: {out}")
 
 

@@ -142,6 +142,14 @@ def test_there_can_be_as_many_arms_as_that() -> None:
 GOOD = "name: mine\nbase: runs/x\n"
 # Name -> YAML, and what the one line must say behind the file's name.
 MALFORMED: dict[str, tuple[str, list[str]]] = {
+    "name of the runs' folder": (
+        "name: runs\nbase: runs/x\nvary: {train.epochs: [1]}",
+        ["`runs`", "another name"],
+    ),
+    "scaling without batch sizes": (
+        GOOD + "vary: {train.epochs: [1]}\nlearning_rate_scaling: [sqrt]",
+        ["learning_rate_scaling", "train.batch_size"],
+    ),
     "unknown key": (GOOD + "seed: 5\narms: [{train.epochs: 1}]", ["seed: unknown", "'seeds'"]),
     "unknown path": (GOOD + "vary: {train.epoch: [1]}", ["'train.epoch'", "'train.epochs'"]),
     "path without train": (GOOD + "vary: {epochs: [1]}", ["got 'epochs'", "'train.epochs'"]),
