@@ -7,7 +7,7 @@ from sft_ray.errors import ConfigError
 from sft_ray.yaml_text import dump_yaml, parse_yaml
 
 MINIMAL = {"name": "x", "model": "m", "data": {"path": "builtin:docstrings"}}
-EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("**/*.yaml"))
+EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
 
 
 def write(folder: Path, text: str) -> Path:
