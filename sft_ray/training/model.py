@@ -241,7 +241,7 @@ class Pretrained:
         *,
         dropout: float | None = None,
         reinit_layers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         """Pristine weights again, the first `frozen_layers` layers and their inputs frozen.
 
@@ -252,7 +252,7 @@ class Pretrained:
             dropout: probability of every dropout in the model; None takes the model's own.
             reinit_layers: layers from the top, and the pooler, that start anew (Zhang et al.,
                 "Revisiting Few-sample BERT Fine-tuning", ICLR 2021), drawn from (seed, "reinit").
-            seed: of the head and of what starts anew.
+            seed: of the head and of what starts anew; None keeps the one before.
 
         Raises:
             ConfigError: more layers are frozen or begun anew than there are.
@@ -263,12 +263,12 @@ class Pretrained:
                 f"train.frozen_layers and train.reinit_layers: the model has {self.num_layers} "
                 f"layers, got {depth} + {reinit_layers}"
             )
-        if seed != self.seed:
+        if seed is not None and seed != self.seed:
             self._draw_head(seed)
         parameters = list(self.model.parameters())
         with torch.no_grad():
             torch._foreach_copy_(parameters, list(self.pristine.values()))
-        self._reinitialize(reinit_layers, seed)
+        self._reinitialize(reinit_layers, self.seed)
         for parameter in parameters:
             parameter.requires_grad_(True)
             parameter.grad = None

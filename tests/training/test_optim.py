@@ -290,7 +290,7 @@ def test_the_top_layers_and_the_pooler_begin_anew(deep, family: str, layers: int
     deep.reset(0, reinit_layers=layers, seed=6)
     moved = {n for n, p in deep.model.named_parameters() if not torch.equal(first[n], p)}
     assert moved
-    assert moved <= expected
+    assert moved <= expected | deep.from_scratch  # a seed draws the head too
     deep.reset(0)
     assert all(torch.equal(deep.pristine[n], p) for n, p in deep.model.named_parameters())
     assert not deep.reinitialized
