@@ -18,10 +18,8 @@ from sft_ray.run_store import TRIAL, RunStore
 from sft_ray.screen import Screen
 from sft_ray.search.cluster import capacity, connected, plan_layout
 from sft_ray.search.conductor import Conductor
-from sft_ray.search.trials import PlannedTrial
+from sft_ray.search.trials import MAX_RESTARTS, PlannedTrial
 from sft_ray.training.preparation import Prepared
-
-MAX_RESTARTS = 2
 
 Row = dict[str, Any]
 

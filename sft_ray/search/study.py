@@ -28,10 +28,9 @@ from sft_ray.search.finite_space import FiniteSpace
 from sft_ray.search.proposals import first_trials, propose, propose_untried, suggest
 from sft_ray.search.pruners import build_pruner, prune_at
 from sft_ray.search.samplers import build_sampler
-from sft_ray.search.trials import PlannedTrial
+from sft_ray.search.trials import MAX_RESTARTS, PlannedTrial
 
 STUDY_NAME = "search"
-MAX_RESTARTS = 2
 
 
 class _HeldByTheRun(BaseJournalFileLock):

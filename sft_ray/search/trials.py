@@ -14,6 +14,8 @@ from optuna.trial import TrialState
 from sft_ray.analysis.outcome import Outcome
 from sft_ray.config import Train
 
+MAX_RESTARTS = 2  # of a trial on another slot, after its own was lost
+
 
 @dataclass(frozen=True)
 class PlannedTrial:
