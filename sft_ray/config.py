@@ -310,6 +310,15 @@ class Checkpoint(Section):
     keep: Annotated[int, Field(ge=1)] = 5  # best model folders under trials/
 
 
+class Watchdog(Section):
+    """How long what may take before its slot is killed and the trial goes on elsewhere."""
+
+    silence_seconds: Annotated[float, Field(gt=2)] = 120  # of a process that does not answer
+    stall_minutes: Annotated[float, Field(gt=0)] = 15  # of one step, one batch, one writing
+    loading_minutes: Annotated[float, Field(gt=0)] = 60  # of model and data
+    placement_minutes: Annotated[float, Field(gt=0)] = 60  # until the cluster has room for a trial
+
+
 class Resources(Section):
     """What one trial uses and how many run at once; `auto` follows the cluster."""
 
@@ -340,6 +349,7 @@ class Experiment(Section):
     train: Train = Train()
     search: Search = Search()
     confirm: Confirm | None = None
+    watchdog: Watchdog = Watchdog()
     checkpoint: Checkpoint = Checkpoint()
     resources: Resources = Resources()
     storage: Location = "runs"

@@ -447,7 +447,8 @@ def check_folder_rule(
     old = _flat(parse_yaml(text, store.path_of(EXPERIMENT)))
     new = _flat(experiment.to_tree())
     keys = (old.keys() | new.keys()) - {"name", "storage"}  # a run folder may be moved
-    keys = {key for key in keys if key.partition(".")[0] != "confirm"}  # may follow at any time
+    # These decide no number of the run.
+    keys = {key for key in keys if key.partition(".")[0] not in ("confirm", "watchdog")}
     changed = {key for key in keys if old.get(key) != new.get(key)}
     differences = [
         f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"

@@ -24,9 +24,13 @@ class Screen:
         self._started = time.monotonic()
 
     def say(self, line: str = "") -> None:
-        if not self._quiet:
+        if self._quiet:
+            return
+        try:
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
+        except OSError:  # nobody reads any more; the run is not to suffer
+            self._quiet = True
 
     def event(self, line: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)

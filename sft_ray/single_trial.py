@@ -15,6 +15,7 @@ from sft_ray.analysis.results import SearchResult, best_row, trial_row
 from sft_ray.config import Experiment, Train
 from sft_ray.environment import describe_environment
 from sft_ray.errors import TrialError
+from sft_ray.interrupt import interruptible
 from sft_ray.run_store import (
     BEST,
     ENVIRONMENT,
@@ -27,7 +28,7 @@ from sft_ray.run_store import (
 )
 from sft_ray.screen import Screen, duration, short_params
 from sft_ray.training.checkpoint import ResumeState, save_model, save_predictions
-from sft_ray.training.fit import Progress, fit
+from sft_ray.training.fit import Beat, Progress, fit
 from sft_ray.training.last_state import LastState
 from sft_ray.training.micro_batch import StepOutOfMemoryError
 from sft_ray.training.preparation import Prepared, prepare_training
@@ -56,6 +57,7 @@ def run_training(
     Raises:
         SftError: something the user can mend; nothing has been written then.
         TrialError: the configuration is at fault; its marks are kept.
+        KeyboardInterrupt: interrupted; the same call goes on from the step it stopped at.
     """
     screen = Screen(quiet)
     prepared = prepare_training(experiment)
@@ -76,7 +78,8 @@ def run_training(
         _say_truth(screen, prepared, store, device)
         setup = load_setup(experiment, prepared.dataset_folder, World(device=device))
         run = _Run(prepared, setup, store, screen)
-        outcome = run.train()
+        with interruptible() as interruption:
+            outcome = run.train(lambda _: interruption.is_asked)
         tree = _conclude(prepared, store, run, outcome, environment)
     result = SearchResult(store.location, tree)
     _say_outcome(screen, result, prepared)
@@ -101,19 +104,20 @@ class _Run:
         objective = self.prepared.objective
         return {m["percent"]: m["metrics"][objective] for m in self.messages if m["metrics"]}
 
-    def train(self) -> Outcome:
+    def train(self, beat: Beat) -> Outcome:
         """Fit, from the last state if there is one; halve the micro-batch when memory runs out."""
         experiment = self.prepared.experiment
         most = None
         for attempt in range(TIMES_HALVED + 1):
             try:
-                fit(
+                paused = fit(
                     experiment.train,
                     self.setup,
                     objective=self.prepared.objective,
                     rungs=experiment.search.rungs,
                     seed=experiment.seed,
                     report=self.report,
+                    beat=beat,
                     resume=self._take_up(),
                     most_per_pass=most,
                 )
@@ -123,11 +127,18 @@ class _Run:
                     raise TrialError(f"{experiment.name}: {error}") from None
                 most = error.micro_batch // 2
                 self.screen.event(f"out of memory; going on with {most} examples per pass")
+        if paused is not None:
+            self.last.write(paused, messages=self.messages, seconds_before=self._seconds())
+            self.screen.event(f"paused at step {paused.facts['step']}")
+            raise KeyboardInterrupt
         last = self.messages[-1]
-        seconds = self._seconds_before + time.monotonic() - self._began
         return Outcome.from_message(
-            last, reason=last["fault"], fault=last["fault"] is not None, seconds=seconds
+            last, reason=last["fault"], fault=last["fault"] is not None, seconds=self._seconds()
         )
+
+    def _seconds(self) -> float:
+        """Of this trial, in all sessions."""
+        return self._seconds_before + time.monotonic() - self._began
 
     def report(self, progress: Progress) -> bool:
         """Keep what a mark found: its scores, the best weights, now and then the state."""
@@ -141,12 +152,12 @@ class _Run:
                 (folder / PREDICTIONS).unlink()
             self._saved_percent = best.percent
         message = progress.message(self._saved_percent)
-        message["seconds"] = self._seconds_before + time.monotonic() - self._began
+        message["seconds"] = self._seconds()
         self.messages.append(message)
         lines = "".join(f"{json.dumps(m)}\n" for m in self.messages)
         self.store.write_text(METRICS, lines)
         self._say_mark(progress)
-        self.last.consider(progress, messages=self.messages, seconds=message["seconds"])
+        self.last.consider(progress, messages=self.messages, seconds_before=message["seconds"])
         return True
 
     def _say_mark(self, progress: Progress) -> None:
@@ -164,9 +175,10 @@ class _Run:
             self.messages, self._saved_percent = [], None
             return None
         self.messages = state.facts["messages"]
-        self._saved_percent = state.facts["best"]["percent"]
-        self._seconds_before = state.facts["seconds"]
-        self.screen.event(f"going on behind {state.facts['last']['percent']} %")
+        best = state.facts["best"]
+        self._saved_percent = None if best is None else best["percent"]
+        self._seconds_before = state.facts["seconds_before"]
+        self.screen.event(f"going on at step {state.facts['step']}")
         return state
 
 

@@ -352,11 +352,13 @@ def run_fit(
     most_per_pass: int | None = None,
     end_diverged: bool = False,
     also: Callable[[Progress], Any] | None = None,
+    beat: Callable[[str], bool] = lambda activity: False,
+    paused: list[ResumeState | None] | None = None,
     **train: Any,
 ) -> list[Progress]:
     """Every report of one `fit` in fp32 (or the model's own float64).
 
-    `also` sees each report when it comes.
+    `also` sees each report when it comes; what `fit` returned is appended to `paused`.
     """
     reports: list[Progress] = []
 
@@ -366,7 +368,7 @@ def run_fit(
             also(progress)
         return len(reports) != stop_after
 
-    fit(
+    state = fit(
         # Not validated, so that tests can ask for what no experiment may.
         Train().model_copy(update={"precision": "fp32", **train}),
         Setup(task, dataset, pretrained, SimpleNamespace(pad_token_id=PAD), world or World()),
@@ -377,7 +379,10 @@ def run_fit(
         resume=resume,
         most_per_pass=most_per_pass,
         end_diverged=end_diverged,
+        beat=beat,
     )
+    if paused is not None:
+        paused.append(state)
     return reports
 
 

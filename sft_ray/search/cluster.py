@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables: the screen is ours
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default, without its warning
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how fast a dead worker is noticed
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: running trials write their states first
 }
 KNOCK_SECONDS = 10.0
 CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where Ray notes its address
@@ -58,7 +60,8 @@ def connected(address: str | None) -> Iterator[None]:
         _knock(where)
         # Ray prints every death of a worker, whatever log_to_driver says; ours name the trial.
         ray._private.worker.print_to_stdstream = lambda *_, **__: None
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        with _out_of_the_terminals_reach():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ResourceError(
@@ -69,6 +72,23 @@ def connected(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _out_of_the_terminals_reach() -> Iterator[None]:
+    """Inside, the processes that Ray starts get sessions of their own.
+
+    A closed terminal, or a signal to the driver's group, would end them before the running trials
+    have written their states.  They still die with the driver.
+    """
+    from ray._private import services
+
+    popen = services.ConsolePopen
+    services.ConsolePopen = partial(popen, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def _import_ray() -> Any:

@@ -26,6 +26,7 @@ class Conductor:
 
     Attributes:
         stopped: why nothing can go on, if so.
+        is_pausing: whether running trials are to write their states and no other may start.
     """
 
     def __init__(
@@ -40,11 +41,17 @@ class Conductor:
         self.trials, self.store, self.screen = trials, store, screen
         self.objective, self.slots, self._after_end = objective, slots, after_end
         self.stopped: str | None = None
+        self.is_pausing = False
         self.ready_at: float | None = None
         self.planned: dict[str, PlannedTrial] = {}  # by Tune's trial id
         self._last: dict[int, dict[str, Any]] = {}  # last message by our number
         self._lines: dict[int, list[str]] = {}  # of metrics.jsonl
         self._failures_in_a_row = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no trial may start any more."""
+        return self.is_pausing or self.stopped is not None
 
     def next_trial(self, tune_id: str) -> PlannedTrial | None:
         planned = self.trials.next_trial()
@@ -57,6 +64,11 @@ class Conductor:
         """Take in what a slot returned; whether the trial goes on."""
         planned = self.planned[tune_id]
         number = planned.number
+        if "paused" in message:
+            percent = self._last.get(number, {}).get("percent", 0)
+            self.screen.event(f"{planned.label:<9} paused   behind {percent} %")
+            self.trials.put_back(number)
+            return False
         if self.ready_at is None:
             self.ready_at = time.monotonic() - message.get("slot_seconds", 0.0)
         if "failed" in message:
@@ -98,8 +110,11 @@ class Conductor:
         self._log_error(planned, reason, "")
         self._failures_in_a_row += 1
         cause = reason.strip().splitlines()[-1]
-        if self.trials.restart(planned.number):
-            self.screen.event(f"{planned.label:<9} lost its slot ({cause}), starts over")
+        if self.is_pausing:
+            self.trials.put_back(planned.number)
+            self.screen.event(f"{planned.label:<9} lost its slot ({cause})")
+        elif self.trials.restart(planned.number):
+            self.screen.event(f"{planned.label:<9} lost its slot ({cause}), goes on elsewhere")
         else:
             last = self._last.get(planned.number, {})
             self._end(planned, TrialState.FAIL, last, reason=f"slot lost: {cause}")
@@ -137,6 +152,7 @@ class Conductor:
         self.trials.finish(planned.number, state, outcome)
         row = self.trials.row(planned.number)
         self.store.write_json(f"{planned.folder}/trial.json", row)
+        self.store.delete_folder(f"{planned.folder}/last")
         self._after_end()
         for folder in self.trials.outdated():
             self.store.delete_folder(f"{folder}/best")

@@ -167,9 +167,12 @@ class FixedRuns:
         if self.restarts.get(number, 0) >= MAX_RESTARTS:
             return False
         self.restarts[number] = self.restarts.get(number, 0) + 1
+        self.put_back(number)
+        return True
+
+    def put_back(self, number: int) -> None:
         del self._curves[number]
         self._pending.insert(0, number)
-        return True
 
     def row(self, number: int) -> Row:
         return self.rows[number]

@@ -14,6 +14,7 @@ from ray import tune
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from sft_ray.search.mailbox import Mailbox
+from sft_ray.search.watch import IDLE, LOADING, MAILBOX, SLOT, WORKERS, Pulse
 
 JOIN_SECONDS = 8.0  # Tune kills the actor at 10
 # Any node has this resource of its head: it keeps slots off machines that come and go.
@@ -22,9 +23,14 @@ HEAD = {"node:__internal_head__": 0.001}
 
 def _serve(settings: dict[str, Any]) -> None:
     """The train function; the worker's heavy imports stay out of the slot's own process."""
-    from sft_ray.search.worker import run_worker
+    rank = ray.train.get_context().get_world_rank()
+    pulse = Pulse(settings["watch"], settings["slot"], f"rank {rank}", LOADING)
+    try:
+        from sft_ray.search.worker import run_worker
 
-    run_worker(settings)
+        run_worker(settings, pulse)
+    finally:
+        pulse.end()
 
 
 class Slot(tune.Trainable):
@@ -38,11 +44,19 @@ class Slot(tune.Trainable):
         workers, resources = settings["workers"], settings["resources_per_worker"]
         self._returned_at: float | None = None
         self._error: BaseException | None = None
+        self._watch, self._name = settings["watch"], uuid.uuid4().hex[:12]
+        ray.get(self._watch.enlist.remote(self._name, ray.get_runtime_context().current_actor))
+        self._pulse = Pulse(self._watch, self._name, SLOT, WORKERS)
         # Without resources it lands in this actor's placement group, on the same node.
         self._mailbox = ray.remote(Mailbox).options(num_cpus=0).remote(workers)
         trainer = TorchTrainer(
             _serve,
-            train_loop_config={**settings["worker"], "mailbox": self._mailbox},
+            train_loop_config={
+                **settings["worker"],
+                "mailbox": self._mailbox,
+                "watch": self._watch,
+                "slot": self._name,
+            },
             torch_config=TorchConfig(backend="nccl" if resources.get("GPU") else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,
@@ -50,7 +64,7 @@ class Slot(tune.Trainable):
                 resources_per_worker=resources,
             ),
             run_config=ray.train.RunConfig(
-                name=f"slot-{uuid.uuid4().hex[:12]}",
+                name=f"slot-{self._name}",
                 storage_path=settings["ray_storage"],
                 failure_config=ray.train.FailureConfig(max_failures=-1),
             ),
@@ -68,16 +82,19 @@ class Slot(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._index = 0
         self._free_since = self._returned_at
+        ray.get(self._watch.works_on.remote(self._name, new_config["trial_id"]))
         ray.get(self._mailbox.assign.remote(new_config["assignment"]))
         return True
 
     def step(self) -> dict[str, Any]:
         if self._free_since is None:
-            self._wait(self._mailbox.ready.remote, ())
+            if not self._wait(self._mailbox.ready.remote, (), WORKERS):
+                return {"message": json.dumps({"paused": True})}  # before it began
             self._free_since = time.monotonic()
         index = self._index
+        self._pulse.enter(MAILBOX)
         ray.get(self._mailbox.advance.remote(index))
-        message = self._wait(self._mailbox.message.remote, (index,))
+        message = self._wait(self._mailbox.message.remote, (index,), MAILBOX)
         if "broken" in message:
             self.cleanup()  # Tune does not ask for it after an error
             raise RuntimeError(message["broken"])
@@ -85,22 +102,33 @@ class Slot(tune.Trainable):
         # A trial that is stopped here leaves its slot free from now on; what follows until the
         # next one runs is the overhead of that one.
         self._returned_at = time.monotonic()
+        self._pulse.enter(IDLE)
         slot_seconds = self._returned_at - self._free_since + message.get("seconds_before", 0.0)
         # As text, because Tune flattens nested results.  Never `done`: the scheduler hears of every
         # message and stops the trial, Tune would not show it a last one.
         return {"message": json.dumps({**message, "slot_seconds": slot_seconds})}
 
-    def _wait(self, ask: Any, arguments: tuple[Any, ...]) -> Any:
-        """Poll the mailbox until it answers, as long as the workers' group lives."""
+    def _wait(self, ask: Any, arguments: tuple[Any, ...], activity: str) -> Any:
+        """Poll the mailbox until it answers, as long as the workers' group lives.
+
+        Workers that are not there yet are not waited for once a pause is asked for.
+        """
         while True:
             answer = ray.get(ask(*arguments))
             if answer:
                 return answer
+            if activity == WORKERS:
+                if self._pulse.is_to_pause:
+                    return answer
+            else:
+                self._pulse.enter(activity)
             if not self._thread.is_alive():
                 raise RuntimeError(f"the slot's worker group ended: {self._error}")
 
     def cleanup(self) -> None:
         """Send the workers home and wait until Train has given their resources back."""
+        self._pulse.end()
+        self._watch.forget.remote(self._name)
         if self._thread.is_alive():
             ray.get(self._mailbox.close.remote())
             self._thread.join(JOIN_SECONDS)

@@ -1,4 +1,4 @@
-"""Between Ray Tune and the conductor: a Tune searcher, a Tune scheduler, and the run itself.
+"""Between Ray Tune and the conductor: a Tune searcher, a scheduler, a callback, the run itself.
 
 Tune's view of a trial is thin on purpose: it carries our number and nothing is decided from its
 state, because it cannot tell a stop from a finish.
@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import time
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
+from sft_ray.config import Watchdog
 from sft_ray.errors import TrialError
+from sft_ray.interrupt import Interruption, interruptible
 from sft_ray.run_store import ERROR_LOG, RunStore
 from sft_ray.screen import count
 from sft_ray.search.cluster import Layout
 from sft_ray.search.conductor import Conductor
 from sft_ray.search.slot import HEAD, Slot
+from sft_ray.search.watch import start_watch
 from sft_ray.training.preparation import Prepared
 
 
@@ -30,15 +34,19 @@ def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> No
 
     Raises:
         TrialError: nothing can go on; what was finished is kept.
-        KeyboardInterrupt: interrupted; what was finished is kept.
+        KeyboardInterrupt: interrupted; what was finished is kept, and the states of what was not.
     """
     experiment, store, screen = prepared.experiment, conductor.store, conductor.screen
-    # Ray's own files lie beside the run folders, because they hold pickles.
-    ray_storage = RunStore(store.storage, f".ray/{store.name}-{os.getpid()}")
+    # Ray's own files lie beside the run folders, because they hold pickles.  A driver that was
+    # killed may have left some.
+    ray_storage = RunStore(store.storage, f".ray/{store.name}")
+    ray_storage.delete()
+    watch = start_watch(experiment.watchdog, HEAD)
     settings = {
         "workers": layout.workers_per_trial,
         "resources_per_worker": layout.resources_per_worker,
         "ray_storage": str(ray_storage.local_root or ray_storage.location),
+        "watch": watch,
         "worker": {
             "experiment": experiment.anchored().to_tree(),
             "run": store.anchored(),  # which may have been moved since the experiment was written
@@ -53,30 +61,33 @@ def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> No
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     screen.event(f"starting {count(layout.slots, 'slot')}: processes, model, data")
     try:
-        tune.Tuner(
-            slot,
-            tune_config=tune.TuneConfig(
-                search_alg=TrialSearcher(conductor),
-                scheduler=TrialScheduler(conductor),
-                num_samples=-1,
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=settings["ray_storage"],
-                verbose=0,
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            ),
-        ).fit()
+        with interruptible() as interruption:
+            tune.Tuner(
+                slot,
+                tune_config=tune.TuneConfig(
+                    search_alg=TrialSearcher(conductor),
+                    scheduler=TrialScheduler(conductor, watch),
+                    num_samples=-1,
+                    reuse_actors=True,
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=settings["ray_storage"],
+                    verbose=0,
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                    callbacks=[EverySecond(conductor, watch, interruption, experiment.watchdog)],
+                ),
+            ).fit()
     finally:
+        ray.kill(watch)
         ray_storage.delete()
     if conductor.stopped is not None:
         raise TrialError(
             f"stopped after {conductor.stopped}; the causes are in {store.path_of(ERROR_LOG)}; "
             "the same command goes on where it stopped"
         )
-    if not conductor.trials.is_over():  # Tune has caught a Ctrl-C
-        screen.event(f"interrupted; what was finished is in {store.location}")
+    if not conductor.trials.is_over():
+        screen.event(f"interrupted; everything so far is in {store.location}")
         raise KeyboardInterrupt
 
 
@@ -88,14 +99,14 @@ class TrialSearcher(Searcher):
         self.conductor = conductor
 
     def suggest(self, trial_id: str) -> Any:
-        if self.conductor.stopped is not None:
+        if self.conductor.has_ended:
             return Searcher.FINISHED
         if len(self.conductor.planned) >= self.conductor.slots:
             return None
         planned = self.conductor.next_trial(trial_id)
         if planned is None:
             return None if self.conductor.planned else Searcher.FINISHED
-        return {"assignment": planned.assignment()}
+        return {"assignment": planned.assignment(), "trial_id": trial_id}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -114,15 +125,50 @@ class TrialSearcher(Searcher):
 class TrialScheduler(FIFOScheduler):
     """Tune asks it at every mark whether the trial goes on."""
 
-    def __init__(self, conductor: Conductor) -> None:
+    def __init__(self, conductor: Conductor, watch: Any) -> None:
         super().__init__()
-        self.conductor = conductor
+        self.conductor, self._watch = conductor, watch
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         go_on = self.conductor.on_message(trial.trial_id, json.loads(result["message"]))
         return FIFOScheduler.CONTINUE if go_on else FIFOScheduler.STOP
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        reason = ray.get(self._watch.cause.remote(trial.trial_id))
         error = Path(trial.error_file)  # Tune's local copy; the stored one comes later
-        reason = error.read_text(encoding="utf-8") if error.exists() else "the slot died"
-        self.conductor.on_slot_lost(trial.trial_id, reason)
+        if reason is None and error.exists():
+            reason = error.read_text(encoding="utf-8")
+        self.conductor.on_slot_lost(trial.trial_id, reason or "the slot died")
+
+
+class EverySecond(tune.Callback):
+    """What the driver does beside handing out trials: hears signals, has the watch look around."""
+
+    def __init__(
+        self, conductor: Conductor, watch: Any, interruption: Interruption, limits: Watchdog
+    ) -> None:
+        self.conductor, self._watch, self._interruption = conductor, watch, interruption
+        self._silence_seconds = limits.silence_seconds
+        self._next_at, self._check, self._checked_at = 0.0, None, 0.0
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        now = time.monotonic()
+        if self._interruption.is_asked and not self.conductor.is_pausing:
+            self.conductor.is_pausing = True
+            self.conductor.screen.event(
+                "stopping: running trials write their states; Ctrl-C again stops at once"
+            )
+            self._watch.pause.remote()
+        if now < self._next_at:
+            return
+        self._next_at = now + 1
+        if self._check is None:
+            self._check, self._checked_at = self._watch.check.remote(), now
+        elif ray.wait([self._check], timeout=0)[0]:
+            ray.get(self._check)
+            self._check = None
+        elif now - self._checked_at > self._silence_seconds:
+            raise TrialError(
+                f"the watch over the slots has not answered for {now - self._checked_at:.0f} s; "
+                "the same command goes on where the search stopped"
+            )

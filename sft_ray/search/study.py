@@ -214,10 +214,14 @@ class SearchStudy:
         if self.restarts.get(number, 0) >= MAX_RESTARTS:
             return False
         self.restarts[number] = self.restarts.get(number, 0) + 1
+        self.put_back(number)
+        return True
+
+    def put_back(self, number: int) -> None:
+        """Take back a trial that has not ended; it is next in line."""
         del self._live[number]
         self._running_seconds.pop(number, None)
         self._interrupted.append(number)
-        return True
 
     def budget_used_up(self) -> str | None:
         """Which limit has been reached, in words."""

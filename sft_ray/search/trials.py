@@ -82,6 +82,9 @@ class Trials(Protocol):
     def finish(self, number: int, state: TrialState, outcome: Outcome) -> None:
         """Take in the end of a trial."""
 
+    def put_back(self, number: int) -> None:
+        """Take back a trial that has not ended; it is next in line."""
+
     def restart(self, number: int) -> bool:
         """Put a trial that lost its slot back in line; False once it has been too often."""
 

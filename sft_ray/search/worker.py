@@ -22,9 +22,10 @@ import torch
 
 from sft_ray.config import Experiment, Train
 from sft_ray.run_store import PREDICTIONS, RunStore
+from sft_ray.search.watch import MAILBOX, STORAGE, Pulse
 from sft_ray.training.checkpoint import ResumeState, save_model, save_predictions
 from sft_ray.training.data import prepare, prepare_here
-from sft_ray.training.fit import Progress, fit
+from sft_ray.training.fit import TRAINING, Progress, fit
 from sft_ray.training.last_state import LastState
 from sft_ray.training.micro_batch import StepOutOfMemoryError
 from sft_ray.training.model import resolve_model
@@ -40,9 +41,10 @@ class Loaded:
     experiment: Experiment
     setup: Setup
     store: RunStore
+    pulse: Pulse
 
 
-def run_worker(settings: dict[str, Any]) -> None:
+def run_worker(settings: dict[str, Any], pulse: Pulse) -> None:
     """The train function of a slot: serve assignments until the mailbox says to go home.
 
     Settings: `experiment` (tree), `run` (storage and name of its folder), `dataset_folder`,
@@ -55,7 +57,7 @@ def run_worker(settings: dict[str, Any]) -> None:
     rank = context.get_world_rank()
     ray.get(mailbox.register.remote(rank))
     try:
-        loaded = load(settings, rank, context.get_world_size())
+        loaded = load(settings, rank, context.get_world_size(), pulse)
     except Exception:
         ray.get(mailbox.break_down.remote(traceback.format_exc()))
         return  # a raise would have Train start the group again
@@ -64,7 +66,7 @@ def run_worker(settings: dict[str, Any]) -> None:
     gc.freeze()
     generation = 0
     while True:
-        answer = _poll(mailbox.next_assignment, rank, generation)
+        answer = _poll(pulse, mailbox.next_assignment, rank, generation)
         if answer == "go home":
             return
         generation, assignment = answer
@@ -84,7 +86,7 @@ def run_worker(settings: dict[str, Any]) -> None:
             torch.cuda.empty_cache()
 
 
-def load(settings: dict[str, Any], rank: int, size: int) -> Loaded:
+def load(settings: dict[str, Any], rank: int, size: int, pulse: Pulse) -> Loaded:
     """Model, data and tokenizer of the experiment; encodes the data if this node lacks it."""
     experiment = Experiment.model_validate(settings["experiment"])
     torch.set_num_threads(max(1, math.floor(experiment.resources.cpus_per_worker)))
@@ -99,6 +101,7 @@ def load(settings: dict[str, Any], rank: int, size: int) -> Loaded:
         experiment=experiment,
         setup=load_setup(experiment, dataset_folder, world),
         store=RunStore(*settings["run"]),
+        pulse=pulse,
     )
 
 
@@ -107,53 +110,67 @@ def run_trial(
 ) -> None:
     """Fit one configuration, posting every mark and asking leave to go on.
 
-    One that is taken up from a state posts the marks before it again, word for word.
+    One that is taken up from a state posts the marks before it again, word for word.  One that is
+    asked to pause leaves its state behind and says so.
     """
+    pulse = loaded.pulse
     setup, seed, train = loaded.setup, assignment["seed"], Train.model_validate(assignment["train"])
     dataset = setup.dataset.with_training_share(assignment["training_share"], seed)
     keep = Keeper(assignment, loaded, setup.task.sign(objective))
     every_minutes = loaded.experiment.checkpoint.every_minutes
     last = LastState(loaded.store, assignment["folder"], every_minutes, train, seed)
+    pulse.enter(STORAGE)
     state = last.load() if assignment["restarts"] or assignment["resumes"] else None
     posted: list[dict[str, Any]] = [] if state is None else state.facts["messages"]
     clock = Clock(mailbox, state)
 
     def post(index: int, message: dict[str, Any]) -> None:
         if setup.world.rank == 0:
+            pulse.enter(MAILBOX)
             message = {**message, "seconds_before": clock.before}
             ray.get(mailbox.post.remote(generation, index, message))
 
     def may_go_on(index: int) -> bool:
-        return bool(_poll(mailbox.may_continue, generation, index))
+        return bool(_poll(pulse, mailbox.may_continue, generation, index))
 
     def report(progress: Progress) -> bool:
         if setup.world.rank == 0:
+            pulse.enter(STORAGE)
             keep.consider(progress)
             posted.append(progress.message(keep.saved_percent, assignment["restarts"]))
         post(progress.index, posted[-1] if posted else {})
-        if setup.world.rank == 0:  # after the post, so that a resumed trial never owes a mark
+        goes_on = may_go_on(progress.index + 1)
+        # Behind the post, so that a resumed trial never owes a mark; and only of a trial that goes
+        # on, so that none is left of one that has ended.
+        if goes_on and setup.world.rank == 0:
+            pulse.enter(STORAGE)
             last.consider(progress, messages=posted, clock=clock.facts())
-        return may_go_on(progress.index + 1)
+        return goes_on
 
     goes_on = may_go_on(0)
     for index, message in enumerate(list(posted)):
         if goes_on:
             post(index, {**message, "replayed": True})
             goes_on = may_go_on(index + 1)
+    paused: ResumeState | None = None
     if goes_on:
-        fit(
+        pulse.enter(TRAINING)
+        paused = fit(
             train,
             replace(setup, dataset=dataset),
             objective=objective,
             rungs=loaded.experiment.search.rungs,
             seed=seed,
             report=report,
+            beat=pulse.enter,
             resume=state,
             most_per_pass=assignment["most_per_pass"],
             end_diverged=assignment["end_diverged"],
         )
-    if setup.world.rank == 0:
-        last.delete()
+    if paused is not None:
+        pulse.enter(STORAGE)
+        last.write(paused, messages=posted, clock=clock.facts())
+        post(len(posted), {"paused": True})
 
 
 class Clock:
@@ -219,9 +236,10 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in ("gloo", "NCCL"))
 
 
-def _poll(method: Any, *arguments: object) -> Any:
+def _poll(pulse: Pulse, method: Any, *arguments: object) -> Any:
     """Ask the mailbox until there is an answer; None means not yet."""
     while True:
+        pulse.enter(MAILBOX)
         answer = ray.get(method.remote(*arguments))
         if answer is not None:
             return answer

@@ -126,6 +126,17 @@ class Progress:
 
 
 Report = Callable[[Progress], bool]
+# Called before every step and every batch of an evaluation with what comes next; True asks for a
+# pause before the next step.
+Beat = Callable[[str], bool]
+TRAINING, EVALUATION = "training", "evaluation"
+# Steps between two agreements of several workers on a pause: each of them is a collective.
+STEPS_PER_AGREEMENT = 8
+
+
+def no_beat(activity: str) -> bool:
+    """Tells nobody, and never asks for a pause."""
+    return False
 
 
 def schedule_marks(rungs: list[int], epochs: int, steps_per_epoch: int) -> list[Mark]:
@@ -155,10 +166,11 @@ def fit(
     rungs: list[int],
     seed: int,
     report: Report,
+    beat: Beat = no_beat,
     resume: ResumeState | None = None,
     most_per_pass: int | None = None,
     end_diverged: bool = False,
-) -> None:
+) -> ResumeState | None:
     """Train `setup.pretrained` from its pristine weights, reporting at every mark.
 
     A fault of the configuration (a gradient or prediction that is not finite, one example that
@@ -171,11 +183,16 @@ def fit(
         seed: of order, dropout, and the weights that the checkpoint lacks or that begin anew.
         report: called on every rank with the same mark; must answer the same on all of them:
             True goes on to the next mark, False ends the trial.
-        resume: state of a mark of this very configuration; the trial goes on behind it, with the
-            same numbers as if it had never stopped.
+        beat: may ask for a pause, on any rank; all of them then stop within
+            `STEPS_PER_AGREEMENT` steps.
+        resume: state of this very configuration; the trial goes on behind it, with the same
+            numbers as if it had never stopped.
         most_per_pass: upper bound of the micro-batch, after running out of memory.
         end_diverged: a trial whose training loss is no better at a third of its schedule than that
             of always answering the same is at fault too.
+
+    Returns:
+        The state to go on from, if the trial was paused; ranks above 0 have none.
 
     Raises:
         ConfigError: the configuration does not fit the model.
@@ -186,16 +203,18 @@ def fit(
         rungs, train.epochs, batches.steps_per_epoch(len(setup.dataset.train), train.batch_size)
     )
     try:
-        trial = _Trial(train, setup, objective, seed, most_per_pass, end_diverged)
+        trial = _Trial(train, setup, objective, seed, most_per_pass, end_diverged, beat)
     except micro_batch.NothingFitsError as error:
         report(_never_began(str(error)))
-        return
+        return None
     first_mark = 0 if resume is None else trial.restore(resume)
     steps = trial.batches_from(trial.step)
     for index in range(first_mark, len(marks)):
         mark = marks[index]
         trial.clock.enter("train")
         while trial.step < mark.step:
+            if trial.is_to_pause():
+                return trial.pause()
             try:
                 fault = trial.take_step(next(steps))
             except Exception as error:
@@ -205,10 +224,11 @@ def fit(
             if fault is not None:
                 here = Mark(100 * trial.step // trial.num_steps, trial.step)
                 report(trial.progress(index, here, fault))
-                return
+                return None
         progress = trial.look(index, mark)
         if not report(progress) or progress.fault is not None:
-            return
+            return None
+    return None
 
 
 class _Trial:
@@ -222,7 +242,9 @@ class _Trial:
         seed: int,
         most_per_pass: int | None,
         end_diverged: bool = False,
+        beat: Beat = no_beat,
     ) -> None:
+        self.beat = beat
         self.train, self.task, self.world = train, setup.task, setup.world
         self.pretrained, self.dataset = setup.pretrained, setup.dataset
         self.objective, self.seed, self.pad_token = objective, seed, setup.tokenizer.pad_token_id
@@ -330,6 +352,28 @@ class _Trial:
         self.scaler.update(scale / 2)
         return True
 
+    def is_to_pause(self) -> bool:
+        """Whether a worker was asked to pause; all of them say the same."""
+        asked = self.beat(TRAINING)
+        if self.world.size == 1:
+            return asked
+        if self.step % STEPS_PER_AGREEMENT:
+            return False
+        return self.world.minimum(0 if asked else 1) == 0
+
+    def pause(self) -> ResumeState | None:
+        """The state between two steps, on rank 0."""
+        self.gather()
+        self.clock.enter("other")
+        return self.state() if self.world.rank == 0 else None
+
+    def gather(self) -> None:
+        """Let rank 0 hold the sums of all, so that its state is the state."""
+        self.watch.gather()
+        self.world.sum(self.loss_sum)
+        if self.world.rank > 0:
+            self.loss_sum.zero_()
+
     def look(self, index: int, mark: Mark) -> Progress:
         """Evaluate on the validation split; the metrics are computed on rank 0."""
         if self.count == 0:  # a short schedule: the previous mark fell on this step too
@@ -339,7 +383,13 @@ class _Trial:
         self.clock.enter("eval")
         validation, found = self.dataset.validation, {}
         outputs = evaluate(
-            self.pretrained.model, self.task, validation, self.pad_token, self.world, self.dtype
+            self.pretrained.model,
+            self.task,
+            validation,
+            self.pad_token,
+            self.world,
+            self.dtype,
+            self.beat,
         )
         self.pretrained.train()
         # Every rank has the same outputs, so all of them find a fault or none.
@@ -390,23 +440,31 @@ class _Trial:
 
         Random numbers follow from (seed, step, rank) and need no state.
         """
-        assert self.last is not None  # it is asked for at a mark
-        assert self.best is not None
         tensors: dict[str, torch.Tensor] = {}
         tensors |= {f"weight/{name}": p for name, p in self.pretrained.trainable().items()}
         for i, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{i}/{k}": t for k, t in slots.items() if t is not None}
         tensors = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-        tensors |= {f"best/{name}": t for name, t in self.best.weights.items()}
-        tensors["best_outputs"] = torch.from_numpy(self.best.outputs)
-        best = {k: getattr(self.best, k) for k in ("percent", "score", "metrics")}
-        facts = {"last": self.last.facts(), "best": best, "loss_scaler": self.scaler.state_dict()}
-        facts["watch"] = self.watch.state()
+        best = None
+        if self.best is not None:
+            tensors |= {f"best/{name}": t for name, t in self.best.weights.items()}
+            tensors["best_outputs"] = torch.from_numpy(self.best.outputs)
+            best = {k: getattr(self.best, k) for k in ("percent", "score", "metrics")}
+        facts = {
+            "step": self.step,
+            "examples_seen": self.examples_seen,
+            "since_mark": {"loss_sum": float(self.loss_sum), "count": self.count},
+            "seconds": {name: self.clock.seconds[name] for name in ("train", "eval")},
+            "last": None if self.last is None else self.last.facts(),
+            "best": best,
+            "loss_scaler": self.scaler.state_dict(),
+            "watch": self.watch.state(),
+        }
         return ResumeState(tensors, facts)
 
     def restore(self, state: ResumeState) -> int:
         """Take up a state; the index of the mark that comes next."""
-        last = state.facts["last"]
+        facts, is_first = state.facts, self.world.rank == 0
         with torch.no_grad():
             weights = state.part("weight/")
             for name, parameter in self.pretrained.trainable().items():
@@ -417,18 +475,24 @@ class _Trial:
             slots.setdefault(int(i), {})[key] = tensor.clone()
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        self.step, self.examples_seen = last["step"], last["examples_seen"]
+        self.step, self.examples_seen = facts["step"], facts["examples_seen"]
         self.set_rates(self.step)
-        self.scaler.load_state_dict(state.facts["loss_scaler"])
-        self.watch.restore(state.facts["watch"])
-        outputs = state.tensors["best_outputs"].numpy()
-        if self.world.rank == 0:
-            self.best = Best(**state.facts["best"], weights=state.part("best/"), outputs=outputs)
-        else:
-            last = {**last, "metrics": {}}
-        self.clock.seconds |= {"train": last["train_seconds"], "eval": last["eval_seconds"]}
-        on_first_rank = self.state if self.world.rank == 0 else None
-        self.last = Progress(**last, best=self.best, resume_state=on_first_rank)
+        self.scaler.load_state_dict(facts["loss_scaler"])
+        self.watch.restore(facts["watch"])
+        self.loss_sum.fill_(facts["since_mark"]["loss_sum"] if is_first else 0.0)
+        self.count = facts["since_mark"]["count"]
+        self.clock.seconds |= facts["seconds"]
+        if facts["best"] is not None and is_first:
+            outputs = state.tensors["best_outputs"].numpy()
+            self.best = Best(**facts["best"], weights=state.part("best/"), outputs=outputs)
+        last = facts["last"]
+        if last is None:  # it was paused before its first mark
+            return 0
+        found = last["metrics"] if is_first else {}
+        on_first_rank = self.state if is_first else None
+        self.last = Progress(
+            **{**last, "metrics": found}, best=self.best, resume_state=on_first_rank
+        )
         return int(last["index"]) + 1
 
     def probe(self, known: dict[tuple[int | str, int, str], Probe]) -> Probe:
@@ -576,6 +640,7 @@ def evaluate(
     pad_token: int,
     world: World,
     dtype: torch.dtype = torch.float32,
+    beat: Beat = no_beat,
 ) -> Floats:
     """Outputs of every item or token in order, [n or total, classes], for any number of workers."""
     model.eval()
@@ -583,6 +648,7 @@ def evaluate(
     weight_dtype = next(model.parameters()).dtype
     outputs = torch.zeros((rows, model.config.num_labels), dtype=weight_dtype, device=world.device)
     for indices in batches.evaluation_shares(examples.lengths, world.rank, world.size):
+        beat(EVALUATION)
         inputs = batches.collate(
             examples, indices, pad_token=pad_token, device=world.device, with_labels=False
         ).inputs

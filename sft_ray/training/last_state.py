@@ -1,4 +1,4 @@
-"""`last/`: the state of a running trial in its run folder, written now and then."""
+"""`last/`: the state of a running trial in its run folder, written now and then and at a pause."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from sft_ray.training.checkpoint import (
     save_resume_state,
 )
 from sft_ray.training.fit import Progress
+
+FORMAT = 2  # of the facts; a state of another one is not taken
 
 
 class LastState:
@@ -33,7 +35,7 @@ class LastState:
         self._store, self._every_minutes = store, every_minutes
         self._path = f"{folder}/last"
         self._written_at = time.monotonic()
-        self._trial = {"train": train.model_dump(mode="json"), "seed": seed}
+        self._trial = {"train": train.model_dump(mode="json"), "seed": seed, "format": FORMAT}
 
     def consider(self, progress: Progress, **facts: Any) -> None:
         """Write the state of a mark if it is time to, and the trial goes on behind it.
@@ -43,11 +45,14 @@ class LastState:
         """
         due = (time.monotonic() - self._written_at) / 60 >= self._every_minutes
         if due and progress.resume_state is not None and not progress.finished:
-            state = progress.resume_state()
-            state.facts.update(trial=self._trial, **facts)
-            with self._store.replacing_folder(self._path) as folder:
-                save_resume_state(folder, state)
-            self._written_at = time.monotonic()
+            self.write(progress.resume_state(), **facts)
+
+    def write(self, state: ResumeState, **facts: Any) -> None:
+        """Put a state in place of the one before, with `facts` as in `consider`."""
+        state.facts.update(trial=self._trial, **facts)
+        with self._store.replacing_folder(self._path) as folder:
+            save_resume_state(folder, state)
+        self._written_at = time.monotonic()
 
     def load(self) -> ResumeState | None:
         """What was written last; None if nothing was, it is damaged, or it is of another trial."""

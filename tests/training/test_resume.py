@@ -135,10 +135,66 @@ def test_a_trial_can_be_resumed_more_than_once(pretrained, toy, tmp_path: Path) 
     assert run_fit(pretrained, toy, resume=state, **SETTINGS) == []
 
 
+@pytest.mark.parametrize("name", ["adamw", "fp16", "reinit", "cooldown"])
+def test_a_trial_paused_before_any_step_equals_the_whole(
+    pretrained, toy, tmp_path: Path, name: str
+) -> None:
+    settings = {**SETTINGS, **CASES[name]}
+    whole = run_fit(pretrained, toy, **settings)
+    for step in range(whole[-1].step):
+        left = step
+
+        def ask(activity: str) -> bool:
+            nonlocal left
+            left -= activity == "training"
+            return left < 0
+
+        paused: list[Any] = []
+        first = run_fit(pretrained, toy, beat=ask, paused=paused, **settings)
+        (state,) = paused
+        assert state.facts["step"] == step
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        save_resume_state(folder, state)
+        torch.manual_seed(step)
+        rest = run_fit(pretrained, toy, resume=load_resume_state(folder), **settings)
+        assert facts(first) + facts(rest) == facts(whole)
+        for n, weight in whole[-1].best.weights.items():
+            assert torch.equal(rest[-1].best.weights[n], weight), n
+
+
+def test_a_trial_that_nobody_pauses_returns_no_state(pretrained, toy) -> None:
+    heard: list[str] = []
+
+    def listen(activity: str) -> bool:
+        heard.append(activity)
+        return False
+
+    paused: list[Any] = []
+    reports = run_fit(pretrained, toy, beat=listen, paused=paused, **SETTINGS)
+    assert paused == [None]
+    assert heard.count("training") == reports[-1].step
+    assert heard.count("evaluation") >= len(reports)
+
+
+def test_a_pause_asked_for_during_an_evaluation_comes_before_the_next_step(pretrained, toy) -> None:
+    asked = False
+
+    def ask(activity: str) -> bool:
+        nonlocal asked
+        asked |= activity == "evaluation"
+        return asked
+
+    paused: list[Any] = []
+    reports = run_fit(pretrained, toy, beat=ask, paused=paused, **SETTINGS)
+    assert len(reports) == 1
+    assert paused[0].facts["step"] == reports[0].step
+
+
 def test_seconds_run_on_from_those_of_the_state(pretrained, toy) -> None:
     *_, last = run_fit(pretrained, toy, stop_after=2, **SETTINGS)
     state = last.resume_state()
-    state.facts["last"] |= {"train_seconds": 1000.0, "eval_seconds": 500.0}
+    state.facts["seconds"] = {"train": 1000.0, "eval": 500.0}
     later, *_ = run_fit(pretrained, toy, resume=state, **SETTINGS)
     assert 1000 < later.train_seconds < 1100
     assert 500 < later.eval_seconds < 600

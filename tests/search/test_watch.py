@@ -1,0 +1,142 @@
+"""The watch finds what hangs, says who and where, and leaves everybody else alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sft_ray.config import Watchdog
+from sft_ray.search.watch import IDLE, LOADING, MAILBOX, SLOT, STORAGE, WORKERS, Watch
+
+LIMITS = Watchdog(silence_seconds=60, stall_minutes=10, loading_minutes=20, placement_minutes=30)
+
+
+class Bench:
+    """A watch on a clock of its own, over slots that beat every second unless told otherwise."""
+
+    def __init__(self) -> None:
+        self.now, self.killed = 0.0, []
+        self.watch = Watch(LIMITS, self.killed.append, lambda: self.now)
+        self.places: dict[tuple[str, str], tuple[str, int]] = {}
+
+    def add(self, slot: str, trial: str, *ranks: str) -> None:
+        self.watch.enlist(slot, f"handle of {slot}")
+        self.watch.works_on(slot, trial)
+        self.places |= {(slot, who): (IDLE, 0) for who in (SLOT, *ranks)}
+
+    def run(self, seconds: int, silent: tuple[Any, ...] = (), moving: tuple[Any, ...] = ()) -> None:
+        for _ in range(seconds):
+            self.now += 1
+            for key, (activity, number) in self.places.items():
+                number += key in moving
+                self.places[key] = (activity, number)
+                if key not in silent:
+                    self.watch.pulse(*key, activity, number)
+            self.watch.check()
+
+
+@pytest.fixture
+def bench() -> Bench:
+    found = Bench()
+    found.add("a", "trial a", "rank 0", "rank 1")
+    found.add("b", "trial b", "rank 0", "rank 1")
+    return found
+
+
+def test_nobody_hangs_who_gets_on_or_waits_for_work(bench: Bench) -> None:
+    bench.places["a", "rank 0"] = bench.places["a", "rank 1"] = ("training", 0)
+    bench.run(5000, moving=(("a", "rank 0"), ("a", "rank 1")))
+    assert bench.killed == []
+
+
+def test_a_stopped_process_is_named_before_those_that_wait_for_it(bench: Bench) -> None:
+    bench.places["a", "rank 0"] = bench.places["a", "rank 1"] = ("training", 7)
+    bench.run(10)
+    bench.run(59, silent=(("a", "rank 1"),))
+    assert bench.killed == []
+    bench.run(3, silent=(("a", "rank 1"),))
+    assert bench.killed == ["handle of a"]
+    cause = bench.watch.cause("trial a")
+    assert cause is not None
+    assert cause.startswith("rank 1 has not been heard of for 61 s, in training")
+    assert bench.watch.cause("trial b") is None
+
+
+@pytest.mark.parametrize(
+    ("who", "activity", "seconds"),
+    [
+        ("rank 0", "training", 600),  # a collective that never ends
+        ("rank 1", "evaluation", 600),
+        ("rank 0", STORAGE, 600),
+        ("rank 0", MAILBOX, 60),
+        (SLOT, MAILBOX, 60),
+        ("rank 1", LOADING, 1200),
+    ],
+)
+def test_what_takes_too_long_is_found_at_its_limit(
+    bench: Bench, who: str, activity: str, seconds: int
+) -> None:
+    bench.places["b", who] = (activity, 3)
+    bench.run(seconds)
+    assert bench.killed == []
+    bench.run(3)
+    assert bench.killed == ["handle of b"]
+    assert f"{who} has not got on for" in str(bench.watch.cause("trial b"))
+    assert f"in {activity}" in str(bench.watch.cause("trial b"))
+    bench.run(100)
+    assert bench.killed == ["handle of b"]  # once
+
+
+def test_workers_that_are_never_placed_are_found(bench: Bench) -> None:
+    bench.watch.enlist("c", "handle of c")
+    bench.watch.works_on("c", "trial c")
+    bench.places["c", SLOT] = (WORKERS, 0)
+    bench.run(1800)
+    assert bench.killed == []
+    bench.run(3)
+    assert bench.killed == ["handle of c"]
+    assert "no room for its workers" in str(bench.watch.cause("trial c"))
+
+
+def test_a_slot_whose_workers_load_is_not_one_without_workers(bench: Bench) -> None:
+    bench.places["a", SLOT] = (WORKERS, 0)
+    bench.places["a", "rank 0"] = (LOADING, 0)
+    bench.run(1100)
+    assert bench.killed == []
+
+
+def test_a_machine_that_slept_kills_nobody(bench: Bench) -> None:
+    bench.places["a", "rank 0"] = ("training", 1)
+    bench.run(300)
+    bench.now += 100_000
+    bench.watch.check()
+    bench.run(200)
+    assert bench.killed == []
+    bench.run(150)  # what was missing to the limit before
+    assert bench.killed == ["handle of a"]
+
+
+def test_a_slot_that_has_ended_is_not_missed(bench: Bench) -> None:
+    bench.watch.forget("a")
+    for who in (SLOT, "rank 0", "rank 1"):
+        bench.watch.pulse("a", who, "training", 1)
+    bench.run(1000, silent=(("a", SLOT), ("a", "rank 0"), ("a", "rank 1")))
+    assert bench.killed == []
+
+
+def test_a_worker_that_comes_up_again_begins_anew(bench: Bench) -> None:
+    bench.places["a", "rank 0"] = (LOADING, 0)
+    bench.run(1150)
+    bench.places["a", "rank 0"] = ("training", 1)
+    bench.run(100)
+    bench.places["a", "rank 0"] = (LOADING, 0)  # its process died
+    bench.run(1150)
+    assert bench.killed == []
+
+
+def test_a_pause_is_heard_with_the_next_pulse(bench: Bench) -> None:
+    assert bench.watch.pulse("a", "rank 0", "training", 1) is False
+    bench.watch.pause()
+    assert bench.watch.pulse("a", "rank 0", "training", 2) is True
+    assert bench.watch.pulse("unknown", SLOT, WORKERS, 0) is True
