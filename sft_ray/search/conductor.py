@@ -26,6 +26,7 @@ class Conductor:
 
     Attributes:
         stopped: why nothing can go on, if so.
+        board: the state of all trials, for a live view.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Conductor:
     ) -> None:
         self.trials, self.store, self.screen = trials, store, screen
         self.objective, self.slots, self._after_end = objective, slots, after_end
+        self.board = trials.open_board(objective, slots)
         self.stopped: str | None = None
         self.ready_at: float | None = None
         self.planned: dict[str, PlannedTrial] = {}  # by Tune's trial id
@@ -50,6 +52,7 @@ class Conductor:
         planned = self.trials.next_trial()
         if planned is not None:
             self.planned[tune_id] = planned
+            self.board.start(planned)
             self.screen.event(f"{planned.label:<9} starts   {planned.said}")
         return planned
 
@@ -76,12 +79,14 @@ class Conductor:
             self._end(planned, TrialState.PRUNED, message, reason=message["fault"], fault=True)
             return False
         score = message["metrics"][self.objective]
+        self.board.mark(number, message["percent"], score, message["train_loss"])
         reason = self.trials.mark(number, message["percent"], score, message["slot_seconds"])
         if message.get("replayed"):
             return True
         self.screen.event(
             f"{planned.label:<9} {message['percent']:3d}%    {self.objective} {score:.4f}  "
-            f"train loss {message['train_loss']:.3f}  epoch {message['epochs_run']:.2f}"
+            f"train loss {message['train_loss']:.3f}  epoch {message['epochs_run']:.2f}",
+            passing=True,
         )
         if message["finished"]:
             self._end(planned, TrialState.COMPLETE, message)
@@ -99,6 +104,7 @@ class Conductor:
         self._failures_in_a_row += 1
         cause = reason.strip().splitlines()[-1]
         if self.trials.restart(planned.number):
+            self.board.lose(planned.number)
             self.screen.event(f"{planned.label:<9} lost its slot ({cause}), starts over")
         else:
             last = self._last.get(planned.number, {})
@@ -135,6 +141,7 @@ class Conductor:
             and self.trials.improves(outcome.score)
         )
         self.trials.finish(planned.number, state, outcome)
+        self.board.end(planned.number, state.name, outcome.score, outcome.slot_seconds)
         row = self.trials.row(planned.number)
         self.store.write_json(f"{planned.folder}/trial.json", row)
         self._after_end()
