@@ -25,6 +25,10 @@ class Screen:
         self._started = time.monotonic()
         self._live_write: Callable[[str], None] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles what it is given, and no terminal can be pickled."""
+        return {**self.__dict__, "_live_write": None}
+
     @property
     def is_terminal(self) -> bool:
         """Whether somebody may be looking at it."""

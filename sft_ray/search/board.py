@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -89,7 +88,10 @@ class _Live:
 
 
 class Board:
-    """Trials as they start, pass marks and end; may be read from another thread.
+    """Trials as they start, pass marks and end.
+
+    One thread feeds it, another may look at it: `view` copies in single steps, and no list is
+    changed in place.  It has no lock because Tune pickles whatever its searcher holds.
 
     Args:
         objective: name of the score.
@@ -118,7 +120,6 @@ class Board:
         self.sign, self.noun = sign, noun
         self._wall_seconds, self._slot_seconds = wall_seconds, slot_seconds
         self._clock, self._opened_at = clock, clock()
-        self._lock = threading.Lock()
         self._live: dict[int, _Live] = {}  # by number
         self._best: list[EndedTrial] = []
         self._counts: Counter[str] = Counter()
@@ -126,41 +127,32 @@ class Board:
 
     def add(self, trial: EndedTrial) -> None:
         """A trial that ended in an earlier session."""
-        with self._lock:
-            self._take_in(trial)
+        self._take_in(trial)
 
     def start(self, planned: PlannedTrial) -> None:
         now = self._clock()
-        with self._lock:
-            self._live[planned.number] = _Live(planned, now, now)
+        self._live[planned.number] = _Live(planned, now, now)
 
     def mark(self, number: int, percent: int, score: float, train_loss: float) -> None:
-        with self._lock:
-            live = self._live[number]
-            live.percent, live.score, live.train_loss = percent, score, train_loss
-            live.heard_at = self._clock()
+        live = self._live[number]
+        live.percent, live.score, live.train_loss = percent, score, train_loss
+        live.heard_at = self._clock()
 
     def lose(self, number: int) -> None:
         """A trial lost its slot and will start again."""
-        with self._lock:
-            del self._live[number]
+        del self._live[number]
 
     def end(self, number: int, state: str, score: float | None, seconds: float) -> None:
-        with self._lock:
-            live = self._live.pop(number)
-            label, settings = live.planned.label, live.planned.said
-            self._ended_here_seconds += seconds
-            self._take_in(
-                EndedTrial(number, label, state, score, live.train_loss, seconds, settings)
-            )
+        live = self._live.pop(number)
+        label, settings = live.planned.label, live.planned.said
+        self._ended_here_seconds += seconds
+        self._take_in(EndedTrial(number, label, state, score, live.train_loss, seconds, settings))
 
     def _take_in(self, trial: EndedTrial) -> None:
         self._counts[trial.state] += 1
         self._ended_seconds += trial.seconds
         if self.sign is not None and trial.state == "COMPLETE" and trial.score is not None:
-            self._best.append(trial)
-            self._best.sort(key=self._rank)
-            del self._best[NUM_BEST:]
+            self._best = sorted([*self._best, trial], key=self._rank)[:NUM_BEST]
 
     def _rank(self, trial: EndedTrial) -> tuple[float, int]:
         assert self.sign is not None
@@ -169,30 +161,29 @@ class Board:
 
     def view(self) -> View:
         """The state now; takes time by slots, not by trials."""
-        with self._lock:
-            now = self._clock()
-            lives = list(self._live.values())
-            ended = self._counts.total()
-            return View(
-                noun=self.noun,
-                objective=self.objective,
-                planned=max(self.planned, ended + len(lives)),
-                counts=dict(self._counts),
-                running=tuple(
-                    RunningTrial(
-                        live.planned.label,
-                        live.percent,
-                        live.score,
-                        live.train_loss,
-                        now - live.heard_at,
-                        live.planned.said,
-                    )
-                    for live in lives
-                ),
-                best=None if self.sign is None else tuple(self._best),
-                seconds_to_go=self._seconds_to_go(ended, lives),
-                budget_seconds=self._budget_seconds(now, lives),
-            )
+        now = self._clock()
+        lives, counts = list(self._live.values()), dict(self._counts)
+        ended = sum(counts.values())
+        return View(
+            noun=self.noun,
+            objective=self.objective,
+            planned=max(self.planned, ended + len(lives)),
+            counts=counts,
+            running=tuple(
+                RunningTrial(
+                    live.planned.label,
+                    live.percent,
+                    live.score,
+                    live.train_loss,
+                    now - live.heard_at,
+                    live.planned.said,
+                )
+                for live in lives
+            ),
+            best=None if self.sign is None else tuple(self._best),
+            seconds_to_go=self._seconds_to_go(ended, lives),
+            budget_seconds=self._budget_seconds(now, lives),
+        )
 
     def _seconds_to_go(self, ended: int, lives: list[_Live]) -> float | None:
         """As if the rest took as long on average as what has ended."""

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
 from rich.control import Control
 from rich.live import Live
@@ -23,15 +24,15 @@ REFRESHES_PER_SECOND = 2
 CLOCK_WIDTH = 6  # as `Screen.event` leads its lines
 LABEL_WIDTHS = (9, 16)
 SMALLEST_TABLE = 8  # lines; a lower terminal gets the first line only
-# Columns between label and settings: width, and how wide a terminal must be to show them.
+# Columns between label and settings: width, and how wide all must be to show them.
 COLUMNS = {
-    "bar": (10, 90),
+    "bar": (10, 88),
     "percent": (4, 0),
     "score": (10, 0),
-    "train loss": (10, 80),
-    "seconds": (8, 50),
+    "train loss": (10, 72),
+    "seconds": (8, 48),
 }
-SETTINGS_FROM = 50
+SETTINGS_FROM = 48
 
 
 @contextmanager
@@ -116,7 +117,7 @@ def draw(view: View, clock: str, width: int, height: int) -> Table:
 
     Args:
         clock: minutes and seconds so far.
-        width: of the terminal, in cells.
+        width: cells in a line.
         height: of the terminal, in lines.
     """
     summary = textwrap.wrap(", ".join(_summary(view)), max(width - CLOCK_WIDTH - 2, 1))
@@ -157,12 +158,14 @@ def _trials(view: View, width: int, height: int) -> Table:
     num_running = min(len(view.running), room - num_best)
     if hidden := len(view.running) - num_running:
         num_running, hidden = num_running - 1, hidden + 1
-    running, best = view.running[:num_running], best[:num_best]
+    running, best = view.running[: max(num_running, 0)], best[:num_best]
     columns = [name for name, (_, least) in COLUMNS.items() if width >= least]
-    labels = [Text(row.label).cell_len for row in (*running, *best)]
+    labels = [*(one.label for one in running), *(trial.label for trial in best)]
     table = Table.grid(padding=(0, 2, 0, 0), expand=True)
     low, high = LABEL_WIDTHS
-    table.add_column(width=min(max([low, *labels]), high), no_wrap=True, overflow="ellipsis")
+    table.add_column(
+        width=min(max([low, *map(cell_len, labels)]), high), no_wrap=True, overflow="ellipsis"
+    )
     for name in columns:
         table.add_column(
             width=COLUMNS[name][0],
