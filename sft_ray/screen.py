@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import textwrap
 import time
@@ -65,9 +66,12 @@ class Screen:
     def facts(self, facts: Mapping[str, str]) -> None:
         """Aligned `name  value` lines."""
         width = max(map(len, facts)) + 2
+        columns = 100
+        if self.is_terminal:  # which may be narrower
+            columns = min(columns, shutil.get_terminal_size().columns)
         for name, value in facts.items():
             lines = textwrap.wrap(
-                value, 100 - width, break_on_hyphens=False, break_long_words=False
+                value, max(columns - width, 20), break_on_hyphens=False, break_long_words=False
             )
             self.say(f"{name:<{width}}{lines[0]}")
             for line in lines[1:]:
