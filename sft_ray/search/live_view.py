@@ -12,12 +12,11 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
 from rich.control import Control
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.segment import ControlType, Segment
 from rich.table import Table
 from rich.text import Text
 
-from sft_ray.screen import Screen, duration
+from sft_ray.screen import Screen
 from sft_ray.search.board import NUM_BEST, Board, EndedTrial, RunningTrial, View
 
 REFRESHES_PER_SECOND = 2
@@ -139,14 +138,19 @@ def draw(view: View, clock: str, width: int, height: int) -> Table:
 
 def _summary(view: View) -> Iterator[str]:
     states = ", ".join(f"{number} {state}" for state, number in sorted(view.counts.items()))
-    yield f"{view.num_ended} of {view.planned} {view.noun}s ended{': ' if states else ''}{states}"
+    yield f"{view.num_ended} of {view.planned} {view.noun}s ended" + (f" ({states})" * bool(states))
     yield f"{len(view.running)} running"
     if view.best:
         yield f"best {view.objective} {view.best[0].score:.4f}"
     if view.budget_seconds is not None:
-        yield f"{duration(view.budget_seconds)} of the budget left"
+        yield f"{_roughly(view.budget_seconds)} of the budget left"
     if view.seconds_to_go is not None and view.budget_seconds != 0:
-        yield f"about {duration(min(view.seconds_to_go, view.budget_seconds or math.inf))} to go"
+        yield f"about {_roughly(min(view.seconds_to_go, view.budget_seconds or math.inf))} to go"
+
+
+def _roughly(seconds: float) -> str:
+    """In minutes, from an hour on in hours."""
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def _trials(view: View, width: int, height: int) -> Table:
@@ -177,12 +181,10 @@ def _trials(view: View, width: int, height: int) -> Table:
         table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     heads = {name: name for name in COLUMNS} | {"bar": "", "percent": "", "score": view.objective}
 
-    def add(
-        first: str, cells: dict[str, str | ProgressBar], settings: str, style: str = ""
-    ) -> None:
+    def add(first: str, cells: dict[str, str], settings: str, style: str = "") -> None:
         row = [first, *(cells[name] for name in columns), settings]
         shown = row if width >= SETTINGS_FROM else row[:-1]
-        table.add_row(*(Text(c) if isinstance(c, str) else c for c in shown), style=style)
+        table.add_row(*map(Text, shown), style=style)
 
     add("running", {**heads, "seconds": "heard"}, "settings", "dim")
     for one in running:
@@ -196,9 +198,9 @@ def _trials(view: View, width: int, height: int) -> Table:
     return table
 
 
-def _of_running(trial: RunningTrial) -> dict[str, str | ProgressBar]:
+def _of_running(trial: RunningTrial) -> dict[str, str]:
     return {
-        "bar": ProgressBar(total=100, completed=trial.percent, width=COLUMNS["bar"][0]),
+        "bar": "━" * (COLUMNS["bar"][0] * trial.percent // 100),
         "percent": f"{trial.percent}%",
         "score": _number(trial.score),
         "train loss": _number(trial.train_loss),
@@ -206,7 +208,7 @@ def _of_running(trial: RunningTrial) -> dict[str, str | ProgressBar]:
     }
 
 
-def _of_ended(trial: EndedTrial) -> dict[str, str | ProgressBar]:
+def _of_ended(trial: EndedTrial) -> dict[str, str]:
     return {
         "bar": trial.state,
         "percent": "",
@@ -222,6 +224,6 @@ def _number(value: float | None) -> str:
 
 def _brief(seconds: float) -> str:
     """`48s`, `12m`, `5h`."""
-    if seconds < 100:
+    if seconds < 99.5:
         return f"{seconds:.0f}s"
     return f"{seconds / 60:.0f}m" if seconds < 100 * 60 else f"{seconds / 3600:.0f}h"
