@@ -144,8 +144,9 @@ def _summary(view: View) -> Iterator[str]:
         yield f"best {view.objective} {view.best[0].score:.4f}"
     if view.budget_seconds is not None:
         yield f"{_roughly(view.budget_seconds)} of the budget left"
-    if view.seconds_to_go is not None and view.budget_seconds != 0:
-        yield f"about {_roughly(min(view.seconds_to_go, view.budget_seconds or math.inf))} to go"
+    if view.seconds_to_go is not None:
+        limit = math.inf if view.budget_seconds is None else view.budget_seconds
+        yield f"about {_roughly(max(min(view.seconds_to_go, limit), 60))} to go"
 
 
 def _roughly(seconds: float) -> str:

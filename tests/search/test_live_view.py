@@ -17,12 +17,16 @@ from fcntl import ioctl
 from pathlib import Path
 
 import pytest
+from optuna.trial import TrialState
 from rich.cells import cell_len
 from rich.console import Console
 
-from sft_ray.config import Train
+from sft_ray.analysis.outcome import Outcome
+from sft_ray.config import Experiment, Train
+from sft_ray.recipes import default_recipe
 from sft_ray.search.board import NUM_BEST, Board
 from sft_ray.search.live_view import draw
+from sft_ray.search.study import SearchStudy, open_storage
 from sft_ray.search.trials import PlannedTrial
 
 SAID = "lr 3.2e-05, batch 32, epochs 3, l2_sp 0.01, frozen 2"
@@ -118,6 +122,40 @@ def test_time_to_go_and_budget(clock: Clock) -> None:
     assert view.budget_seconds == (50 - 6 - 4) / 2  # the tighter one, over two slots
     clock.now += 1000
     assert board.view().budget_seconds == 0
+
+
+def test_a_search_that_goes_on_shows_what_ended_before(tmp_path: Path) -> None:
+    tree = {
+        "name": "mine",
+        "model": "any",
+        "data": {"path": "builtin:docstrings"},
+        "search": {
+            "space": {"train.epochs": {"int": [1, 3]}, "train.batch_size": {"choice": [16, 32]}},
+            "trials": 50,
+            "budget": {"wall_minutes": 10, "worker_hours": 0.01},
+        },
+        "resources": {"workers_per_trial": 2},
+    }
+    study = SearchStudy(
+        Experiment.from_tree(tree),
+        open_storage(tmp_path / "journal"),
+        recipe=default_recipe(22_000_000),
+        direction="maximize",
+    )
+    for score in (0.5, 0.75):
+        trial = study.next_trial()
+        assert trial is not None
+        study.mark(trial.number, 100, score, 8.0)
+        study.finish(trial.number, TrialState.COMPLETE, Outcome(score=score, train_seconds=8.0))
+    study.next_trial()
+    board = study.open_board("accuracy", 1)
+    view = board.view()
+    assert (view.counts, best_of(board), view.running) == ({"COMPLETE": 2}, [1, 0], ())
+    assert view.best is not None
+    assert re.fullmatch(r"epochs \d, batch \d\d", view.best[0].settings)
+    assert view.planned == 3 + 4  # there are six configurations, and the recipe beside them
+    assert view.seconds_to_go == 8.0 * 5
+    assert view.budget_seconds == pytest.approx(36 / 2 - 16, abs=0.1)
 
 
 def drawn(board: Board, width: int, height: int) -> str:
