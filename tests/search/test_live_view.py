@@ -256,16 +256,20 @@ PLAIN = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 class Terminal:
     """A process on a pseudo-terminal of its own."""
 
-    def __init__(self, *arguments: str, width: int = 80, **environment: str) -> None:
+    def __init__(
+        self, *arguments: str, script: str = SCRIPT, width: int = 80, **environment: str
+    ) -> None:
+        size = ("COLUMNS", "LINES")  # would be believed before the terminal
+        shared = {name: value for name, value in os.environ.items() if name not in size}
         self.leader, follower = pty.openpty()
         self.resize(width)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, *arguments],
+            [sys.executable, "-c", script, *arguments],
             stdin=follower,
             stdout=follower,
             stderr=follower,
             cwd=HERE,
-            env={**os.environ, "TERM": "xterm-256color", "PYTHONPATH": str(HERE), **environment},
+            env={**shared, "TERM": "xterm-256color", "PYTHONPATH": str(HERE), **environment},
             start_new_session=True,
         )
         os.close(follower)
@@ -367,3 +371,12 @@ def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path) -> None:
     assert terminal.end() == 0
     assert "\x1b" not in terminal.seen
     assert "train loss 0.500" in terminal.seen
+
+
+def test_facts_fit_a_narrow_terminal() -> None:
+    script = "from sft_ray.screen import Screen; Screen().facts({'name': 'word ' * 40})"
+    terminal = Terminal(script=script, width=60)
+    assert terminal.end() == 0
+    lines = terminal.seen.split("\r\n")
+    assert [len(line) <= 60 for line in lines] == [True] * 5
+    assert all(line.startswith("      word") for line in lines[1:-1])
