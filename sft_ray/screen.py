@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 PARAM_LABELS = {
@@ -22,26 +24,57 @@ class Screen:
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
         self._started = time.monotonic()
+        self._live_write: Callable[[str], None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles what it is given, and no terminal can be pickled."""
+        return {**self.__dict__, "_live_write": None}
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether somebody may be looking at it."""
+        return not self._quiet and sys.stdout.isatty()
 
     def say(self, line: str = "") -> None:
         if self._quiet:
             return
         try:
-            sys.stdout.write(f"{line}\n")
-            sys.stdout.flush()
+            if self._live_write is not None:
+                self._live_write(line)
+            else:
+                sys.stdout.write(f"{line}\n")
+                sys.stdout.flush()
         except OSError:  # nobody reads any more; the run is not to suffer
             self._quiet = True
 
-    def event(self, line: str) -> None:
+    def event(self, line: str, *, passing: bool = False) -> None:
+        """A line with the time; a passing one is left to a live view, if there is one."""
+        if not (passing and self._live_write is not None):
+            self.say(f"{self.clock()}  {line}")
+
+    def clock(self) -> str:
+        """`  3:07`, minutes and seconds so far."""
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
-        self.say(f"{minutes:3d}:{seconds:02d}  {line}")
+        return f"{minutes:3d}:{seconds:02d}"
+
+    @contextmanager
+    def writing_through(self, write: Callable[[str], None]) -> Iterator[None]:
+        """While a live view holds the bottom of the terminal, it writes the lines above."""
+        self._live_write = write
+        try:
+            yield
+        finally:
+            self._live_write = None
 
     def facts(self, facts: Mapping[str, str]) -> None:
         """Aligned `name  value` lines."""
         width = max(map(len, facts)) + 2
+        columns = 100
+        if self.is_terminal:  # which may be narrower
+            columns = min(columns, shutil.get_terminal_size().columns)
         for name, value in facts.items():
             lines = textwrap.wrap(
-                value, 100 - width, break_on_hyphens=False, break_long_words=False
+                value, max(columns - width, 20), break_on_hyphens=False, break_long_words=False
             )
             self.say(f"{name:<{width}}{lines[0]}")
             for line in lines[1:]:

@@ -48,7 +48,7 @@ def test_a_running_search(experiment: Experiment) -> None:
         status = run_status(store.location)
         assert tree_of(Path(store.location)) == before
     assert status.state == "running"
-    assert status.facts["trials"] == "2 trials: 1 COMPLETE, 1 RUNNING"
+    assert status.facts["trials"] == "2 trials of 4: 1 COMPLETE, 1 RUNNING"
     assert status.facts["best so far"].startswith("trial 0: 0.7500, lr 0.0001")
     assert status.facts["trial 1"].startswith("10 %, 0.2500, 0 s ago; lr ")
 
@@ -58,7 +58,7 @@ def test_a_search_that_was_killed(experiment: Experiment) -> None:
     study.next_trial()
     status = run_status(store.location)
     assert status.facts["state"].startswith("stopped before its end")
-    assert status.facts["trial 0"].startswith("not evaluated yet; lr 0.0001")
+    assert status.facts["trial 0"].startswith("interrupted, not evaluated yet; lr 0.0001")
     assert "best so far" not in status.facts
 
 
@@ -69,5 +69,8 @@ def test_a_finished_run_and_no_run(experiment: Experiment, tmp_path: Path) -> No
     assert status.state == "finished"
     assert status.facts["trials"] == "1 trial: 1 COMPLETE"
     assert status.facts["best"].startswith("accuracy 0.")
+    assert status.facts["state"] == "finished"
+    with RunStore(experiment.storage, experiment.name).locked():
+        assert run_status(result.location).facts["state"].endswith("ablation of it is running")
     with pytest.raises(ConfigError, match="no run folder"):
         run_status(str(tmp_path))

@@ -18,7 +18,14 @@ from optuna.trial import FrozenTrial, TrialState
 from sft_ray.analysis.outcome import Outcome, curve_of, score_of
 from sft_ray.errors import ConfigError
 from sft_ray.recipes import YARDSTICK
-from sft_ray.run_store import ENVIRONMENT, RESULTS, open_run, read_experiment, trial_records
+from sft_ray.run_store import (
+    ENVIRONMENT,
+    RESULTS,
+    RunStore,
+    open_run,
+    read_experiment,
+    trial_records,
+)
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -118,17 +125,7 @@ class SearchResult:
         Raises:
             SftError: the run has none, or it is damaged.
         """
-        records = open_run(self.location).read_journal()
-        if not records:
-            raise ConfigError(f"{self.location} has no study; only a search keeps one")
-        try:
-            storage = JournalStorage(_Records(records, self.location))
-            [only] = storage.get_all_studies()
-            return optuna.load_study(study_name=only.study_name, storage=storage)
-        except Exception as error:  # Optuna takes the records at their word
-            raise ConfigError(
-                f"{self.location}: the study is damaged: {type(error).__name__}: {error}"
-            ) from None
+        return load_study(open_run(self.location))
 
     def frame(self) -> pd.DataFrame:
         """One row per trial by number: how it ended, hyperparameters, metrics, times.
@@ -154,6 +151,25 @@ class SearchResult:
             },
             index=pd.Index([row["number"] for row in rows], name="number", dtype="int64"),
         )
+
+
+def load_study(store: RunStore) -> optuna.Study:
+    """The Optuna study of a run as it is now, in memory: nothing can be added to it.
+
+    Raises:
+        ConfigError: the run has none, or it is damaged.
+    """
+    records = store.read_journal()
+    if not records:
+        raise ConfigError(f"{store.location} has no study; only a search keeps one")
+    try:
+        storage = JournalStorage(_Records(records, store.location))
+        [only] = storage.get_all_studies()
+        return optuna.load_study(study_name=only.study_name, storage=storage)
+    except Exception as error:  # Optuna takes the records at their word
+        raise ConfigError(
+            f"{store.location}: the study is damaged: {type(error).__name__}: {error}"
+        ) from None
 
 
 class _Records(BaseJournalBackend):

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray.analysis.outcome import curve_of, score_of
-from sft_ray.analysis.results import SearchResult
-from sft_ray.run_store import RunStore, open_run, trial_folder
+from sft_ray.analysis.results import SearchResult, load_study
+from sft_ray.run_store import JOURNAL, RESULTS, RunStore, open_run, read_experiment, trial_folder
 from sft_ray.screen import count, duration, short_params
 
 
@@ -38,39 +39,41 @@ def run_status(location: str) -> Status:
         SftError: there is no run, or a file of it is damaged.
     """
     store = open_run(location)
-    result = SearchResult.load(location)
-    if result.is_finished:
+    busy = store.is_locked()
+    if store.exists(RESULTS):
+        result = SearchResult.load(location)
         best = result.best
         value = best["validation"][result.tree["metric"]]
         states = Counter(row["state"] for row in result.trials)
         facts = {
             "run": store.location,
-            "state": "finished",
+            "state": f"finished{'; a confirmation or an ablation of it is running' * bool(busy)}",
             "trials": _counted(states),
             "best": f"{result.tree['metric']} {value:.4f}: {short_params(best['params'])}",
             "time": duration(result.tree["wall_seconds"]),
         }
         return Status(store.location, "finished", facts)
-    busy = store.is_locked()
     words = {True: "running", False: "stopped before its end; the same command goes on", None: ""}
     facts = {"run": store.location, "state": words[busy] or "not finished"}
-    if store.read_journal():
-        facts |= _of_study(result, store)
+    if store.exists(JOURNAL):  # all it takes: a file per trial would be slow to read
+        facts |= _of_study(load_study(store), store, busy)
     return Status(store.location, words[busy] or None, facts)
 
 
-def _of_study(result: SearchResult, store: RunStore) -> dict[str, str]:
+def _of_study(study: Study, store: RunStore, busy: bool | None) -> dict[str, str]:
     """Of a search that has not ended."""
-    study = result.study
+    experiment = read_experiment(store)
+    assert experiment is not None  # `open_run` has seen it
     trials = [t for t in study.trials if t.state != TrialState.WAITING]
-    facts = {"trials": _counted(Counter(t.state.name for t in trials))}
+    states = Counter(t.state.name for t in trials)
+    facts = {"trials": _counted(states, experiment.search.trials)}
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     sign = 1 if study.directions[0].name == "MAXIMIZE" else -1
     if complete:
         best = max(complete, key=lambda t: sign * score_of(t))
         settings = short_params(best.user_attrs["params"])
         facts["best so far"] = f"trial {best.number}: {score_of(best):.4f}, {settings}"
-    for name, words in _running(trials, store):
+    for name, words in _begun(trials, store, busy):
         facts[name] = words
     if "wall_seconds" in study.user_attrs:
         facts["time"] = (
@@ -79,7 +82,9 @@ def _of_study(result: SearchResult, store: RunStore) -> dict[str, str]:
     return facts
 
 
-def _running(trials: list[FrozenTrial], store: RunStore) -> Iterator[tuple[str, str]]:
+def _begun(
+    trials: list[FrozenTrial], store: RunStore, busy: bool | None
+) -> Iterator[tuple[str, str]]:
     """Trials that have begun and not ended: how far they are, and how long ago that was."""
     for trial in trials:
         if trial.state != TrialState.RUNNING:
@@ -93,10 +98,11 @@ def _running(trials: list[FrozenTrial], store: RunStore) -> Iterator[tuple[str, 
                 ago = (datetime.now(UTC) - written).total_seconds()
                 parts.append(f"{duration(max(ago, 0))} ago")
         settings: dict[str, Any] = trial.user_attrs.get("params", {})
-        yield f"trial {trial.number}", f"{', '.join(parts)}; {short_params(settings)}"
+        how = "interrupted, " if busy is False else ""
+        yield f"trial {trial.number}", f"{how}{', '.join(parts)}; {short_params(settings)}"
 
 
-def _counted(states: Counter[str]) -> str:
-    number = sum(states.values())
-    named = ", ".join(f"{amount} {state}" for state, amount in states.items())
-    return f"{count(number, 'trial')}: {named}" if named else "none yet"
+def _counted(states: Counter[str], planned: int | None = None) -> str:
+    of = "" if planned is None else f" of {planned}"
+    named = ", ".join(f"{amount} {state}" for state, amount in sorted(states.items()))
+    return f"{count(states.total(), 'trial')}{of}: {named}" if named else f"none{of} yet"

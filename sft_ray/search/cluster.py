@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,6 @@ RAY_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: running trials write their states first
 }
 KNOCK_SECONDS = 10.0
-CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where Ray notes its address
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def connected(address: str | None) -> Iterator[None]:
     """A connection to Ray; one that was opened here is closed at the end.
 
     Without an address, Ray looks for `RAY_ADDRESS`, then for a cluster started on this machine,
-    then starts one of its own that listens on the loopback interface only.
+    then starts one of its own that listens on the loopback interface only.  The logs of that one
+    are removed at the end, unless it is an error.
 
     Raises:
         ResourceError: the cluster cannot be reached.
@@ -55,40 +56,61 @@ def connected(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+    where, starts = address or os.environ.get("RAY_ADDRESS") or "this machine", _starts(address)
     try:
         _knock(where)
         # Ray prints every death of a worker, whatever log_to_driver says; ours name the trial.
         ray._private.worker.print_to_stdstream = lambda *_, **__: None
-        with _out_of_the_terminals_reach():
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        with _for_new_processes() if starts else nullcontext():
+            ray.init(
+                address="local" if starts else address, log_to_driver=False, logging_level="ERROR"
+            )
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ResourceError(
             f"no Ray at {where!r}: {reason}; start one with `ray start --head`, or leave --address "
             "out to use this machine alone"
         ) from None
+    logs = ray._private.worker._global_node.get_session_dir_path()
+    is_our_error = False
     try:
         yield
+    except Exception:
+        is_our_error = True
+        raise
     finally:
         ray.shutdown()
+        if starts and not is_our_error:
+            shutil.rmtree(logs, ignore_errors=True)
 
 
 @contextmanager
-def _out_of_the_terminals_reach() -> Iterator[None]:
-    """Inside, the processes that Ray starts get sessions of their own.
+def _for_new_processes() -> Iterator[None]:
+    """Inside, the processes that Ray starts get what a search wants of them.
 
-    A closed terminal, or a signal to the driver's group, would end them before the running trials
-    have written their states.  They still die with the driver.
+    Sessions of their own: a closed terminal, or a signal to the driver's group, would end them
+    before the running trials have written their states.  They still die with the driver.  And the
+    address of their own Ray: parts of Ray Train ask for it and give up where several Rays run on a
+    machine, and what a lost slot held would never be free again.
     """
     from ray._private import services
 
-    popen = services.ConsolePopen
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    popen, names = services.ConsolePopen, {"RAY_GCS_SERVER_PORT": str(port)}
+    names["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+    before = {name: os.environ.get(name) for name in names}
     services.ConsolePopen = partial(popen, start_new_session=True)
+    os.environ.update(names)
     try:
         yield
     finally:
         services.ConsolePopen = popen
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _import_ray() -> Any:
@@ -114,11 +136,18 @@ def capacity_here(address: str | None) -> dict[str, float] | None:
     import torch
 
     ray = _import_ray()
-    chosen = address or os.environ.get("RAY_ADDRESS")
-    starts_here = chosen == "local" or (chosen is None and not CURRENT_CLUSTER.exists())
-    if ray.is_initialized() or not starts_here:
+    if ray.is_initialized() or not _starts(address):
         return None
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+
+
+def _starts(address: str | None) -> bool:
+    """Whether connecting starts a Ray here."""
+    from ray._common.utils import get_ray_address_file
+
+    chosen = address or os.environ.get("RAY_ADDRESS")
+    runs_already = Path(get_ray_address_file(None)).exists()
+    return chosen == "local" or (chosen is None and not runs_already)
 
 
 def capacity() -> dict[str, float]:

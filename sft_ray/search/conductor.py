@@ -27,6 +27,7 @@ class Conductor:
     Attributes:
         stopped: why nothing can go on, if so.
         is_pausing: whether running trials are to write their states and no other may start.
+        board: the state of all trials, for a live view.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Conductor:
     ) -> None:
         self.trials, self.store, self.screen = trials, store, screen
         self.objective, self.slots, self._after_end = objective, slots, after_end
+        self.board = trials.open_board(objective, slots)
         self.stopped: str | None = None
         self.is_pausing = False
         self.ready_at: float | None = None
@@ -57,6 +59,7 @@ class Conductor:
         planned = self.trials.next_trial()
         if planned is not None:
             self.planned[tune_id] = planned
+            self.board.start(planned)
             self.screen.event(f"{planned.label:<9} starts   {planned.said}")
         return planned
 
@@ -66,8 +69,7 @@ class Conductor:
         number = planned.number
         if "paused" in message:
             percent = self._last.get(number, {}).get("percent", 0)
-            self.screen.event(f"{planned.label:<9} paused   behind {percent} %")
-            self.trials.put_back(number)
+            self._put_back(planned, f"paused   behind {percent} %")
             return False
         if self.ready_at is None:
             self.ready_at = time.monotonic() - message.get("slot_seconds", 0.0)
@@ -88,12 +90,14 @@ class Conductor:
             self._end(planned, TrialState.PRUNED, message, reason=message["fault"], fault=True)
             return False
         score = message["metrics"][self.objective]
+        self.board.mark(number, message["percent"], score, message["train_loss"])
         reason = self.trials.mark(number, message["percent"], score, message["slot_seconds"])
         if message.get("replayed"):
             return True
         self.screen.event(
             f"{planned.label:<9} {message['percent']:3d}%    {self.objective} {score:.4f}  "
-            f"train loss {message['train_loss']:.3f}  epoch {message['epochs_run']:.2f}"
+            f"train loss {message['train_loss']:.3f}  epoch {message['epochs_run']:.2f}",
+            passing=True,
         )
         if message["finished"]:
             self._end(planned, TrialState.COMPLETE, message)
@@ -111,13 +115,19 @@ class Conductor:
         self._failures_in_a_row += 1
         cause = reason.strip().splitlines()[-1]
         if self.is_pausing:
-            self.trials.put_back(planned.number)
-            self.screen.event(f"{planned.label:<9} lost its slot ({cause})")
+            self._put_back(planned, f"lost its slot ({cause})")
         elif self.trials.restart(planned.number):
+            self.board.lose(planned.number)
             self.screen.event(f"{planned.label:<9} lost its slot ({cause}), goes on elsewhere")
         else:
             last = self._last.get(planned.number, {})
             self._end(planned, TrialState.FAIL, last, reason=f"slot lost: {cause}")
+
+    def _put_back(self, planned: PlannedTrial, said: str) -> None:
+        """A trial that the same command will go on with."""
+        self.trials.put_back(planned.number)
+        self.board.lose(planned.number)
+        self.screen.event(f"{planned.label:<9} {said}")
 
     def on_end(self, tune_id: str) -> None:
         self.planned.pop(tune_id, None)
@@ -150,6 +160,7 @@ class Conductor:
             and self.trials.improves(outcome.score)
         )
         self.trials.finish(planned.number, state, outcome)
+        self.board.end(planned.number, state.name, outcome.score, outcome.slot_seconds)
         row = self.trials.row(planned.number)
         self.store.write_json(f"{planned.folder}/trial.json", row)
         self.store.delete_folder(f"{planned.folder}/last")

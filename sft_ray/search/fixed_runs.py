@@ -16,12 +16,14 @@ from sft_ray.config import Train
 from sft_ray.errors import ConfigError
 from sft_ray.run_store import TRIAL, RunStore
 from sft_ray.screen import Screen
+from sft_ray.search.board import Board, EndedTrial
 from sft_ray.search.cluster import capacity, connected, plan_layout
 from sft_ray.search.conductor import Conductor
 from sft_ray.search.trials import MAX_RESTARTS, PlannedTrial
 from sft_ray.training.preparation import Prepared
 
 Row = dict[str, Any]
+SLOT_TIME = ("train", "eval", "overhead")
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,18 @@ class FixedRuns:
         """None: `keep_model` says what is written."""
         return []
 
+    def open_board(self, objective: str, slots: int) -> Board:
+        """What a live view shows at first; runs whose arm has fallen behind may yet be left out."""
+        board = Board(objective, len(self.runs), slots, noun="run")
+        for row in self.finished_rows:
+            number, seconds = row["number"], sum(row[f"{kind}_seconds"] for kind in SLOT_TIME)
+            said = f"{row['arm']}, seed {row['seed']}"
+            ended = EndedTrial(
+                number, f"run {number}", row["state"], row["value"], None, seconds, said
+            )
+            board.add(ended)
+        return board
+
     def is_over(self) -> bool:
         return not self._curves and self.num_pending == 0
 
@@ -220,6 +234,7 @@ def run_fixed(
     pending = trials.num_pending
     if pending:
         with connected(address):
+            from sft_ray.search.live_view import live_view
             from sft_ray.search.slots import run_on_slots  # brings Ray
 
             # Slots are for these runs, however many trials the search had.
@@ -227,5 +242,6 @@ def run_fixed(
             experiment = prepared.experiment.model_copy(update={"search": search})
             layout = plan_layout(experiment, capacity())
             conductor = Conductor(trials, store, screen, prepared.objective, layout.slots)
-            run_on_slots(conductor, prepared, layout)
+            with live_view(screen, conductor.board):
+                run_on_slots(conductor, prepared, layout)
     return trials.finished_rows

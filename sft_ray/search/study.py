@@ -6,6 +6,7 @@ Knows nothing of Ray, so that a recorded search can be replayed through the same
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from sft_ray.config import Experiment, apply_values
 from sft_ray.recipes import YARDSTICK
 from sft_ray.run_store import trial_folder
 from sft_ray.screen import short_params
+from sft_ray.search.board import Board, EndedTrial
 from sft_ray.search.finite_space import FiniteSpace
 from sft_ray.search.proposals import first_trials, propose, propose_untried, suggest
 from sft_ray.search.pruners import build_pruner, prune_at
@@ -290,6 +292,35 @@ class SearchStudy:
         if self.budget_used_up() is not None:
             return True
         return self._nothing_left()
+
+    def open_board(self, objective: str, slots: int) -> Board:
+        """What a live view shows at first: what is planned, and what has ended before."""
+        search, workers = self.experiment.search, self.experiment.resources.workers_per_trial
+        minutes, hours = search.budget.wall_minutes, search.budget.worker_hours
+        there = math.inf if self.finite is None else len(self.finite.untried(self.trials))
+        board = Board(
+            objective,
+            int(min(search.trials, len(self.trials) + there)),
+            slots,
+            sign=self.sign,
+            wall_seconds=None if minutes is None else 60 * minutes - self.wall_seconds(),
+            slot_seconds=None if hours is None else 3600 * (hours - self.worker_hours()) / workers,
+        )
+        for trial in self.trials:
+            if trial.state.is_finished():
+                outcome, said = Outcome.of(trial), short_params(trial.user_attrs["params"])
+                board.add(
+                    EndedTrial(
+                        trial.number,
+                        f"trial {trial.number}",
+                        trial.state.name,
+                        outcome.score,
+                        None,
+                        outcome.slot_seconds,
+                        said,
+                    )
+                )
+        return board
 
     def row(self, number: int) -> dict[str, Any]:
         """A trial as results.json and trial.json hold it."""

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from optuna.trial import TrialState
 
 from sft_ray.analysis.outcome import Outcome
 from sft_ray.config import Train
+
+if TYPE_CHECKING:
+    from sft_ray.search.board import Board
 
 MAX_RESTARTS = 2  # of a trial on another slot, after its own was lost
 
@@ -99,3 +102,6 @@ class Trials(Protocol):
 
     def is_over(self) -> bool:
         """Nothing is running, nothing is left to run."""
+
+    def open_board(self, objective: str, slots: int) -> Board:
+        """What a live view shows at first: what is planned, and what has ended before."""

@@ -105,12 +105,14 @@ def run_search(
             say_truth(screen, prepared, layout, store.location, study)
             startup_seconds = None
             if not study.is_over():
+                from sft_ray.search.live_view import live_view
                 from sft_ray.search.slots import run_on_slots  # brings Ray
 
                 conductor = Conductor(
                     study, store, screen, prepared.objective, layout.slots, store.push_journal
                 )
-                run_on_slots(conductor, prepared, layout)
+                with live_view(screen, conductor.board):
+                    run_on_slots(conductor, prepared, layout)
                 startup_seconds = conductor.startup_seconds(started)
             result = _conclude(prepared, store, study, environment, startup_seconds)
         say_outcome(screen, result, prepared, source)
