@@ -40,7 +40,7 @@ WORKERS = 2
 TRIALS = 10
 # Of one search from its start to its end, restarts included; what takes longer hangs.
 HANG_SECONDS = 900
-SILENCE_SECONDS = 20  # of the watchdog, short for the campaign
+SILENCE_SECONDS = 40  # of the watchdog, short for the campaign
 
 
 @dataclass(frozen=True)

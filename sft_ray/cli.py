@@ -8,7 +8,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -282,26 +282,35 @@ def main(arguments: list[str] | None = None) -> None:
     except TyperException as error:  # a misspelt verb or option
         message = error.format_message()
         asked_for_nothing = message.startswith("Usage:")  # typer's answer is the help itself
-        sys.stderr.write(message if asked_for_nothing else f"error: {message}; see sft-ray --help")
-        sys.stderr.write("\n")
-        sys.exit(2)
+        _end(2, message if asked_for_nothing else f"error: {message}; see sft-ray --help")
     except TrialError as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(1)
+        _end(1, str(error))
     except SftError as error:
-        sys.stderr.write("".join(f"error: {problem}\n" for problem in error.problems))
-        sys.exit(2)
+        _end(2, *(f"error: {problem}" for problem in error.problems))
     except Exception as error:  # ours to mend
         with tempfile.NamedTemporaryFile(
             "w", prefix="sft-ray-error-", suffix=".log", delete=False, encoding="utf-8"
         ) as log:
             traceback.print_exc(file=log)
         first_line = (str(error).splitlines() or [""])[0]
-        sys.stderr.write(f"internal error: {type(error).__name__}: {first_line}\n")
-        sys.stderr.write(f"the traceback is in {log.name}; what was finished is kept\n")
-        sys.exit(1)
+        _end(
+            1,
+            f"internal error: {type(error).__name__}: {first_line}",
+            f"the traceback is in {log.name}; what was finished is kept",
+        )
     if code == INTERRUPTED:  # typer's answer to a KeyboardInterrupt
-        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
+        _end(code, "interrupted; the same command goes on where it stopped")
+    sys.exit(code)
+
+
+def _end(code: int, *lines: str) -> NoReturn:
+    from sft_ray.screen import silence
+
+    try:
+        sys.stderr.write("".join(f"{line}\n" for line in lines))
+        sys.stderr.flush()
+    except OSError:  # the terminal was closed
+        silence(sys.stderr)
     sys.exit(code)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 PARAM_LABELS = {
     "train.learning_rate": "lr",
@@ -46,6 +47,7 @@ class Screen:
                 sys.stdout.flush()
         except OSError:  # nobody reads any more; the run is not to suffer
             self._quiet = True
+            silence(sys.stdout)
 
     def event(self, line: str, *, passing: bool = False) -> None:
         """A line with the time; a passing one is left to a live view, if there is one."""
@@ -79,6 +81,14 @@ class Screen:
             self.say(f"{name:<{width}}{lines[0]}")
             for line in lines[1:]:
                 self.say(" " * width + line)
+
+
+def silence(stream: TextIO) -> None:
+    """Let a stream whose reader has gone lead nowhere: Python flushes it once more at its end."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def short_params(params: Mapping[str, Any]) -> str:

@@ -240,7 +240,8 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_finishes(
                 os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.returncode == 130
     text = "".join(said)
-    assert "interrupted; what was finished is in" in text
+    assert "trial 0   paused   behind " in text
+    assert "interrupted; everything so far is in" in text
     assert "the same command goes on" in text
     assert "Traceback" not in text
     assert not (tmp_path / "runs" / "mine" / "results.json").exists()
@@ -248,6 +249,7 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_finishes(
     while _processes_with(mark) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not _processes_with(mark)
+    assert (tmp_path / "runs" / "mine" / "trials" / "0" / "last" / "state.json").exists()
 
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ import math
 import os
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
@@ -67,6 +67,14 @@ class _Region(Live):
         """A line above; as one piece with the lines below, which a thread paints too."""
         with self._lock:
             self.console.print(Text(line), soft_wrap=True)
+
+    def refresh(self) -> None:
+        with suppress(OSError):  # the terminal was closed; the run is not to suffer
+            super().refresh()
+
+    def stop(self) -> None:
+        with suppress(OSError):
+            super().stop()
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         _, *rest = super().process_renderables(renderables)
