@@ -20,6 +20,8 @@ from sft_ray.run_store import (
     ENVIRONMENT,
     PREDICTIONS,
     RunStore,
+    damaged_files,
+    delete_results,
     finished_results,
     trial_folder,
     write_experiment,
@@ -68,7 +70,12 @@ def run_training(
         return result
     if fresh and store.is_there():
         screen.say(f"the old folder is now {store.set_aside()}")
-    with store.locked():
+    with store.locked() as notes:
+        store.tidy()
+        for path in damaged_files(store):
+            notes.append(f"{path} was damaged; nothing else holds it, so the training is made anew")
+        for note in notes:
+            screen.say(note)
         write_experiment(store, experiment)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         environment = describe_environment({"device": device.type, **prepared.facts()})
@@ -76,6 +83,7 @@ def run_training(
         _say_truth(screen, prepared, store, device)
         setup = load_setup(experiment, prepared.dataset_folder, World(device=device))
         run = _Run(prepared, setup, store, screen)
+        delete_results(store)
         outcome = run.train()
         tree = _conclude(prepared, store, run, outcome, environment)
     result = SearchResult(store.location, tree)

@@ -32,7 +32,7 @@ def model_folders(store: RunStore) -> set[str]:
 
 
 def finish(conductor: Conductor, store: RunStore, tune_id: str, planned: PlannedTrial) -> None:
-    """What a slot does with a trial, but for the training: the folder of its model, its last mark."""
+    """What a slot does with a trial but train it: the folder of its model, its last mark."""
     score = random.Random(planned.number).random()
     saves = planned.save_above is None or score > planned.save_above
     if saves:

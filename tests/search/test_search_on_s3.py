@@ -17,7 +17,7 @@ from sft_ray.config import Experiment
 from sft_ray.run_store import open_run
 from tests.s3 import BUCKET, CREDENTIALS, names_below, options, s3_server
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 
 # A Ray of its own, whose workers have the credentials in their environment.
 DRIVER = """
@@ -54,7 +54,7 @@ def drive(folder: Path, tree: dict[str, Any], how: str) -> subprocess.CompletedP
         },
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
 
 
