@@ -83,7 +83,7 @@ def runs(
         with pytest.raises(KilledError):
             run_search(experiment, quiet=True)
     run = folder / "interrupted" / "tiny"
-    (run / "test_access.jsonl").write_text('{"model": "a/best"}\n{"model": "b/best"}\n')
+    (run / "test_access.jsonl").write_text('{"model": "a/best"}\n{"model": "elsewhere/b/best"}\n')
     shutil.copytree(folder / "interrupted", folder / "finished")
     run_search(experiment.model_copy(update={"storage": str(folder / "finished")}), quiet=True)
     store = open_run(str(folder / "finished" / "tiny"))
@@ -116,7 +116,9 @@ def test_a_finished_run_is_mended_by_its_own_command(
     if name in AT_REST or name.startswith("trials/0/best"):
         assert "damaged" not in said
         return
-    assert f"{name} was damaged" in said
+    # With another letter in it, it accuses whatever the letter stood for.
+    accused = "" if (name, how) == ("checksums.json", "changed") else name
+    assert f"{accused} was damaged" in said
     assert result.best["validation"] == straight.best["validation"]
     assert open_run(str(run)).is_intact("best")
     assert json.loads((run / "results.json").read_text())["trials"] == straight.trials

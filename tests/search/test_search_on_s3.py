@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 
 # A Ray of its own, whose workers have the credentials in their environment.
 DRIVER = """
-    import json, os, sys
+    import json, os, sys, time
     from sft_ray.config import Experiment
     from sft_ray.search import conductor
     from sft_ray.search.tuner import run_search
@@ -32,6 +32,8 @@ DRIVER = """
         finished = sum(t.state.is_finished() for t in self.trials.trials)
         go_on = honest(self, tune_id, message)
         if dies and finished == 2 and message["index"] == 1 and go_on:
+            while not any(p.endswith("/last/checksums.json") for p in self.store.files_below("trials")):
+                time.sleep(0.1)  # its upload is not waited for by anybody else
             os.kill(os.getpid(), 9)
         return go_on
     conductor.Conductor.on_message = on_message
@@ -67,7 +69,8 @@ def test_a_search_on_s3_is_killed_and_goes_on_elsewhere(
         storage = f"s3://{BUCKET}/runs{options(port)}"
         tree = tiny_experiment.model_copy(update={"storage": storage}).to_tree()
         # The default recipe and what it is compared with run to their end.
-        tree["search"] |= {"pruner": "none", "space": {"train.epochs": {"int": [1, 2]}}}
+        space = {"train.learning_rate": {"log_uniform": [1e-4, 1e-2]}, "train.epochs": 2}
+        tree["search"] |= {"pruner": "none", "space": space}
         tree["checkpoint"] |= {"every_minutes": 1e-6, "keep": 1}
         died = drive(tmp_path / "one", tree, "dies")
         assert died.returncode == -9, died.stderr
