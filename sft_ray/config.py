@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -29,6 +30,7 @@ from sft_ray.yaml_text import read_tree
 COSTS = ("train_seconds", "trained_parameters", "memory_bytes")
 ENV_REFERENCE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 UNION_TAG = re.compile(r"^(constrained-)?(int|float|str|(literal|list|dict)\[.*)$")
+SECRET_OPTION = re.compile(r"(key|secret|token|password)[^=&]*=", re.IGNORECASE)
 QUOTED = re.compile(r"'([^']*)'")
 
 
@@ -45,6 +47,21 @@ def expand_environment(value: Any) -> Any:
         return found
 
     return ENV_REFERENCE.sub(lookup, value) if isinstance(value, str) else value
+
+
+def refuse_credentials(place: str) -> str:
+    """The place, which is written into files and said on screen.
+
+    Raises:
+        ValueError: it is a URI that holds a key or a password; the text does not show it.
+    """
+    address, _, options = place.partition("?")
+    if "://" in place and ("@" in address or SECRET_OPTION.search(options)):
+        raise ValueError(
+            "a URI must not hold credentials, because run folders keep it; set them in the "
+            "environment (AWS_ACCESS_KEY_ID, …) or give the machines a role"
+        )
+    return place
 
 
 Location = Annotated[str, BeforeValidator(expand_environment), Field(min_length=1)]
@@ -352,7 +369,7 @@ class Experiment(Section):
     watchdog: Watchdog = Watchdog()
     checkpoint: Checkpoint = Checkpoint()
     resources: Resources = Resources()
-    storage: Location = "runs"
+    storage: Annotated[Location, AfterValidator(refuse_credentials)] = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
 
     @classmethod

@@ -18,9 +18,16 @@ from sft_ray.errors import TrialError
 from sft_ray.interrupt import interruptible
 from sft_ray.run_store import (
     BEST,
+    CHECKSUMS,
+    CONFIRMATION,
     ENVIRONMENT,
+    EXPERIMENT,
     PREDICTIONS,
+    RESULTS,
+    TRIAL,
     RunStore,
+    damaged_files,
+    delete_results,
     finished_results,
     trial_folder,
     write_experiment,
@@ -38,6 +45,8 @@ from sft_ray.training.world import World
 NUMBER = 0
 FOLDER = trial_folder(NUMBER)
 METRICS = f"{FOLDER}/metrics.jsonl"
+# Of a finished training, what its trial.json and the experiment are enough to write anew.
+REBUILT = {CHECKSUMS, CONFIRMATION, ENVIRONMENT, EXPERIMENT, RESULTS}
 TIMES_HALVED = 2  # after running out of memory later than at the probe
 
 
@@ -70,17 +79,28 @@ def run_training(
         return result
     if fresh and store.is_there():
         screen.say(f"the old folder is now {store.set_aside()}")
-    with store.locked():
+    with store.locked() as notes:
+        store.tidy()
+        damaged = damaged_files(store)
+        is_kept = bool(damaged) and set(damaged) <= REBUILT
+        row = store.read_json(f"{FOLDER}/{TRIAL}") if is_kept else None
+        how = "it is written anew" if row else "nothing else holds it, so the training is made anew"
+        for note in [*notes, *(f"{path} was damaged; {how}" for path in damaged)]:
+            screen.say(note)
         write_experiment(store, experiment)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         environment = describe_environment({"device": device.type, **prepared.facts()})
         store.write_json(ENVIRONMENT, environment)
         _say_truth(screen, prepared, store, device)
-        setup = load_setup(experiment, prepared.dataset_folder, World(device=device))
-        run = _Run(prepared, setup, store, screen)
-        with interruptible() as interruption:
-            outcome = run.train(lambda _: interruption.is_asked)
-        tree = _conclude(prepared, store, run, outcome, environment)
+        if row:
+            tree = _write_outcome(prepared, store, row, environment)
+        else:
+            delete_results(store)
+            setup = load_setup(experiment, prepared.dataset_folder, World(device=device))
+            run = _Run(prepared, setup, store, screen)
+            with interruptible() as interruption:
+                outcome = run.train(lambda _: interruption.is_asked)
+            tree = _conclude(prepared, store, run, outcome, environment)
     result = SearchResult(store.location, tree)
     _say_outcome(screen, result, prepared)
     return result
@@ -189,7 +209,7 @@ def _conclude(
     outcome: Outcome,
     environment: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write the trial, the model card and results.json, which comes last."""
+    """Write the trial's record, then the outcome."""
     experiment = prepared.experiment
     row = trial_row(
         number=NUMBER,
@@ -204,11 +224,21 @@ def _conclude(
     store.write_json(f"{FOLDER}/trial.json", row)
     if outcome.score is None:
         raise TrialError(f"{experiment.name}: {outcome.reason}; nothing was evaluated before")
+    tree = _write_outcome(prepared, store, row, environment)
+    run.last.delete()
+    return tree
+
+
+def _write_outcome(
+    prepared: Prepared, store: RunStore, row: dict[str, Any], environment: dict[str, Any]
+) -> dict[str, Any]:
+    """The model card and results.json, which comes last."""
+    experiment = prepared.experiment
     tree = {
         "name": experiment.name,
         "metric": prepared.objective,
         "direction": prepared.direction,
-        "wall_seconds": outcome.slot_seconds,
+        "wall_seconds": sum(row[f"{kind}_seconds"] for kind in ("train", "eval", "overhead")),
         "startup_seconds": None,
         "best": best_row(row, None, store.path_of(BEST)),
         "trials": [row],
@@ -217,7 +247,6 @@ def _conclude(
     card = model_card(tree, experiment.to_tree(), prepared.dataset.label_names)
     store.write_text(f"{BEST}/README.md", card)
     write_results(store, tree)
-    run.last.delete()
     return tree
 
 

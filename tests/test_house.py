@@ -16,10 +16,13 @@ MODULES = sorted((ROOT / "sft_ray").rglob("*.py"))
 # From the ground up: a module may import from its own layer and those before it.
 LAYERS = [
     {"errors", "recipes"},
-    {"cache", "environment", "interrupt", "space", "yaml_text", "screen"},
+    {"cache", "environment", "interrupt", "retries", "space", "yaml_text", "screen"},
     {"config"},
     {"ablation_file"},
+    {"file_store"},
+    {"journal", "run_lock"},
     {"run_store"},
+    {"uploads"},
     {"training", "analysis"},
     {"serving"},
     {"search", "single_trial"},

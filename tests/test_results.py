@@ -306,6 +306,7 @@ def test_damage_is_one_line_that_names_the_file(tmp_path: Path, name: str, text:
         text = json.dumps(tree)
     if name != "results.json":
         delete_results(store)
+    store.delete_file(f"{name}.good")
     (Path(store.location) / name).write_text(text)
     with pytest.raises(ConfigError) as caught:
         SearchResult.load(store.location)

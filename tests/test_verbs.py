@@ -65,6 +65,7 @@ def test_training_leaves_a_run_like_a_search_and_the_same_command_shows_it(make,
         "checksums.json",
         "environment.json",
         "experiment.yaml",
+        "experiment.yaml.good",
         "predictions.parquet",
         "results.json",
         "trials",
@@ -288,3 +289,21 @@ def test_odd_inputs_are_refused_in_a_line(run: Path, value: str) -> None:
     line = '{"text": ' + value + "}"
     with pytest.raises(DataError):
         predictions(run, [line])
+
+
+@pytest.mark.parametrize("name", ["results.json", "checksums.json", "environment.json"])
+def test_a_damaged_outcome_of_a_training_is_written_anew(make, capsys, name: str) -> None:
+    experiment = make()
+    first = run_training(experiment, quiet=True)
+    path = Path(first.location, name)
+    path.write_bytes(path.read_bytes()[:20])
+    weights = Path(first.location, "best/model.safetensors").stat().st_mtime_ns
+    again = run_training(experiment)
+    assert f"{name} was damaged; it is written anew" in capsys.readouterr().out
+    assert again.best == first.best
+    assert again.trials == first.trials
+    assert Path(first.location, "best/model.safetensors").stat().st_mtime_ns == weights
+    Path(first.location, "best/model.safetensors").write_bytes(b"")
+    last = run_training(experiment)
+    assert "best/model.safetensors was damaged; nothing else holds it" in capsys.readouterr().out
+    assert last.best["validation"] == first.best["validation"]

@@ -320,8 +320,8 @@ def row_of(trial: FrozenTrial, seed: int) -> dict[str, Any]:
     )
 
 
-def winner(trials: Sequence[FrozenTrial], sign: int) -> FrozenTrial | None:
-    """The best COMPLETE trial; with none, the one furthest along whose weights were kept."""
+def ranking(trials: Sequence[FrozenTrial], sign: int) -> list[FrozenTrial]:
+    """Trials whose weights were kept: COMPLETE ones from the best, then those furthest along."""
 
     def rank(trial: FrozenTrial) -> tuple[bool, int, float, int]:
         outcome = Outcome.of(trial)
@@ -336,7 +336,12 @@ def winner(trials: Sequence[FrozenTrial], sign: int) -> FrozenTrial | None:
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
         and Outcome.of(trial).has_checkpoint
     ]
-    return max(candidates, key=rank, default=None)
+    return sorted(candidates, key=rank, reverse=True)
+
+
+def winner(trials: Sequence[FrozenTrial], sign: int) -> FrozenTrial | None:
+    """The best COMPLETE trial; with none, the one furthest along whose weights were kept."""
+    return next(iter(ranking(trials, sign)), None)
 
 
 def gain_over_default(trials: Sequence[FrozenTrial], best: FrozenTrial, sign: int) -> float | None:

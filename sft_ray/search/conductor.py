@@ -10,6 +10,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from sft_ray.analysis.outcome import Outcome
+from sft_ray.file_store import NEXT
 from sft_ray.run_store import ERROR_LOG, RunStore
 from sft_ray.screen import Screen
 from sft_ray.search.trials import PlannedTrial, Trials
@@ -22,7 +23,7 @@ class Conductor:
 
     Args:
         slots: most trials at a time.
-        after_end: called when the end of a trial has been taken in.
+        after_change: called when a trial has begun, and when its end has been taken in.
 
     Attributes:
         stopped: why nothing can go on, if so.
@@ -37,10 +38,10 @@ class Conductor:
         screen: Screen,
         objective: str,
         slots: int,
-        after_end: Callable[[], None] = lambda: None,
+        after_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.trials, self.store, self.screen = trials, store, screen
-        self.objective, self.slots, self._after_end = objective, slots, after_end
+        self.objective, self.slots, self._after_change = objective, slots, after_change
         self.board = trials.open_board(objective, slots)
         self.stopped: str | None = None
         self.is_pausing = False
@@ -49,6 +50,7 @@ class Conductor:
         self._last: dict[int, dict[str, Any]] = {}  # last message by our number
         self._lines: dict[int, list[str]] = {}  # of metrics.jsonl
         self._failures_in_a_row = 0
+        self._with_models: set[str] | None = None  # folders of trials that may hold a model
 
     @property
     def has_ended(self) -> bool:
@@ -56,15 +58,22 @@ class Conductor:
         return self.is_pausing or self.stopped is not None
 
     def next_trial(self, tune_id: str) -> PlannedTrial | None:
+        if self._is_taken_over():
+            return None
         planned = self.trials.next_trial()
         if planned is not None:
             self.planned[tune_id] = planned
+            self._after_change()
+            if self._with_models is not None:
+                self._with_models.add(planned.folder)
             self.board.start(planned)
             self.screen.event(f"{planned.label:<9} starts   {planned.said}")
         return planned
 
     def on_message(self, tune_id: str, message: dict[str, Any]) -> bool:
         """Take in what a slot returned; whether the trial goes on."""
+        if self._is_taken_over():
+            return False
         planned = self.planned[tune_id]
         number = planned.number
         if "paused" in message:
@@ -164,10 +173,27 @@ class Conductor:
         row = self.trials.row(planned.number)
         self.store.write_json(f"{planned.folder}/trial.json", row)
         self.store.delete_folder(f"{planned.folder}/last")
-        self._after_end()
-        for folder in self.trials.outdated():
-            self.store.delete_folder(f"{folder}/best")
+        self._after_change()
+        self._delete_outdated()
         self._say_end(planned, state, outcome, is_best)
+
+    def _delete_outdated(self) -> None:
+        """Remove models that are not among the best; asks storage only about what may be there."""
+        outdated = set(self.trials.outdated())
+        if self._with_models is None and outdated:
+            there = self.store.files_below("trials")
+            running = {planned.folder for planned in self.planned.values()}
+            self._with_models = running | {p.partition("/best")[0] for p in there if "/best" in p}
+        for folder in sorted((self._with_models or set()) & outdated):
+            self.store.delete_folder(f"{folder}/best")
+            self.store.delete_folder(f"{folder}/best{NEXT}")
+        self._with_models = self._with_models and self._with_models - outdated
+
+    def _is_taken_over(self) -> bool:
+        """Whether another driver holds the run by now: nothing may be written any more."""
+        if self.store.is_taken_over:
+            self.stopped = "another driver took the run over"
+        return self.store.is_taken_over
 
     def _say_end(
         self, planned: PlannedTrial, state: TrialState, outcome: Outcome, is_best: bool

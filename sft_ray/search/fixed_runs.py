@@ -102,9 +102,11 @@ class FixedRuns:
         check_row(row, store.path_of(path))
         if row.get("key") != run.key or row.get("seed") != run.seed:
             raise ConfigError(f"{store.path_of(path)}: damaged: of another run; delete its folder")
-        has_model = store.exists(f"{self._folder_of(run)}/best")
-        is_lacking = run.keep_model and row["state"] == TrialState.COMPLETE.name and not has_model
-        return None if is_lacking or row["state"] == TrialState.FAIL.name else dict(row)
+        if row["state"] == TrialState.FAIL.name:
+            return None
+        is_kept = run.keep_model and row["state"] == TrialState.COMPLETE.name
+        is_lacking = is_kept and not store.is_intact(f"{self._folder_of(run)}/best")
+        return None if is_lacking else dict(row)
 
     @property
     def finished_rows(self) -> list[Row]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from optuna.trial import FrozenTrial
+
 from sft_ray.analysis.importance import importances
 from sft_ray.analysis.model_card import model_card
 from sft_ray.analysis.results import (
@@ -12,12 +14,12 @@ from sft_ray.analysis.results import (
     best_row,
     gain_over_default,
     pareto_rows,
+    ranking,
     row_of,
-    winner,
 )
 from sft_ray.config import Experiment
 from sft_ray.environment import describe_environment
-from sft_ray.errors import TrialError
+from sft_ray.errors import ConfigError, TrialError
 from sft_ray.recipes import default_recipe
 from sft_ray.run_store import (
     BEST,
@@ -36,6 +38,7 @@ from sft_ray.run_store import (
 from sft_ray.screen import Screen
 from sft_ray.search.cluster import capacity, capacity_here, connected, plan_layout
 from sft_ray.search.conductor import Conductor
+from sft_ray.search.mending import damage_found, mend
 from sft_ray.search.narration import say_outcome, say_truth
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.study import SearchStudy, open_storage
@@ -87,10 +90,15 @@ def run_search(
         layout = plan_layout(experiment, capacity())
         if fresh and store.is_there():
             screen.say(f"the old folder is now {store.set_aside()}")
-        with store.locked():
+        with store.locked() as notes:
+            store.tidy()
+            for note in [*notes, *damage_found(store), *store.pull_journal()]:
+                screen.say(note)
             study = _open_study(prepared, store, layout.slots, warm)
             store.push_journal()  # what runs first is settled from here on
-            _forget_states(store, study)
+            _forget_what_is_over(store, study)
+            for note in mend(store, study):
+                screen.say(note)
             delete_results(store)
             write_experiment(store, experiment)
             environment = describe_environment(
@@ -109,12 +117,21 @@ def run_search(
                 from sft_ray.search.slots import run_on_slots  # brings Ray
 
                 conductor = Conductor(
-                    study, store, screen, prepared.objective, layout.slots, store.push_journal
+                    study,
+                    store,
+                    screen,
+                    prepared.objective,
+                    layout.slots,
+                    lambda: store.push_journal(now=False),
                 )
-                with live_view(screen, conductor.board):
-                    run_on_slots(conductor, prepared, layout)
+                try:
+                    with live_view(screen, conductor.board):
+                        run_on_slots(conductor, prepared, layout)
+                finally:
+                    if not store.is_taken_over:
+                        store.push_journal()
                 startup_seconds = conductor.startup_seconds(started)
-            result = _conclude(prepared, store, study, environment, startup_seconds)
+            result = _conclude(prepared, store, study, environment, startup_seconds, screen)
         say_outcome(screen, result, prepared, source)
         return _confirmed(experiment, store, result, address, quiet)
 
@@ -157,22 +174,30 @@ def extended(experiment: Experiment, by: int) -> Experiment:
     return experiment.model_copy(update={"search": search})
 
 
-def _forget_states(store: RunStore, study: SearchStudy) -> None:
-    """Of trials that have ended; a killed driver may have left some."""
+def _forget_what_is_over(store: RunStore, study: SearchStudy) -> None:
+    """States of trials that have ended, models that are not kept: a kill may have left some."""
     ended = {trial_folder(t.number) for t in study.trials if t.state.is_finished()}
-    for path in store.files_below("trials"):
-        folder, last, _ = path.partition("/last/")
-        if last and folder in ended:
-            store.delete_folder(f"{folder}/last")
+    outdated = set(study.outdated())
+    left = {path.rsplit("/", 1)[0] for path in store.files_below("trials")}
+    for path in sorted(left):
+        folder, _, kind = path.rpartition("/")
+        if (kind == "last" and folder in ended) or (kind == BEST and folder in outdated):
+            store.delete_folder(path)
 
 
 def _open_study(
     prepared: Prepared, store: RunStore, slots: int, warm: list[dict[str, Any]]
 ) -> SearchStudy:
-    store.pull_journal()
+    try:
+        storage = open_storage(store.journal)
+    except Exception as error:  # Optuna takes the records at their word
+        raise ConfigError(
+            f"{store.path_of(JOURNAL)}: damaged: {type(error).__name__}: {error}; --fresh sets the "
+            "run aside"
+        ) from None
     return SearchStudy(
         prepared.experiment,
-        open_storage(store.journal),
+        storage,
         recipe=default_recipe(prepared.model.num_parameters),
         direction=prepared.direction,
         costs=prepared.experiment.search.costs,
@@ -187,14 +212,11 @@ def _conclude(
     study: SearchStudy,
     environment: dict[str, Any],
     startup_seconds: float | None,
+    screen: Screen,
 ) -> SearchResult:
     """Put the winner in best/ and write results.json last."""
-    best = winner(study.trials, study.sign)
-    if best is None:
-        raise TrialError(
-            f"none of {len(study.trials)} trials left a model; their reasons are in "
-            f"{store.path_of('trials')}"
-        )
+    _forget_what_is_over(store, study)
+    best = _best_with_model(store, study, screen)
     tree = {
         "name": prepared.experiment.name,
         "metric": prepared.objective,
@@ -216,3 +238,26 @@ def _conclude(
     put_winner(store, f"{trial_folder(best.number)}/best", card)
     write_results(store, tree)
     return SearchResult(store.location, tree)
+
+
+def _best_with_model(store: RunStore, study: SearchStudy, screen: Screen) -> FrozenTrial:
+    """The best trial whose model folder is whole; says which ones before it are not.
+
+    Raises:
+        TrialError: there is none.
+    """
+    damaged = list[int]()
+    for trial in ranking(study.trials, study.sign):
+        folder = f"{trial_folder(trial.number)}/{BEST}"
+        if store.is_intact(folder):
+            if damaged:
+                screen.say(f"the winner is the best trial with a whole model, {trial.number}")
+            return trial
+        if store.files_below(folder):  # else it was not among those that are kept
+            screen.say(f"{folder} is damaged; the model of trial {trial.number} is lost")
+            damaged.append(trial.number)
+    whole = "whole " if damaged else ""
+    raise TrialError(
+        f"none of {len(study.trials)} trials left a {whole}model; their reasons are in "
+        f"{store.path_of('trials')}"
+    )

@@ -25,13 +25,14 @@ from sft_ray.run_store import PREDICTIONS, RunStore
 from sft_ray.search.watch import MAILBOX, STORAGE, Pulse
 from sft_ray.training.checkpoint import ResumeState, save_model, save_predictions
 from sft_ray.training.data import prepare, prepare_here
-from sft_ray.training.fit import TRAINING, Progress, fit
+from sft_ray.training.fit import TRAINING, Best, Progress, fit
 from sft_ray.training.last_state import LastState
 from sft_ray.training.micro_batch import StepOutOfMemoryError
 from sft_ray.training.model import resolve_model
 from sft_ray.training.setup import Setup, load_setup
 from sft_ray.training.tasks import find_task
 from sft_ray.training.world import World
+from sft_ray.uploads import Uploads
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,19 @@ def load(settings: dict[str, Any], rank: int, size: int, pulse: Pulse) -> Loaded
 def run_trial(
     assignment: dict[str, Any], generation: int, loaded: Loaded, objective: str, mailbox: Any
 ) -> None:
+    """Run one assignment; what it writes is in its place when this returns."""
+    with Uploads(loaded.store) as uploads:
+        _run_trial(assignment, generation, loaded, objective, mailbox, uploads)
+
+
+def _run_trial(
+    assignment: dict[str, Any],
+    generation: int,
+    loaded: Loaded,
+    objective: str,
+    mailbox: Any,
+    uploads: Uploads,
+) -> None:
     """Fit one configuration, posting every mark and asking leave to go on.
 
     One that is taken up from a state posts the marks before it again, word for word.  One that is
@@ -116,9 +130,9 @@ def run_trial(
     pulse = loaded.pulse
     setup, seed, train = loaded.setup, assignment["seed"], Train.model_validate(assignment["train"])
     dataset = setup.dataset.with_training_share(assignment["training_share"], seed)
-    keep = Keeper(assignment, loaded, setup.task.sign(objective))
+    keep = Keeper(assignment, loaded, setup.task.sign(objective), uploads)
     every_minutes = loaded.experiment.checkpoint.every_minutes
-    last = LastState(loaded.store, assignment["folder"], every_minutes, train, seed)
+    last = LastState(loaded.store, assignment["folder"], every_minutes, train, seed, uploads)
     pulse.enter(STORAGE)
     state = last.load() if assignment["restarts"] or assignment["resumes"] else None
     posted: list[dict[str, Any]] = [] if state is None else state.facts["messages"]
@@ -170,6 +184,7 @@ def run_trial(
     if paused is not None:
         pulse.enter(STORAGE)
         last.write(paused, messages=posted, clock=clock.facts())
+        uploads.join()
         post(len(posted), {"paused": True})
 
 
@@ -205,27 +220,40 @@ class Keeper:
     of the search has finished.
     """
 
-    def __init__(self, assignment: dict[str, Any], loaded: Loaded, sign: int) -> None:
-        self.saved_percent: int | None = None
+    def __init__(
+        self, assignment: dict[str, Any], loaded: Loaded, sign: int, uploads: Uploads
+    ) -> None:
+        self.saved_percent: int | None = None  # of what is in its place
+        self._begun_percent: int | None = None  # of what is on its way there
+        self._uploads = uploads
         self._assignment, self._loaded, self._sign = assignment, loaded, sign
 
     def consider(self, progress: Progress) -> None:
         best = progress.best
-        if best is None or best.percent == self.saved_percent:
+        if best is None:
             return
+        if best.percent != self._begun_percent:
+            self._write(best, progress.finished)
+        if progress.finished:  # its message is the last one
+            self._uploads.join()
+
+    def _write(self, best: Best, finished: bool) -> None:
         least = self._assignment["save_above"]
         beats = least is None or self._sign * best.score > least
-        wanted = progress.finished and self._assignment["save_finished"] and beats
+        wanted = finished and self._assignment["save_finished"] and beats
         if wanted or self._assignment["save_unfinished"]:
             target = f"{self._assignment['folder']}/best"
-            with self._loaded.store.replacing_folder(target) as folder:
+            with self._uploads.replacing_folder(target, lambda: self._saved(best)) as folder:
                 data, precision = (
                     self._loaded.experiment.data,
                     self._assignment["train"]["precision"],
                 )
                 save_model(folder, self._loaded.setup, best.weights, data, precision)
                 save_predictions(folder / PREDICTIONS, self._loaded.setup, best.outputs)
-            self.saved_percent = best.percent
+            self._begun_percent = best.percent
+
+    def _saved(self, best: Best) -> None:
+        self.saved_percent = best.percent
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -78,8 +78,9 @@ def recorded_test(store: RunStore, path: str) -> dict[str, Any] | None:
             record = json.loads(line)
         except ValueError:  # torn by a kill
             continue
-        if isinstance(record, dict) and str(record.get("model")).endswith(f"/{path}"):
-            return record
+        model = str(record.get("model")) if isinstance(record, dict) else ""
+        if model.partition("?")[0].endswith(f"/{path}"):  # behind the ? are a store's options
+            return dict(record)
     return None
 
 

@@ -8,13 +8,9 @@ from typing import Any
 from sft_ray.config import Train
 from sft_ray.errors import DataError
 from sft_ray.run_store import RunStore
-from sft_ray.training.checkpoint import (
-    FACTS,
-    ResumeState,
-    load_resume_state,
-    save_resume_state,
-)
+from sft_ray.training.checkpoint import ResumeState, load_resume_state, save_resume_state
 from sft_ray.training.fit import Progress
+from sft_ray.uploads import Uploads
 
 FORMAT = 2  # of the facts; a state of another one is not taken
 
@@ -27,12 +23,20 @@ class LastState:
         folder: of the trial, in the run folder.
         every_minutes: between two writings.
         train, seed: of the trial; a state of any other is not taken.
+        uploads: writes the state; the store itself if None.
     """
 
     def __init__(
-        self, store: RunStore, folder: str, every_minutes: float, train: Train, seed: int
+        self,
+        store: RunStore,
+        folder: str,
+        every_minutes: float,
+        train: Train,
+        seed: int,
+        uploads: Uploads | None = None,
     ) -> None:
         self._store, self._every_minutes = store, every_minutes
+        self._writer = uploads or store
         self._path = f"{folder}/last"
         self._written_at = time.monotonic()
         self._trial = {"train": train.model_dump(mode="json"), "seed": seed, "format": FORMAT}
@@ -50,14 +54,14 @@ class LastState:
     def write(self, state: ResumeState, **facts: Any) -> None:
         """Put a state in place of the one before, with `facts` as in `consider`."""
         state.facts.update(trial=self._trial, **facts)
-        with self._store.replacing_folder(self._path) as folder:
+        with self._writer.replacing_folder(self._path) as folder:
             save_resume_state(folder, state)
         self._written_at = time.monotonic()
 
     def load(self) -> ResumeState | None:
         """What was written last; None if nothing was, it is damaged, or it is of another trial."""
         self._store.restore_folder(self._path)
-        if not self._store.exists(f"{self._path}/{FACTS}"):
+        if not self._store.is_intact(self._path):
             return None
         try:
             with self._store.fetched_folder(self._path) as folder:

@@ -84,9 +84,8 @@ class Slots:
         mine = self.trials.runs[self.started[tune]]
         found = message(score_of(mine, MARKS[index]), index, **more)
         if found["finished"] and mine.keep_model:
-            model = self.store.local_root / FOLDER / mine.key / "best" / "model.safetensors"
-            model.parent.mkdir(parents=True, exist_ok=True)
-            model.touch()
+            with self.store.replacing_folder(f"{FOLDER}/{mine.key}/best") as folder:
+                (folder / "model.safetensors").touch()
         goes_on = self.conductor.on_message(f"tune {tune}", found)
         if not goes_on:
             self.conductor.on_end(f"tune {tune}")

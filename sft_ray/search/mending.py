@@ -1,0 +1,79 @@
+"""A run folder that is taken up again: what is damaged in it is written anew from the study."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sft_ray.errors import ConfigError
+from sft_ray.run_store import (
+    CONFIRMATION,
+    EXPERIMENT,
+    METRICS,
+    TEST_ACCESS,
+    TRIAL,
+    RunStore,
+    damaged_files,
+    is_experiment_damaged,
+    trial_folder,
+)
+from sft_ray.search.study import SearchStudy
+
+
+def damage_found(store: RunStore) -> list[str]:
+    """What of a finished run is made anew, a line each; to be asked before it is."""
+    lines = []
+    for path in damaged_files(store):
+        if path == CONFIRMATION:
+            lines.append(
+                f"{path} was damaged; `sft-ray confirm {store.location}` makes it anew from the "
+                "runs that are there"
+            )
+        elif not path.endswith(f"/{TRIAL}") and path != EXPERIMENT:  # spoken of elsewhere
+            lines.append(f"{path} was damaged and is written anew")
+    if is_experiment_damaged(store):
+        lines.append(f"{EXPERIMENT} was damaged and is written anew from its last-good copy")
+    return lines
+
+
+def mend(store: RunStore, study: SearchStudy) -> list[str]:
+    """Write the records of ended trials anew where they are damaged; what was done, a line each."""
+    lines, there = list[str](), set(store.files_below("trials"))
+    for trial in study.trials:
+        if not trial.state.is_finished():
+            continue
+        folder, row = trial_folder(trial.number), study.row(trial.number)
+        record, marks = f"{folder}/{TRIAL}", f"{folder}/{METRICS}"
+        if record in there and _json_of(store, record) != json.loads(json.dumps(row)):
+            store.write_json(record, row)
+            lines.append(f"{record} was damaged and is written anew from the study")
+        if marks in there and len(found := _lines(store, marks)[0]) < len(row["curve"]):
+            lines.append(
+                f"{marks} is damaged: {len(found)} of its {len(row['curve'])} marks can be read; "
+                f"their scores are in {TRIAL}"
+            )
+    if (count := len(_lines(store, TEST_ACCESS)[1])) > 0:
+        lines.append(
+            f"{TEST_ACCESS} is damaged in {count} of its lines: a scoring of the test split may be "
+            "missing from the record"
+        )
+    return lines
+
+
+def _json_of(store: RunStore, path: str) -> Any:
+    try:
+        return store.read_json(path)
+    except ConfigError:
+        return None
+
+
+def _lines(store: RunStore, path: str) -> tuple[list[bytes], list[bytes]]:
+    """The lines of a JSONL file that can be read, and those that cannot."""
+    readable, damaged = list[bytes](), list[bytes]()
+    for line in (store.read_bytes(path) or b"").splitlines(keepends=True):
+        try:
+            is_whole = line.endswith(b"\n") and isinstance(json.loads(line), dict)
+        except (ValueError, RecursionError):
+            is_whole = False
+        (readable if is_whole else damaged).append(line)
+    return readable, damaged

@@ -1,0 +1,137 @@
+"""The study's file cut, zeroed or changed anywhere: it opens, goes on, and opens again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from sft_ray.analysis.outcome import Outcome
+from sft_ray.config import Experiment
+from sft_ray.journal import recovered
+from sft_ray.recipes import default_recipe
+from sft_ray.run_store import JOURNAL, RunStore
+from sft_ray.search.study import SearchStudy, open_storage
+
+
+def opened(experiment: Experiment, store: RunStore) -> SearchStudy:
+    return SearchStudy(
+        experiment,
+        open_storage(store.journal),
+        recipe=default_recipe(22_000_000),
+        direction="maximize",
+    )
+
+
+def run_trials(study: SearchStudy, count: int) -> None:
+    for _ in range(count):
+        planned = study.next_trial()
+        assert planned is not None
+        study.mark(planned.number, 100, planned.number / 100, 1.0)
+        outcome = Outcome(score=planned.number / 100, metrics={"accuracy": 0.5})
+        study.finish(planned.number, TrialState.COMPLETE, outcome)
+
+
+@pytest.fixture(scope="module")
+def searched(
+    tiny_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Experiment, bytes, list[dict[str, object]]]:
+    """A study of three finished trials: its experiment, its file and its rows."""
+    tree = tiny_experiment.to_tree()
+    tree["search"] |= {"trials": 9, "sampler": "random"}
+    experiment = Experiment.from_tree(tree)
+    store = RunStore(str(tmp_path_factory.mktemp("journal")), "x")
+    store.pull_journal()
+    study = opened(experiment, store)
+    run_trials(study, 3)
+    return experiment, store.journal.read_bytes(), [study.row(n) for n in range(3)]
+
+
+def test_cut_at_every_byte_of_the_last_two_records_it_goes_on(searched, tmp_path: Path) -> None:
+    experiment, whole, rows = searched
+    lines = whole.splitlines(keepends=True)
+    ends = [len(whole) - len(b"".join(lines[-n:])) for n in (0, 1, 2)]
+    ends[0] = len(whole)
+    found: dict[bytes, RunStore] = {}
+    for cut in range(len(b"".join(lines[-2:])) + 1):
+        store = RunStore(str(tmp_path), f"at-{cut}")
+        store.journal.parent.mkdir()
+        store.journal.write_bytes(whole[: len(whole) - cut])
+        notes = store.pull_journal()
+        kept = store.journal.read_bytes()
+        assert len(kept) == max(end for end in ends if end <= len(whole) - cut)
+        assert whole.startswith(kept)
+        torn = len(whole) - cut - len(kept)
+        assert bool(notes) == bool(torn)
+        if torn:
+            [aside] = store.journal.parent.glob(f"{JOURNAL}.torn-*")
+            assert aside.stat().st_size == torn
+        found[kept] = store
+    assert len(found) == 3  # whatever the byte, the file is one of these
+    for store in found.values():
+        study = opened(experiment, store)
+        run_trials(study, 2)
+        assert store.pull_journal() == []
+        again = opened(experiment, store)
+        assert len(again.trials) >= 4
+        assert [again.row(n) for n in range(2)] == rows[:2]
+        assert all(trial.state == TrialState.COMPLETE for trial in again.trials)
+
+
+@pytest.mark.parametrize("known", ["all of it", "two thirds of it"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: bytes(len(content)),
+        lambda content: b"",
+        lambda content: content[:100] + bytes([content[100] ^ 1]) + content[101:],
+        lambda content: content[:100] + bytes(200) + content[300:],
+        lambda content: content[100:],
+    ],
+    ids=["half", "zeroed", "emptied", "changed", "zeroed middle", "beheaded"],
+)
+def test_the_last_good_copy_is_used_and_said(searched, tmp_path: Path, known, damage) -> None:
+    experiment, whole, rows = searched
+    lines = whole.splitlines(keepends=True)
+    good = whole if known == "all of it" else b"".join(lines[: 2 * len(lines) // 3])
+    store = RunStore(str(tmp_path), "x")
+    store.write_good(JOURNAL, good)
+    store.write_bytes(JOURNAL, damage(whole))
+    records = store.read_journal()
+    assert records is not None
+    assert len(records) >= len(good.splitlines())
+    [note] = store.pull_journal()
+    assert note.startswith(f"{JOURNAL} was damaged")
+    assert len(list(tmp_path.glob(f"x/{JOURNAL}.damaged-*"))) == 1
+    assert store.journal.read_bytes().startswith(good)
+    in_place = len(damage(whole)) == len(whole) and bytes(len(whole)) != damage(whole)
+    if known == "all of it" or in_place:
+        assert store.journal.read_bytes() == whole
+    study = opened(experiment, store)
+    run_trials(study, 2)
+    again = opened(experiment, store)
+    assert again.row(0) == rows[0]
+    assert store.pull_journal() == []
+
+
+def test_without_a_copy_what_lies_before_the_damage_is_used() -> None:
+    assert recovered(b'{"a":1}\n\0\0\n{"b":2}\n', None) == b'{"a":1}\n'
+    assert recovered(b"", b'{"a":1}\n') == b'{"a":1}\n'
+    assert recovered(b'{"a":1}\n{"b":2}\n{"c', b'{"a":1}\n') == b'{"a":1}\n{"b":2}\n'
+
+
+def test_a_copy_that_is_damaged_itself_is_not_used(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path), "x")
+    store.write_bytes(JOURNAL, b'{"a":1}\n')
+    for bad in (b"", b"\0\0\0", b'sha256 0\n{"b":2}\n'):
+        store.write_bytes(f"{JOURNAL}.good", bad)
+        assert store.read_good(JOURNAL) is None
+        assert store.pull_journal() == []
+    store.push_journal()
+    assert store.read_good(JOURNAL) == b'{"a":1}\n'
+    store.write_bytes(JOURNAL, b'{"a":1}\n{"b":2}\n')
+    store.push_journal(now=False)  # just written
+    store.push_journal()
+    assert store.read_good(JOURNAL) == b'{"a":1}\n{"b":2}\n'
