@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: search test test-cluster test-gpu check bench clean
+.PHONY: search test test-cluster test-faults test-gpu check bench clean
 
 search: $(INSTALLED)
 	$(BIN)/sft-ray search experiments/quickstart.yaml
@@ -15,6 +15,11 @@ test: $(INSTALLED)
 # Slow tests on a real Ray cluster, which `make test` leaves out.
 test-cluster: $(INSTALLED)
 	$(BIN)/pytest -m cluster
+
+# Kills parts of running searches at random moments; goes on where it was stopped.
+FAULTS := $(or $(TMPDIR),/tmp)/sft_ray-faults
+test-faults: $(INSTALLED)
+	$(BIN)/python -m benchmarks.faults --folder $(FAULTS) --out $(FAULTS)/faults.jsonl
 
 test-gpu: $(INSTALLED)
 	$(BIN)/pytest -m gpu

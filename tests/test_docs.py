@@ -14,7 +14,7 @@ import typer
 
 from sft_ray.ablation_file import Ablation
 from sft_ray.cli import app
-from sft_ray.config import COSTS, Confirm, Experiment, Search, Train
+from sft_ray.config import COSTS, Checkpoint, Confirm, Experiment, Search, Train, Watchdog
 from sft_ray.recipes import RECIPES, default_recipe
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.study import SearchStudy
@@ -196,3 +196,11 @@ def test_the_pages_point_to_what_is_there() -> None:
     for page in (PAGE, SEARCH_PAGE, RESEARCH_PAGE):
         for link in re.findall(r"\]\(([^)#]+)\)", page):
             assert "://" in link or (DOCS / link).exists(), link
+
+
+def test_the_limits_of_the_watchdog_are_documented_as_they_are() -> None:
+    page = (DOCS / "interruptions.md").read_text(encoding="utf-8")
+    ((_, body),) = [block for block in blocks_of(page) if block[0] == "yaml"]
+    tree = parse_yaml(body, "docs/interruptions.md")
+    assert tree == {"watchdog": Watchdog().model_dump()}
+    assert f"(`{Checkpoint().every_minutes:g}`)".replace("`", "") in page

@@ -97,4 +97,4 @@ def test_five_hundred_trials_leave_as_many_models_as_are_kept(
     assert model_folders(store) == {str(number) for number in best}
     assert all(store.is_intact(f"trials/{number}/best") for number in best)
     # Each model that was once kept is deleted once; nothing is asked about the others.
-    assert store.deletions < 2 * TRIALS
+    assert store.deletions < 4 * TRIALS  # a few at each end, not one for every trial before it
