@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from typing import Any
 
@@ -289,5 +290,5 @@ def _say_outcome(screen: Screen, result: SearchResult, prepared: Prepared) -> No
         }
     )
     screen.say()
-    score_once = f"sft-ray evaluate {result.location} --split test"
+    score_once = f"sft-ray evaluate {shlex.quote(result.location)} --split test"
     prepared.say_next(screen, best["checkpoint"], score_once)

@@ -114,9 +114,9 @@ class SearchResult:
         return trials
 
     @property
-    def checkpoint(self) -> Path:
-        """Folder of the winner, for `from_pretrained`; a URI on object stores."""
-        return Path(self.best["checkpoint"])
+    def checkpoint(self) -> str:
+        """Folder of the winner, for `from_pretrained`; on object stores the URI to copy it from."""
+        return str(self.best["checkpoint"])
 
     @cached_property
     def study(self) -> optuna.Study:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -101,7 +102,9 @@ def say_outcome(
     screen.say()
     if prepared.experiment.confirm is not None:
         return
-    others = [f"sft-ray confirm {result.location}    # how good it is on fresh seeds and on test"]
+    others = [
+        f"sft-ray confirm {shlex.quote(result.location)}    # how good it is on fresh seeds and on test"
+    ]
     if source is not None:
         others.append(f"sft-ray search {source} search.trials={2 * len(states)}")
     prepared.say_next(screen, best["checkpoint"], *others)
@@ -168,7 +171,9 @@ def say_confirmation(
     screen.say()
     screen.facts(lines)
     screen.say()
-    prepared.say_next(screen, result.best["checkpoint"], f"sft-ray verify {result.location}")
+    prepared.say_next(
+        screen, result.best["checkpoint"], f"sft-ray verify {shlex.quote(result.location)}"
+    )
 
 
 def confirmed_line(row: dict[str, Any]) -> str:

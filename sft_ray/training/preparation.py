@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,7 +89,7 @@ class Prepared:
         """The commands to type once there is a model; `others` come behind the first."""
         line = self.task.example_line(self.dataset.validation.has("text_pair"))
         screen.say("next:")
-        for command in (f"echo '{line}' | sft-ray predict {checkpoint}", *others):
+        for command in (f"echo '{line}' | sft-ray predict {shlex.quote(checkpoint)}", *others):
             screen.say(f"  {command}")
 
 
