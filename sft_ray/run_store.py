@@ -37,6 +37,7 @@ CHECKSUMS = "checksums.json"
 CONFIRMATION = "confirm.json"
 BEST = "best"
 ERROR_LOG = "errors.log"
+REPORT = "report.html"
 TRIAL = "trial.json"  # in the folder of a trial that has ended
 CHUNK_BYTES = 1 << 20  # of a file that is hashed
 # Keys that may grow on a finished or interrupted run; everything else must stay as it was.
@@ -94,13 +95,14 @@ class RunStore:
         Raises:
             ConfigError: the file is damaged.
         """
-        content = self._read_bytes(path)
+        content = self.read_bytes(path)
         try:
             return None if content is None else content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"{self.location}/{path}: damaged, no UTF-8: {error}") from None
 
-    def _read_bytes(self, path: str) -> bytes | None:
+    def read_bytes(self, path: str) -> bytes | None:
+        """The content of a file, None if it does not exist."""
         if not self.exists(path):
             return None
         with self._filesystem.open_input_stream(path) as stream:
@@ -280,7 +282,7 @@ class RunStore:
         Raises:
             ConfigError: the file is damaged.
         """
-        content = self._read_bytes(JOURNAL)
+        content = self.read_bytes(JOURNAL)
         if content is None:
             return None
         try:
