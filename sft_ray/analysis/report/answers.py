@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import string
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ MOST_POINTS = 5000  # of a scatter
 TINY = 1e-12  # a probability of 0 would cost infinitely much
 
 Row = Mapping[str, Any]
-Items = list[set[tuple[str, Hashable]]]  # of every row: (name, place)
+Items = Sequence[Set[tuple[str, Hashable]]]  # of every row: (name, place)
 
 
 @dataclass(frozen=True)
@@ -236,9 +236,13 @@ def _judge_tags(row: Row, names: Mapping[int, str]) -> _Judged:
     """By the words that have the wrong tag."""
     words, truth, predicted = row["tokens"], row["tags"], row["predicted_tags"]
     wrong = sum(str(a) != b for a, b in zip(truth, predicted, strict=True))
-    told = [_entity_words(words, entities(tags, names.values())) for tags in (truth, predicted)]
-    note = f"{wrong} of {len(words)} words"
-    return _Judged((-wrong, -wrong / max(len(words), 1)), *told, wrong > 0, note)
+    return _Judged(
+        (-wrong, -wrong / max(len(words), 1)),
+        _entity_words(words, entities(truth, names.values())),
+        _entity_words(words, entities(predicted, names.values())),
+        wrong > 0,
+        f"{wrong} of {len(words)} words",
+    )
 
 
 def _judge_answer(row: Row) -> _Judged:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from sft_ray.analysis.report.search import is_number
+from sft_ray.analysis.report.facts import is_number
 
 LOG_FROM = 30  # largest over smallest value; as in the figures of ablations
 MOST_CATEGORIES = 12
 TICKS = 5
+CLOSEST_TICKS = 0.06  # share of the axis
 MARGIN = 0.04  # share of the axis that is left free at each end
 OUTLIERS_FROM = 20  # values
 OUTLYING = 5.0  # times as wide as the middle 96 %
@@ -21,12 +23,17 @@ OUTLYING = 5.0  # times as wide as the middle 96 %
 
 @dataclass(frozen=True)
 class NumberAxis:
-    """Numbers from `low` to `high`, which differ; both positive where `is_log`."""
+    """Numbers from `low` to `high`, which differ; both positive where `is_log`.
+
+    Attributes:
+        marked: where ticks stand; none: at round numbers.
+    """
 
     label: str
     low: float
     high: float
     is_log: bool = False
+    marked: tuple[float, ...] = ()
 
     def place(self, value: float) -> float:
         """Between 0 and 1 for values of the axis, outside for others."""
@@ -36,7 +43,8 @@ class NumberAxis:
     @property
     def ticks(self) -> list[tuple[float, str]]:
         """Place and words."""
-        values = log_ticks(self.low, self.high) if self.is_log else ticks(self.low, self.high)
+        round_numbers = log_ticks if self.is_log else ticks
+        values = self.marked or round_numbers(self.low, self.high)
         return [(self.place(value), short(value)) for value in values]
 
     def _plain(self, value: float) -> float:
@@ -66,7 +74,11 @@ def axis_of(label: str, values: Sequence[Any]) -> Axis | None:
     if not values:
         return None
     if all(is_number(value) for value in values):
-        return number_axis(label, values)
+        axis = number_axis(label, values)
+        tried = tuple(sorted(set(values)))
+        apart = (axis.place(b) - axis.place(a) >= CLOSEST_TICKS for a, b in pairwise(tried))
+        is_few = len(tried) <= MOST_CATEGORIES and all(apart)
+        return replace(axis, marked=tried) if is_few and _are_whole(tried) else axis
     words = tuple(dict.fromkeys(word(value) for value in sorted(values, key=_order)))
     return WordAxis(label, words) if len(words) <= MOST_CATEGORIES else None
 
@@ -81,10 +93,7 @@ def number_axis(label: str, values: Sequence[float], *, from_zero: bool = False)
     if not from_zero and low > 0 and high > LOG_FROM * low:
         reach = (high / low) ** MARGIN
         return NumberAxis(label, low / reach, high * reach, is_log=True)
-    if low == high:
-        reach = abs(low) * 0.1 or 1.0
-    else:
-        reach = (high - low) * MARGIN
+    reach = (high - low) * MARGIN or abs(low) * 0.1 or 1.0
     return NumberAxis(label, low if from_zero else low - reach, high + reach)
 
 
@@ -130,6 +139,10 @@ def short(value: float) -> str:
 
 def word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _are_whole(values: Iterable[float]) -> bool:
+    return all(float(value).is_integer() for value in values)
 
 
 def _order(value: Any) -> tuple[bool, float, str]:

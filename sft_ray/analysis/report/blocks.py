@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from markupsafe import Markup
@@ -19,8 +19,8 @@ class Shade:
     is_right: bool = False  # of the diagonal of a confusion matrix
 
     @property
-    def percent(self) -> str:
-        return f"{100 * min(max(self.share, 0.0), 1.0):.1f}%"
+    def fraction(self) -> str:
+        return f"{min(max(self.share, 0.0), 1.0):.3f}"
 
     @property
     def is_dark(self) -> bool:
@@ -122,10 +122,10 @@ class Fold:
 Block = Table | Drawing | Text | Code | Tiles | Legend | Grid | Fold
 
 
-@dataclass
+@dataclass(frozen=True)
 class Section:
-    """A part of the page; one without blocks is left out."""
+    """A part of the page."""
 
     anchor: str
     title: str
-    blocks: list[Block] = field(default_factory=list)
+    blocks: Sequence[Block]

@@ -152,7 +152,7 @@ def stairs(frame: Frame, points: Sequence[Point], until: float, style: str, word
 
 def parallel(axes: Sequence[Axis], strands: Sequence[Strand], title: str) -> Markup:
     """One upright axis per parameter; the foot below an axis is for trials without it."""
-    height, foot = LINES_HEIGHT - 70, LINES_HEIGHT - 22
+    height, foot = LINES_HEIGHT - 80, LINES_HEIGHT - 14
     width = COLUMN * len(axes) + 20
 
     def at(column: int, place: float | None) -> Point:
@@ -174,9 +174,7 @@ def parallel(axes: Sequence[Axis], strands: Sequence[Strand], title: str) -> Mar
         x, _ = at(column, None)
         label = shortened(axis.label, LABEL_LETTERS)
         marks.append(tag("line", class_="axis", x1=x, x2=x, y1=40, y2=40 + height))
-        marks.append(
-            tag("text", label, tag("title", axis.label), class_="label middle", x=x, y=22)
-        )
+        marks.append(tag("text", label, tag("title", axis.label), class_="label middle", x=x, y=22))
         if any(strand.places[column] is None for strand in strands):
             marks.append(tag("text", "not set", class_="tick halo", x=x + 7, y=foot + 4))
         for place, words in axis.ticks:
@@ -225,9 +223,7 @@ def whiskers(rows: Sequence[Whisker], axis: NumberAxis, title: str) -> Markup:
             parts.append(tag("line", class_=f"{style} whisker", y1=y, y2=y, **ends))
         told = f"{row.label}: {row.mean:.4f}"
         parts.append(tag("circle", tag("title", told), class_=style, cx=x_of(row.mean), cy=y, r=5))
-    parts.append(
-        tag("text", axis.label, class_="label middle", x=left + width / 2, y=bottom + 34)
-    )
+    parts.append(tag("text", axis.label, class_="label middle", x=left + width / 2, y=bottom + 34))
     return _picture(WIDTH, bottom + 42, title, *parts)
 
 

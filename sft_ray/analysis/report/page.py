@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from sft_ray.analysis.report import sections
 from sft_ray.analysis.report.blocks import Section
 from sft_ray.analysis.report.run import Run
+from sft_ray.analysis.report.sections import course, ending, mistakes, outcome, seeds, settings
 from sft_ray.errors import ResourceError
 from sft_ray.run_store import REPORT
 
@@ -50,30 +50,31 @@ def render(run: Run, price: float | None = None) -> str:
         lstrip_blocks=True,
     )
     experiment = run.experiment
-    data = experiment.data.path or str(experiment.data.train)
+    data = experiment.data.path or PurePosixPath(str(experiment.data.train)).name
     return environment.get_template("page.html").render(
         name=experiment.name,
         facts=[experiment.task, experiment.model, data, f"seed {experiment.seed}"],
         version=run.environment.get("sft_ray", ""),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
-        sections=[section for section in _sections(run, price) if section.blocks],
+        sections=_sections(run, price),
     )
 
 
 def _sections(run: Run, price: float | None) -> list[Section]:
-    """In the order of a reader's questions."""
-    return [
-        sections.outcome(run, price),
-        sections.progress(run),
-        sections.curves(run),
-        sections.hyperparameters(run),
-        sections.pareto(run),
-        sections.confirmation(run),
-        sections.ablations(run),
-        sections.mistakes(run),
-        sections.trials(run),
-        sections.failures(run),
-        sections.cost(run, price),
-        sections.environment(run),
-        sections.reproduce(run),
+    """In the order of a reader's questions; those that have nothing to say are left out."""
+    all_of_them = [
+        Section("outcome", "Outcome", outcome.outcome(run, price)),
+        Section("progress", "Progress", course.progress(run)),
+        Section("curves", "Learning curves", course.curves(run)),
+        Section("hyperparameters", "Hyperparameters", settings.hyperparameters(run)),
+        Section("pareto", "Pareto set", course.pareto(run)),
+        Section("confirm", "Confirmation on fresh seeds", seeds.confirmation(run)),
+        Section("ablations", "Ablations", seeds.ablations(run)),
+        Section("mistakes", "The winner's mistakes", mistakes.mistakes(run)),
+        Section("trials", "Trials", course.trials(run)),
+        Section("errors", "Early ends and errors", ending.failures(run)),
+        Section("cost", "Cost", ending.cost(run, price)),
+        Section("environment", "Environment", ending.environment(run)),
+        Section("reproduce", "Reproduce", ending.reproduce(run)),
     ]
+    return [section for section in all_of_them if section.blocks]

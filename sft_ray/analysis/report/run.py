@@ -32,6 +32,7 @@ class Trial:
     Attributes:
         state: COMPLETE, PRUNED, FAIL or RUNNING.
         role: why it ran: sampled, default recipe, enqueued, single.
+        train: the whole configuration; empty if it was not kept.
         curve: (percent of the schedule, score), by percent.
         train_seconds, eval_seconds, overhead_seconds: of one slot.
         ended_seconds: from the start of the first trial; None if no study says.
@@ -42,6 +43,7 @@ class Trial:
     role: str
     reason: str | None
     params: dict[str, Any]
+    train: dict[str, Any]
     value: float | None
     metrics: dict[str, float]
     curve: tuple[tuple[float, float], ...]
@@ -72,6 +74,7 @@ class Trial:
             role=row["role"],
             reason=row.get("reason"),
             params=row["params"],
+            train=row.get("train") or {},
             value=row.get("value"),
             metrics=row["metrics"],
             curve=tuple((percent, score) for percent, score in row.get("curve", [])),

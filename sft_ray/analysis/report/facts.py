@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optuna.trial import FrozenTrial
-
 from sft_ray.analysis.importance import importances
 from sft_ray.analysis.report.run import PARTS, Run, Trial, reading
 from sft_ray.analysis.results import pareto_rows
@@ -190,9 +188,7 @@ def progress(run: Run) -> list[Step]:
             best is None or run.sign * (trial.value or 0.0) > run.sign * best
         ):
             best = trial.value
-        steps.append(
-            Step(trial.number, trial.state, trial.value, trial.ended_seconds, spent, best)
-        )
+        steps.append(Step(trial.number, trial.state, trial.value, trial.ended_seconds, spent, best))
     return steps
 
 
@@ -239,7 +235,8 @@ def importance(run: Run) -> dict[str, Judged]:
     """`finished` and `first_rung`; computed here for a search that has not ended."""
     tree = run.result.tree.get("importance")
     if tree is None and run.study is not None:
-        tree = importances(_ended(run.study.get_trials(deepcopy=False)), run.experiment.search.rungs)
+        ended = [t for t in run.study.get_trials(deepcopy=False) if t.state.is_finished()]
+        tree = importances(ended, run.experiment.search.rungs)
     found = {}
     with reading(run.store.path_of("results.json")):
         for measure, judged in (tree or {}).items():
@@ -306,9 +303,7 @@ def best_first(run: Run) -> list[Trial]:
 
 
 def is_number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _gain_so_far(run: Run, best: Trial) -> float | None:
@@ -318,7 +313,3 @@ def _gain_so_far(run: Run, best: Trial) -> float | None:
             assert best.value is not None
             return run.sign * (best.value - trial.value)
     return None
-
-
-def _ended(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    return [trial for trial in trials if trial.state.is_finished()]
