@@ -20,6 +20,14 @@ MATRIX_UP_TO = 15  # classes; above, the commonest confusions are listed
 COMMONEST = 20  # confusions listed
 HARDEST = 20
 MOST_POINTS = 5000  # of a scatter
+MEASURES = {
+    "text-classification": "probability",
+    "relation-extraction": "probability",
+    "multi-label": "loss",
+    "regression": "error",
+    "token-classification": "wrong words",
+    "question-answering": "score",
+}
 TINY = 1e-12  # a probability of 0 would cost infinitely much
 
 Row = Mapping[str, Any]
@@ -76,12 +84,14 @@ class Answers:
 
     Attributes:
         rows, wrong: of the split; `wrong` is None for regression.
+        measure: what the notes of `hardest` tell.
         labels: rows and columns of `matrix`, which counts truth by prediction.
         points: (true value, predicted value), at most `MOST_POINTS`, evenly over the rows.
     """
 
     rows: int
     wrong: int | None
+    measure: str
     hardest: list[Hard]
     classes: list[ClassScore]
     labels: list[str]
@@ -156,7 +166,9 @@ def judge(task: str, rows: Sequence[Row], names: Mapping[int, str]) -> Answers:
     if task == "regression":
         step = math.ceil(len(rows) / MOST_POINTS) or 1
         points = [(float(row["label"]), float(row["predicted_value"])) for row in rows[::step]]
-    return Answers(len(rows), wrong, hardest, classes, labels, matrix, confusions, points)
+    return Answers(
+        len(rows), wrong, MEASURES[task], hardest, classes, labels, matrix, confusions, points
+    )
 
 
 def class_scores(truths: Items, found: Items) -> list[ClassScore]:
@@ -210,7 +222,7 @@ def _judge_class(row: Row, names: Mapping[int, str]) -> _Judged:
     truth, predicted = _class_of(row["label"], names), row["predicted_label"]
     probability, wrong = row["predicted_probability"], truth != predicted
     rank = (0.0, -probability) if wrong else (1.0, probability)
-    return _Judged(rank, truth, predicted, wrong, f"probability {probability:.3f}")
+    return _Judged(rank, truth, predicted, wrong, f"{probability:.3f}")
 
 
 def _judge_labels(row: Row) -> _Judged:
@@ -223,7 +235,7 @@ def _judge_labels(row: Row) -> _Judged:
     loss = sum(losses) / len(losses)
     wrong = truth != predicted
     words = ", ".join(sorted(truth)) or "none", ", ".join(sorted(predicted)) or "none"
-    return _Judged((0.0 if wrong else 1.0, -loss), *words, wrong, f"loss {loss:.3f}")
+    return _Judged((0.0 if wrong else 1.0, -loss), *words, wrong, f"{loss:.3f}")
 
 
 def _judge_value(row: Row) -> _Judged:
@@ -241,7 +253,7 @@ def _judge_tags(row: Row, names: Mapping[int, str]) -> _Judged:
         _entity_words(words, entities(truth, names.values())),
         _entity_words(words, entities(predicted, names.values())),
         wrong > 0,
-        f"{wrong} of {len(words)} words",
+        f"{wrong} of {len(words)}",
     )
 
 
@@ -252,7 +264,7 @@ def _judge_answer(row: Row) -> _Judged:
     score = float(row["predicted_score"])
     words = " / ".join(dict.fromkeys(truths)) or "no answer", predicted or "no answer"
     rank = (0.0, -score) if wrong else (1.0, score)
-    return _Judged(rank, *words, wrong, f"score {score:.2f}")
+    return _Judged(rank, *words, wrong, f"{score:.2f}")
 
 
 def _items(task: str, rows: Sequence[Row], names: Mapping[int, str]) -> tuple[Items, Items]:

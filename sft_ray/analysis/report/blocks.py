@@ -36,6 +36,7 @@ class Table:
 
     Attributes:
         words: numbers of the columns that hold words and stand to the left; figures stand right.
+        long: those of them that need room.
         marked: numbers of the rows to stress.
         note: below the table.
     """
@@ -44,6 +45,7 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     words: frozenset[int] = frozenset({0})
+    long: frozenset[int] = frozenset()
     marked: frozenset[int] = frozenset()
     caption: str = ""
     note: str = ""

@@ -22,11 +22,12 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Mark:
-    """A dot at values of both axes, and what it says when pointed at."""
+    """A dot at values of both axes, and what it says when pointed at; `shift`: pixels sideways."""
 
     x: object
     y: float
     words: str
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -126,20 +127,20 @@ class Frame:
 
 def dots(frame: Frame, marks: Sequence[Mark], style: str, radius: float = 4) -> Markup:
     """One circle each, or a single path where there are very many."""
-    places = [(*frame.at(mark.x, mark.y), mark.words) for mark in marks]
+    places = [(*frame.at(mark.x, mark.y), mark) for mark in marks]
     if len(places) <= SINGLE_UP_TO:
         return Markup("").join(
-            tag("circle", tag("title", words), class_=style, cx=x, cy=y, r=radius)
-            for x, y, words in places
+            tag("circle", *_title(mark.words), class_=style, cx=x + mark.shift, cy=y, r=radius)
+            for x, y, mark in places
         )
-    path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y, _ in places)
+    path = "".join(f"M{x + mark.shift:.1f} {y:.1f}h0" for x, y, mark in places)
     return tag("path", class_=f"{style} many", d=path, stroke_width=round(1.4 * radius, 1))
 
 
 def line(frame: Frame, points: Iterable[tuple[object, float]], style: str, words: str) -> Markup:
     """Through the points, in their order."""
     places = " ".join(f"{x:.1f},{y:.1f}" for x, y in (frame.at(*point) for point in points))
-    return tag("polyline", tag("title", words), class_=style, points=places)
+    return tag("polyline", *_title(words), class_=style, points=places)
 
 
 def stairs(frame: Frame, points: Sequence[Point], until: float, style: str, words: str) -> Markup:
@@ -161,7 +162,7 @@ def parallel(axes: Sequence[Axis], strands: Sequence[Strand], title: str) -> Mar
     lines = [
         tag(
             "polyline",
-            tag("title", strand.words),
+            *_title(strand.words),
             class_=strand.style,
             points=" ".join(
                 f"{x:.0f},{y:.1f}" for x, y in (at(i, p) for i, p in enumerate(strand.places))
@@ -237,6 +238,11 @@ def shortened(words: str, letters: float) -> str:
             break
         kept += letter
     return f"{kept}…" if kept else ""
+
+
+def _title(words: str) -> list[Markup]:
+    """What a mark says when pointed at."""
+    return [tag("title", words)] if words else []
 
 
 def _letters(words: str) -> int:

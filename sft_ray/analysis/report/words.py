@@ -8,19 +8,7 @@ from typing import Any
 from sft_ray.analysis.report.run import Trial
 from sft_ray.screen import short_params
 
-STATE_STYLE = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "fail", "RUNNING": "running"}
-STATE_WORDS = {
-    "complete": "COMPLETE",
-    "pruned": "PRUNED: stopped early",
-    "fail": "FAIL",
-    "running": "running",
-}
 LEVEL = "95\N{NO-BREAK SPACE}% interval"
-
-
-def style_of(trial: Trial) -> str:
-    """The class of a trial's marks."""
-    return STATE_STYLE.get(trial.state, "pruned")
 
 
 def told(trial: Trial, metric: str) -> str:

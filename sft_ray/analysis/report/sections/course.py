@@ -10,20 +10,13 @@ from sft_ray.analysis.report import charts, facts
 from sft_ray.analysis.report.axes import NumberAxis, number_axis
 from sft_ray.analysis.report.blocks import Block, Drawing, Grid, Legend, Table, Text
 from sft_ray.analysis.report.charts import Frame, Mark
-from sft_ray.analysis.report.run import Run, Trial
-from sft_ray.analysis.report.words import (
-    STATE_STYLE,
-    STATE_WORDS,
-    figure,
-    style_of,
-    time_unit,
-    told,
-)
+from sft_ray.analysis.report.looks import MANY, STATE_STYLE, Looks, state_legend
+from sft_ray.analysis.report.run import Run
+from sft_ray.analysis.report.words import figure, time_unit, told
 from sft_ray.screen import count, short_params
 
 MOST_TRIALS = 50  # rows of the table of trials
 CURVES = (960, 340)  # width and height
-MANY = 100  # lines, from which they are thin and pale
 
 
 def progress(run: Run) -> list[Block]:
@@ -39,8 +32,7 @@ def progress(run: Run) -> list[Block]:
         panels.append(_best_so_far(steps, seconds, y, "since the first trial", "over time"))
     spent = [step.worker_seconds for step in steps]
     panels.append(_best_so_far(steps, spent, y, "of all workers", "over cost"))
-    styles = dict.fromkeys(STATE_STYLE[step.state] for step in steps)
-    blocks.append(Legend({style: STATE_WORDS[style] for style in styles}))
+    blocks.append(state_legend(STATE_STYLE[step.state] for step in steps))
     blocks.append(Grid(panels))
     return blocks
 
@@ -51,36 +43,32 @@ def curves(run: Run) -> list[Block]:
     drawn = [trial for trial in run.trials if trial.curve]
     if not drawn:
         return blocks
-    winner = run.winner.number if run.winner else None
+    looks = Looks.of(run)
     y = number_axis(run.metric, [score for trial in drawn for _, score in trial.curve])
-    x = NumberAxis("percent of the trial's own schedule", 0, 101)
-    frame = Frame(x, y, *CURVES)
-    many = " many" if len(drawn) > MANY else ""
-
-    def layer(trial: Trial) -> tuple[bool, bool, int]:
-        return trial.number == winner, trial.is_complete, trial.number
-
+    frame = Frame(NumberAxis("percent of the trial's own schedule", 0, 101), y, *CURVES)
+    shown = looks.lines(drawn)
+    many = " many" if len(shown) > MANY else ""
     lines = [
         charts.line(
             frame,
             trial.curve,
-            "curve winner" if trial.number == winner else f"curve {style_of(trial)}{many}",
-            told(trial, run.metric),
+            f"curve {looks.style(trial)}{many}",
+            "" if many else told(trial, run.metric),
         )
-        for trial in sorted(drawn, key=layer)
+        for trial in shown
     ]
-    best = [trial for trial in drawn if trial.number == winner]
+    best = [trial for trial in drawn if trial.number == looks.winner]
     marks = [Mark(p, s, f"{p:g} %: {s:.4f}") for trial in best for p, s in trial.curve]
     dots = charts.dots(frame, marks, "winner", 3.5)
     rungs = facts.rungs(run)
     title = "Score by percent of the schedule"
     svg = frame.draw(*lines, dots, title=title, verticals=[rung.percent for rung in rungs])
     beyond = sum(not 0 <= y.place(score) <= 1 for t in drawn for _, score in t.curve)
-    note = f"{count(beyond, 'score')} far off the others lie outside the picture." if beyond else ""
-    styles = dict.fromkeys(style_of(trial) for trial in drawn if trial.number != winner)
-    legend = {"winner": f"trial {winner}, the winner"} if best else {}
-    blocks.append(Legend(legend | {style: STATE_WORDS[style] for style in styles}))
-    drawing = Drawing(svg, note=note, wide=True)
+    notes = [f"{count(beyond, 'score')} far off the others lie outside."] if beyond else []
+    if len(shown) < len(drawn):
+        notes.append(f"{len(shown):,} of {len(drawn):,} trials are drawn.")
+    blocks.append(looks.legend(drawn))
+    drawing = Drawing(svg, note=" ".join(notes), wide=True)
     if not rungs:
         blocks.append(drawing)
         return blocks
@@ -131,12 +119,15 @@ def pareto(run: Run) -> list[Block]:
         ]
         for row in rows
     ]
-    words = "Nothing is better than these trials in every objective at once."
+    words, last = (
+        "None is better than these in every objective at once.",
+        frozenset({len(head) - 1}),
+    )
     blocks += [
         Text(words),
         Legend({"winner": "in the Pareto set", "complete": "other COMPLETE trials"}),
         Grid(panels),
-        Table(head, table, words=frozenset({len(head) - 1})),
+        Table(head, table, words=last, long=last),
     ]
     return blocks
 
@@ -167,8 +158,9 @@ def trials(run: Run) -> list[Block]:
     if left_out := len(ordered) - len(shown):
         note += f" {count(left_out, 'more trial')} stand in the file that this writes: sft-ray "
         note += f"results {shlex.quote(run.store.location)} --out trials.csv"
-    words = frozenset({1, 2, len(head) - 1})
-    blocks.append(Table(head, rows, words=words, marked=marked, note=note))
+    last = len(head) - 1
+    words, long = frozenset({1, 2, last}), frozenset({last})
+    blocks.append(Table(head, rows, words, long, marked, note=note))
     return blocks
 
 

@@ -27,9 +27,9 @@ def failures(run: Run) -> list[Block]:
     if rows:
         more = len(causes) - len(rows)
         note = f"{count(more, 'rarer reason')} left out." if more else ""
-        words = frozenset({0, 1, 3})
+        words, long = frozenset({0, 1, 3}), frozenset({1})
         head = ["state", "reason", "trials", "numbers"]
-        blocks.append(Table(head, rows, words=words, note=note))
+        blocks.append(Table(head, rows, words, long, note=note))
     if restarts := sum(trial.restarts for trial in run.trials):
         told = f"Trials were restarted {count(restarts, 'time')} after their workers had died."
         blocks.append(Text(told))

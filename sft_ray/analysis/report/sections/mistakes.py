@@ -93,19 +93,19 @@ def _scatter(points: Sequence[tuple[float, float]]) -> Drawing:
 
 def _hardest(found: Answers) -> Table:
     fields = [*found.hardest[0].shown]
-    head = ["row", *fields, "true", "answer", "error" if found.wrong is None else "how sure"]
+    head = ["row", *fields, "true", "answer", found.measure]
     rows = [
         [str(one.row)]
         + [_cut(one.shown.get(name, "")) for name in fields]
         + [_cut(one.truth), _cut(one.predicted), one.note + (" ✓" if one.wrong is False else "")]
         for one in found.hardest
     ]
-    note = "Rows of the validation split, numbered from 1. Wrong answers come first, by how sure "
-    note += "or how far off the model was; ✓ marks right ones."
+    note = "Rows of the validation split, numbered from 1. Wrong answers come first; ✓ marks right "
+    note += "ones."
     if found.wrong is None:
         note = "Rows of the validation split, numbered from 1, by the size of the error."
-    words = frozenset(range(1, len(head)))
-    return Table(head, rows, words=words, caption="Hardest examples", note=note)
+    words, long = frozenset(range(1, len(head))), frozenset(range(1, len(fields) + 1))
+    return Table(head, rows, words, long, caption="Hardest examples", note=note)
 
 
 def _cut(text: str) -> str:

@@ -61,9 +61,10 @@ def how_sure(run: Run, found: facts.Outcome) -> list[str]:
                 "Another seed would give another score; nothing here says how far off."
             ]
         trials = count(len(run.trials), "trial")
+        then = "For" if run.unfinished is None else "Once the search has ended, for"
         return [
             f"How sure:{shown} is one score with one seed, the best of {trials} on the same "
-            "validation split. The best of many noisy scores flatters. For a mean with an "
+            f"validation split. The best of many noisy scores flatters. {then} a mean with an "
             f"interval over fresh seeds: sft-ray confirm {shlex.quote(run.store.location)}"
         ]
     parts = [

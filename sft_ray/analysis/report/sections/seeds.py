@@ -59,8 +59,9 @@ def confirmation(run: Run) -> list[Block]:
         "itself. `flattered by`: search score minus mean, in the better direction. best/ holds the "
         "model of the first seed, which was settled before it ran."
     )
-    marked = frozenset({0})
-    table = Table(head, rows, words=frozenset({0, len(head) - 1}), marked=marked, note=note)
+    last = len(head) - 1
+    words, long, best = frozenset({0, last}), frozenset({last}), frozenset({0})
+    table = Table(head, rows, words, long, best, note=note)
     blocks += [*_intervals(whiskers, metric, "default recipe"), table]
     return blocks
 

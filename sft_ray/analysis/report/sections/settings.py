@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 from sft_ray.analysis.importance import RELIABLE_FROM
 from sft_ray.analysis.report import charts, facts
-from sft_ray.analysis.report.axes import axis_of, number_axis
-from sft_ray.analysis.report.blocks import Block, Cell, Drawing, Grid, Legend, Shade, Table, Text
+from sft_ray.analysis.report.axes import WordAxis, axis_of, number_axis
+from sft_ray.analysis.report.blocks import Block, Cell, Drawing, Grid, Shade, Table, Text
 from sft_ray.analysis.report.charts import Frame, Mark, Strand
+from sft_ray.analysis.report.looks import LAYERS, MANY, Looks
 from sft_ray.analysis.report.run import Run, Trial
-from sft_ray.analysis.report.words import short_name, style_of, told
+from sft_ray.analysis.report.words import short_name, told
 
 MOST_SHOWN = 10  # hyperparameters
-MANY = 100  # lines, from which they are thin and pale
+SPREAD = 26  # pixels; dots of one value lie side by side where there are many
+GOLDEN = 0.618034  # its multiples fill the room evenly
 RADIUS = {"winner": 6.0, "pruned": 3.0}
-ORDER = ("fail", "running", "pruned", *(f"band{i}" for i in range(facts.BANDS)), "winner")
 MEASURES = {"finished": "final score", "first_rung": "score at the first rung"}
 
 
@@ -32,19 +33,12 @@ def hyperparameters(run: Run) -> list[Block]:
         varied = sorted(varied, key=lambda p: -weights.get(p.name, 0.0))[:MOST_SHOWN]
         words = f"The {MOST_SHOWN} most important of them are shown; {left_out} are left out."
         blocks.append(Text(words, "note"))
-    winner = run.winner.number if run.winner else None
-    bands = facts.bands(run)
-    complete = any(trial.is_complete for trial in scored)
-    legend = {"winner": "the winner"} if winner is not None else {}
-    if complete:
-        legend |= {"band4": "best fifth", "band2": "middle", "band0": "worst fifth"}
-    if any(not trial.is_complete for trial in scored):
-        legend["pruned"] = "did not finish"
-    blocks.append(Legend(legend))
-    blocks.append(_parallel(run, scored, varied, bands, winner))
+    looks = Looks.of(run)
+    blocks.append(looks.legend(scored))
+    blocks.append(_parallel(run, scored, varied, looks))
     blocks.append(Grid([_importance(measure, judged[measure]) for measure in judged]))
-    slices = [_slice(run, scored, parameter, bands, winner) for parameter in varied]
-    blocks.append(Grid([*_frozen_depth(run, scored, bands, winner), *filter(None, slices)]))
+    slices = [_slice(run, scored, parameter, looks) for parameter in varied]
+    blocks.append(Grid([*_frozen_depth(run, scored, looks), *filter(None, slices)]))
     return blocks
 
 
@@ -52,34 +46,34 @@ def _parallel(
     run: Run,
     scored: Sequence[Trial],
     varied: Sequence[facts.Parameter],
-    bands: dict[int, int],
-    winner: int | None,
+    looks: Looks,
 ) -> Drawing:
     values = [(parameter, [*parameter.values.values()]) for parameter in varied]
     axes = [(p, axis) for p, of_p in values if (axis := axis_of(short_name(p.name), of_p))]
     last = number_axis(run.metric, [trial.value or 0.0 for trial in scored])
-    many = " many" if len(scored) > MANY else ""
-
-    def layer(trial: Trial) -> tuple[bool, int, int]:
-        return trial.number == winner, bands.get(trial.number, -1), trial.number
-
+    shown = looks.lines(scored)
+    many = " many" if len(shown) > MANY else ""
     strands = []
-    for trial in sorted(scored, key=layer):
+    for trial in shown:
         places = [
             axis.place(parameter.values[trial.number]) if trial.number in parameter.values else None
             for parameter, axis in axes
         ]
-        style = f"band{bands[trial.number]}" if trial.number in bands else style_of(trial)
-        style = "winner" if trial.number == winner else f"{style}{many}"
         ends = [*places, min(max(last.place(trial.value or 0.0), 0.0), 1.0)]
-        strands.append(Strand(ends, f"strand {style}", told(trial, run.metric)))
+        words = "" if many else told(trial, run.metric)
+        strands.append(Strand(ends, f"strand {looks.style(trial)}{many}", words))
     svg = charts.parallel([*(axis for _, axis in axes), last], strands, "Parallel coordinates")
     caption = "All settings of every trial, and its score on the right"
-    return Drawing(svg, caption=caption, wide=True)
+    left_out = len(shown) < len(scored)
+    note = f"{len(shown):,} of {len(scored):,} trials are drawn." if left_out else ""
+    return Drawing(svg, caption=caption, note=note, wide=True)
 
 
-def _importance(measure: str, judged: facts.Judged) -> Table:
+def _importance(measure: str, judged: facts.Judged) -> Block:
     what = MEASURES.get(measure, measure)
+    if not judged.parameters:
+        words = f"Importance for the {what}: too few trials to tell, n = {judged.trials}."
+        return Text(words, "note")
     most = max((one.share for one in judged.parameters), default=1.0) or 1.0
     rows: list[list[Cell]] = [
         [
@@ -90,9 +84,7 @@ def _importance(measure: str, judged: facts.Judged) -> Table:
         for one in judged.parameters
     ]
     note = f"Share of the variance of the {what} (fANOVA)."
-    if not judged.parameters:
-        note = "Too few trials to tell."
-    elif not judged.is_reliable:
+    if not judged.is_reliable:
         note += f" Unreliable: n = {judged.trials}, under {RELIABLE_FROM} trials."
     caption = f"Importance for the {what}, n = {judged.trials}"
     return Table(["hyperparameter", "importance", "n"], rows, caption=caption, note=note)
@@ -102,17 +94,14 @@ def _slice(
     run: Run,
     scored: Sequence[Trial],
     parameter: facts.Parameter,
-    bands: dict[int, int],
-    winner: int | None,
+    looks: Looks,
 ) -> Drawing | None:
     """Score against one hyperparameter."""
     values = {t.number: t.value for t in scored if t.value is not None}
-    return _cloud(run, scored, parameter, values, run.metric, bands, winner)
+    return _cloud(run, scored, parameter, values, run.metric, looks)
 
 
-def _frozen_depth(
-    run: Run, scored: Sequence[Trial], bands: dict[int, int], winner: int | None
-) -> list[Block]:
+def _frozen_depth(run: Run, scored: Sequence[Trial], looks: Looks) -> list[Block]:
     """Time against the frozen depth; its score is among the slices."""
     depth = {t.number: v for t in scored if (v := t.params.get(facts.FROZEN_LAYERS)) is not None}
     seconds = {
@@ -123,8 +112,8 @@ def _frozen_depth(
     if len(set(map(str, depth.values()))) < 2 or not seconds:
         return []
     parameter = facts.Parameter(facts.FROZEN_LAYERS, depth)
-    label = "training seconds per 1,000 examples"
-    found = _cloud(run, scored, parameter, seconds, label, bands, winner)
+    label = "seconds per 1,000 examples"
+    found = _cloud(run, scored, parameter, seconds, label, looks)
     return [] if found is None else [found]
 
 
@@ -134,8 +123,7 @@ def _cloud(
     parameter: facts.Parameter,
     values: dict[int, float],
     label: str,
-    bands: dict[int, int],
-    winner: int | None,
+    looks: Looks,
 ) -> Drawing | None:
     """Some value of every trial against a hyperparameter; unfinished trials behind."""
     name = short_name(parameter.name)
@@ -144,14 +132,14 @@ def _cloud(
     if x is None or not shown:
         return None
     frame = Frame(x, number_axis(label, [values[trial.number] for trial in shown]))
+    is_crowded = len(shown) > MANY and (isinstance(x, WordAxis) or bool(x.marked))
     marks: dict[str, list[Mark]] = {}
-    for trial in sorted(shown, key=lambda t: bands.get(t.number, -1)):
-        style = f"band{bands[trial.number]}" if trial.number in bands else style_of(trial)
-        if trial.number == winner:
-            style = "winner"
-        words = told(trial, run.metric)
-        mark = Mark(parameter.values[trial.number], values[trial.number], words)
-        marks.setdefault(style, []).append(mark)
-    drawn = [charts.dots(frame, marks[s], s, RADIUS.get(s, 4.0)) for s in ORDER if s in marks]
+    for trial in shown:
+        shift = SPREAD * (trial.number * GOLDEN % 1 - 0.5) if is_crowded else 0.0
+        value, words = parameter.values[trial.number], told(trial, run.metric)
+        mark = Mark(value, values[trial.number], words, shift)
+        marks.setdefault(looks.style(trial), []).append(mark)
+    drawn = [charts.dots(frame, marks[s], s, RADIUS.get(s, 4.0)) for s in LAYERS if s in marks]
     title = f"{name}: {label}"
-    return Drawing(frame.draw(*drawn, title=title), caption=title)
+    note = "Trials of one value are spread sideways." if is_crowded else ""
+    return Drawing(frame.draw(*drawn, title=title), caption=title, note=note)
