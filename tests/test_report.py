@@ -27,13 +27,16 @@ from sft_ray.analysis.report.axes import (
     short,
     ticks,
 )
+from sft_ray.analysis.report.page import render
 from sft_ray.analysis.report.run import Run
 from sft_ray.analysis.results import SearchResult
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError
 from sft_ray.run_store import CONFIRMATION, PREDICTIONS, RunStore, delete_results, trial_folder
+from sft_ray.search.study import SearchStudy, open_storage
 from sft_ray.single_trial import run_training
-from tests.search.test_study import experiment
+from tests.search.test_several_objectives import run_ends
+from tests.search.test_study import RECIPE, experiment, run_one
 from tests.test_docs import EXAMPLES, prepared
 from tests.test_results import search_run
 
@@ -175,9 +178,6 @@ def test_an_unfinished_run_shows_its_best_so_far(tmp_path: Path) -> None:
 
 
 def test_a_running_trial_shows_its_curve(tmp_path: Path) -> None:
-    from sft_ray.search.study import SearchStudy, open_storage
-    from tests.search.test_study import RECIPE, run_one
-
     store, exp = RunStore(str(tmp_path), "x"), experiment()
     store.pull_journal()
     study = SearchStudy(exp, open_storage(store.journal), recipe=RECIPE, direction="maximize")
@@ -193,15 +193,15 @@ def test_a_running_trial_shows_its_curve(tmp_path: Path) -> None:
 
 
 def test_the_pareto_set_is_read_or_found(tmp_path: Path) -> None:
-    from sft_ray.search.study import SearchStudy, open_storage
-    from tests.search.test_several_objectives import run_ends
-    from tests.search.test_study import RECIPE
-
     exp = experiment(objective=["accuracy", "train_seconds"], trials=3, default_recipe=False)
     store = RunStore(str(tmp_path), "x")
     store.pull_journal()
     study = SearchStudy(
-        exp, open_storage(store.journal), recipe=RECIPE, direction="maximize", costs=exp.search.costs
+        exp,
+        open_storage(store.journal),
+        recipe=RECIPE,
+        direction="maximize",
+        costs=exp.search.costs,
     )
     run_ends(study, [(0.9, 30.0, 1), (0.8, 40.0, 1), (0.7, 10.0, 1)])
     store.write_text("experiment.yaml", exp.model_dump_json())
@@ -273,7 +273,9 @@ def test_several_labels_are_judged_by_their_loss() -> None:
 
 
 def test_values_are_judged_by_their_error() -> None:
-    rows = [{"text": "t", "label": v, "predicted_value": p} for v, p in [(1, 1.5), (2.0, -1), (3, 3)]]
+    rows = [
+        {"text": "t", "label": v, "predicted_value": p} for v, p in [(1, 1.5), (2.0, -1), (3, 3)]
+    ]
     found = judge("regression", rows, {})
     assert found.wrong is None
     assert found.points == [(1.0, 1.5), (2.0, -1.0), (3.0, 3.0)]
@@ -422,8 +424,6 @@ def test_a_few_outliers_do_not_squeeze_the_rest() -> None:
 
 
 def test_damage_is_one_line_that_names_the_file(tmp_path: Path) -> None:
-    from sft_ray.analysis.report.page import render
-
     store, _ = search_run(tmp_path)
     cases = {
         CONFIRMATION: '{"metric": "accuracy"}',

@@ -51,13 +51,14 @@ def render(run: Run, price: float | None = None) -> str:
     )
     experiment = run.experiment
     data = experiment.data.path or PurePosixPath(str(experiment.data.train)).name
-    return environment.get_template("page.html").render(
+    page = environment.get_template("page.html").render(
         name=experiment.name,
         facts=[experiment.task, experiment.model, data, f"seed {experiment.seed}"],
         version=run.environment.get("sft_ray", ""),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
         sections=_sections(run, price),
     )
+    return page.lstrip()  # what the macros leave
 
 
 def _sections(run: Run, price: float | None) -> list[Section]:
