@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from sft_ray.analysis.report import facts
 from sft_ray.analysis.report.blocks import Section
 from sft_ray.analysis.report.run import Run
 from sft_ray.analysis.report.sections import course, ending, mistakes, outcome, seeds, settings
@@ -63,8 +64,9 @@ def render(run: Run, price: float | None = None) -> str:
 
 def _sections(run: Run, price: float | None) -> list[Section]:
     """In the order of a reader's questions; those that have nothing to say are left out."""
+    spent = facts.spending(run)
     all_of_them = [
-        Section("outcome", "Outcome", outcome.outcome(run, price)),
+        Section("outcome", "Outcome", outcome.outcome(run, spent, price)),
         Section("progress", "Progress", course.progress(run)),
         Section("curves", "Learning curves", course.curves(run)),
         Section("hyperparameters", "Hyperparameters", settings.hyperparameters(run)),
@@ -74,7 +76,7 @@ def _sections(run: Run, price: float | None) -> list[Section]:
         Section("mistakes", "The winner's mistakes", mistakes.mistakes(run)),
         Section("trials", "Trials", course.trials(run)),
         Section("errors", "Early ends and errors", ending.failures(run)),
-        Section("cost", "Cost", ending.cost(run, price)),
+        Section("cost", "Cost", ending.cost(run, spent, price)),
         Section("environment", "Environment", ending.environment(run)),
         Section("reproduce", "Reproduce", ending.reproduce(run)),
     ]

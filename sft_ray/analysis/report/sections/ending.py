@@ -41,10 +41,9 @@ def failures(run: Run) -> list[Block]:
     return blocks
 
 
-def cost(run: Run, price: float | None) -> list[Block]:
+def cost(run: Run, spent: Sequence[facts.Spent], price: float | None) -> list[Block]:
     """Worker time, and what it cost."""
     blocks: list[Block] = []
-    spent = facts.spending(run)
     if not spent:
         return blocks
     total = facts.Spent(

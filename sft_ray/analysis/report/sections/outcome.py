@@ -15,11 +15,10 @@ from sft_ray.recipes import YARDSTICK
 from sft_ray.screen import count, duration
 
 
-def outcome(run: Run, price: float | None) -> list[Block]:
+def outcome(run: Run, spent: Sequence[facts.Spent], price: float | None) -> list[Block]:
     """What came out, and how sure that is."""
     blocks: list[Block] = []
     found = facts.outcome(run)
-    spent = sum(part.seconds for part in facts.spending(run))
     if run.unfinished:
         blocks.append(Text(f"No result yet. {run.unfinished}", "warning"))
     if found is None:
@@ -39,34 +38,34 @@ def outcome(run: Run, price: float | None) -> list[Block]:
             note = f"{found.test['num_examples']} examples, scored once"
             tiles.append(Tile("test split", f"{tested:.4f}", note))
     blocks.append(Tiles([*tiles, *_cost_tiles(run, spent, price)]))
-    blocks += [*map(Text, how_sure(run, found))]
+    blocks.append(Text(how_sure(run, found)))
     blocks.append(Grid([_settings_table(run, found), _metrics_table(found)]))
     return blocks
 
 
-def how_sure(run: Run, found: facts.Outcome) -> list[str]:
+def how_sure(run: Run, found: facts.Outcome) -> str:
     """In words: what the figure is of, and what to do to know better."""
     metric, expected = run.metric, found.expected
     if not found.is_complete:
-        return [
+        return (
             "No trial reached the end of its schedule: the winner is the one that came furthest, "
             "and would likely have scored otherwise at its end."
-        ]
+        )
     if expected is None:
         value = found.search_value
         shown = "" if value is None else f" {metric} {value:.4f}"
         if not run.is_search:
-            return [
+            return (
                 f"How sure: one training with one seed reached{shown} on the validation split. "
                 "Another seed would give another score; nothing here says how far off."
-            ]
+            )
         trials = count(len(run.trials), "trial")
         then = "For" if run.unfinished is None else "Once the search has ended, for"
-        return [
+        return (
             f"How sure:{shown} is one score with one seed, the best of {trials} on the same "
             f"validation split. The best of many noisy scores flatters. {then} a mean with an "
             f"interval over fresh seeds: sft-ray confirm {shlex.quote(run.store.location)}"
-        ]
+        )
     parts = [
         f"How sure: over {expected['n']} fresh seeds the configuration reaches {metric} "
         f"{expected['mean']:.4f} on average{interval(expected['low'], expected['high'])}."
@@ -77,13 +76,14 @@ def how_sure(run: Run, found: facts.Outcome) -> list[str]:
             f"The search had scored it {found.search_value:.4f}: it {kind} "
             f"{abs(found.flattered):.4f}."
         )
-    if found.gain is not None and found.gain_low is not None:
-        is_clear = found.gain_low > 0
-        words = "lies above zero" if is_clear else "includes zero: the gain may be chance"
+    if found.gain_low is not None and found.gain_high is not None:
+        words = "includes zero: the gain may be chance"
+        if found.gain_low > 0 or found.gain_high < 0:
+            words = f"lies {'above' if found.gain_low > 0 else 'below'} zero"
         parts.append(f"The interval of the gain over the default recipe {words}.")
     if found.test is None:
         parts.append("No test split was scored.")
-    return [" ".join(parts)]
+    return " ".join(parts)
 
 
 def _score_tile(run: Run, found: facts.Outcome) -> Tile:
@@ -99,16 +99,16 @@ def _score_tile(run: Run, found: facts.Outcome) -> Tile:
     return Tile(run.metric, shown, f"validation split, {who}, not confirmed")
 
 
-def _cost_tiles(run: Run, spent: float, price: float | None) -> list[Tile]:
+def _cost_tiles(run: Run, spent: Sequence[facts.Spent], price: float | None) -> list[Tile]:
     tiles = []
     if run.is_search:
         states = Counter(trial.state for trial in run.trials)
         told = ", ".join(f"{number:,} {state}" for state, number in states.items())
         tiles.append(Tile("trials", f"{len(run.trials):,}", told or "none yet"))
-    note = "of all workers, everything included"
+    note = " + ".join(part.name for part in spent)
     if price is not None:
-        note = f"{note}: ${spent / 3600 * price:,.2f}"
-    return [*tiles, Tile("worker time", duration(spent), note)]
+        note += f": ${sum(part.dollars(price) for part in spent):,.2f}"
+    return [*tiles, Tile("worker time", duration(sum(part.seconds for part in spent)), note)]
 
 
 def _settings_table(run: Run, found: facts.Outcome) -> Table:
