@@ -189,8 +189,11 @@ def test_a_run_of_failures_alone_has_a_page(tmp_path: Path) -> None:
     exp, store = experiment(trials=3), RunStore(str(tmp_path), "x")
     store.pull_journal()
     write_experiment(store, exp)
-    empty = Page(render(Run.load(store.location)))  # not even a trial
-    assert "No trial has reached the end of its schedule." in empty.text
+    for journal in (None, ""):  # not even a trial
+        if journal is not None:
+            store.write_text("study.journal", journal)
+        empty = Page(render(Run.load(store.location)))
+        assert "No trial has reached the end of its schedule." in empty.text
     study = SearchStudy(exp, open_storage(store.journal), recipe=RECIPE, direction="maximize")
     while (planned := study.next_trial()) is not None:
         study.finish(planned.number, TrialState.FAIL, Outcome(reason="no space left"))

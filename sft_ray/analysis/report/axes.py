@@ -83,6 +83,11 @@ def axis_of(label: str, values: Sequence[Any]) -> Axis | None:
     return WordAxis(label, words) if len(words) <= MOST_CATEGORIES else None
 
 
+def within(axis: Axis, value: Any) -> float:
+    """The place of a value, of one that lies outside the nearest end."""
+    return min(max(axis.place(value), 0.0), 1.0)
+
+
 def number_axis(label: str, values: Sequence[float], *, from_zero: bool = False) -> NumberAxis:
     """Wide enough for all values, or for most if a few lie far away; logarithmic over a wide span.
 

@@ -15,7 +15,7 @@ from sft_ray.analysis.outcome import curve_of
 from sft_ray.analysis.results import SearchResult, check_row
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError
-from sft_ray.run_store import ENVIRONMENT, JOURNAL, TRIAL, RunStore, open_run, read_experiment
+from sft_ray.run_store import ENVIRONMENT, TRIAL, RunStore, open_run, read_experiment
 
 PARTS = ("train_seconds", "eval_seconds", "overhead_seconds")
 STATES = {
@@ -151,7 +151,7 @@ class Run:
     @cached_property
     def study(self) -> optuna.Study | None:
         """Of a search."""
-        return self.result.study if self.store.exists(JOURNAL) else None
+        return self.result.study if self.store.read_journal() else None
 
     @cached_property
     def trials(self) -> list[Trial]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sft_ray.analysis.importance import RELIABLE_FROM
 from sft_ray.analysis.report import charts, facts
-from sft_ray.analysis.report.axes import WordAxis, axis_of, number_axis
+from sft_ray.analysis.report.axes import WordAxis, axis_of, number_axis, within
 from sft_ray.analysis.report.blocks import Block, Cell, Drawing, Grid, Shade, Table, Text
 from sft_ray.analysis.report.charts import Frame, Mark, Strand
 from sft_ray.analysis.report.looks import LAYERS, MANY, Looks
@@ -25,9 +25,9 @@ def hyperparameters(run: Run) -> list[Block]:
     blocks: list[Block] = []
     scored = [trial for trial in run.trials if trial.value is not None]
     varied = facts.parameters(scored)
-    judged = facts.importance(run)
     if len(scored) < 2 or not varied:
         return blocks
+    judged = facts.importance(run)
     weights = {one.name: one.share for measure in judged.values() for one in measure.parameters}
     if left_out := max(len(varied) - MOST_SHOWN, 0):
         varied = sorted(varied, key=lambda p: -weights.get(p.name, 0.0))[:MOST_SHOWN]
@@ -56,12 +56,14 @@ def _parallel(
     strands = []
     for trial in shown:
         places = [
-            axis.place(parameter.values[trial.number]) if trial.number in parameter.values else None
+            within(axis, parameter.values[trial.number])
+            if trial.number in parameter.values
+            else None
             for parameter, axis in axes
         ]
-        ends = [*places, min(max(last.place(trial.value or 0.0), 0.0), 1.0)]
         words = "" if many else told(trial, run.metric)
-        strands.append(Strand(ends, f"strand {looks.style(trial)}{many}", words))
+        style = f"strand {looks.style(trial)}{many}"
+        strands.append(Strand([*places, within(last, trial.value)], style, words))
     svg = charts.parallel([*(axis for _, axis in axes), last], strands, "Parallel coordinates")
     caption = "All settings of every trial, and its score on the right"
     left_out = len(shown) < len(scored)
