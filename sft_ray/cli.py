@@ -273,6 +273,21 @@ def results(
         screen.say(f"written: {out}")
 
 
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="Folder of a run, finished or not.")],
+    out: Annotated[
+        str | None, typer.Option(help="File to write.  Default: report.html in the run folder.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Dollars per worker and hour.")] = None,
+) -> None:
+    """Write one HTML page about a run: outcome, pictures, tables, cost; needs no network."""
+    from sft_ray.analysis.report.page import write_report
+    from sft_ray.screen import Screen
+
+    Screen().say(f"written: {write_report(run, out=out, price=price)}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a user's mistakes end with exit code 2 and plain lines."""
     if not sys.warnoptions:

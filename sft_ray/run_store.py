@@ -29,6 +29,7 @@ TEST_ACCESS = "test_access.jsonl"
 CONFIRMATION = "confirm.json"
 BEST = "best"
 ERROR_LOG = "errors.log"
+REPORT = "report.html"
 TRIAL = "trial.json"  # in the folder of a trial that has ended
 METRICS = "metrics.jsonl"  # there too: a line for every mark
 # Keys that may grow on a finished or interrupted run; everything else must stay as it was.

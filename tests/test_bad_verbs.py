@@ -84,6 +84,11 @@ CASES: dict[str, tuple[str, str]] = {
     "results of nothing": ("results {nowhere}", "is no run folder"),
     "results, the best 0": ("results {run} --top 0", "--top"),
     "results that are torn": ("results {torn}", f"{RESULTS}: damaged"),
+    "report on nothing": ("report {nowhere}", "is no run folder"),
+    "report on damaged results": ("report {damaged}", f"{RESULTS}: damaged"),
+    "report on torn results": ("report {torn}", f"{RESULTS}: damaged"),
+    "report at a price below 0": ("report {run} --price -1", "--price"),
+    "report into no folder": ("report {run} --out {nowhere}/x.html", "cannot be written"),
     "plan nothing": ("plan {nowhere}", "no such file"),
     "plan with an unknown key": ("plan {experiment} train.epoch=2", "did you mean 'epochs'"),
     "plan at a price below 0": ("plan {experiment} --price -1", "--price"),
@@ -126,6 +131,8 @@ def test_a_table_that_cannot_be_written_is_one_line(
     assert listing(places["folder"]) == before
 
 
-@pytest.mark.parametrize("verb", ["confirm", "ablate", "verify", "replay", "results", "plan"])
+@pytest.mark.parametrize(
+    "verb", ["confirm", "ablate", "verify", "replay", "results", "report", "plan"]
+)
 def test_every_verb_has_cases(verb: str) -> None:
     assert sum(command.split()[0] == verb for command, _ in CASES.values()) >= 2

@@ -27,6 +27,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "tasks.md").read_text(encoding="utf-8")
 SEARCH_PAGE = (DOCS / "search.md").read_text(encoding="utf-8")
 README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+REPORT_PAGE = (DOCS / "report.md").read_text(encoding="utf-8")
 RESEARCH_PAGE = (DOCS / "research.md").read_text(encoding="utf-8")
 
 
@@ -159,7 +160,7 @@ def test_the_commands_of_the_pages_exist_and_take_what_is_shown() -> None:
     verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     shown = [
         shlex.split(line, comments=True)[1:]
-        for page in (RESEARCH_PAGE, README)
+        for page in (RESEARCH_PAGE, REPORT_PAGE, README)
         for language, body in blocks_of(page)
         for line in body.splitlines()
         if not language and line.startswith("sft-ray ")
@@ -171,6 +172,7 @@ def test_the_commands_of_the_pages_exist_and_take_what_is_shown() -> None:
         "verify",
         "replay",
         "results",
+        "report",
     }
     for verb, *arguments in shown:
         with verbs[verb].make_context(verb, list(arguments)) as context:
@@ -192,8 +194,20 @@ def test_the_python_of_the_research_page_runs(
     exec("\n".join(lines), {})
 
 
+def test_the_python_of_the_report_page_runs(
+    tmp_path: Path, tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = str(tmp_path / "runs")
+    named = tiny_experiment.model_copy(update={"name": "my", "storage": storage})
+    run_training(named, quiet=True)
+    monkeypatch.chdir(tmp_path)
+    [python] = [body for language, body in blocks_of(REPORT_PAGE) if language == "python"]
+    exec(python, {})
+    assert (tmp_path / "my.html").is_file()
+
+
 def test_the_pages_point_to_what_is_there() -> None:
-    for page in (PAGE, SEARCH_PAGE, RESEARCH_PAGE):
+    for page in (PAGE, SEARCH_PAGE, RESEARCH_PAGE, REPORT_PAGE):
         for link in re.findall(r"\]\(([^)#]+)\)", page):
             assert "://" in link or (DOCS / link).exists(), link
 

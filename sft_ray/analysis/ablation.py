@@ -187,6 +187,29 @@ def to_tree(summaries: Sequence[ArmSummary]) -> dict[str, Any]:
     return {"direction": direction, "level": LEVEL, "arms": rows}
 
 
+def from_tree(tree: Mapping[str, Any]) -> list[ArmSummary]:
+    """What `to_tree` was made from.
+
+    Raises:
+        KeyError, TypeError: the tree lacks a part.
+    """
+    sign = -1 if tree["direction"] == "minimize" else 1
+    return [
+        ArmSummary(
+            arm=Arm(row["name"], row["changes"]),
+            sign=sign,
+            values=dict(row["values"]),
+            failed=row["failed"],
+            score=Interval(**row["score"]) if row["score"] else None,
+            versus_base=Paired(**row["versus_base"]) if row["versus_base"] else None,
+            p_corrected=row["p_corrected"],
+            improvement=row["improvement"],
+            **{cost: row[cost] for cost in COSTS},
+        )
+        for row in tree["arms"]
+    ]
+
+
 def to_csv(summaries: Sequence[ArmSummary], metric: str) -> str:
     """Every number at full precision; what is not known is empty."""
     text = io.StringIO()
@@ -226,7 +249,7 @@ def to_csv(summaries: Sequence[ArmSummary], metric: str) -> str:
 
 def to_markdown(summaries: Sequence[ArmSummary], metric: str) -> str:
     """The table, and below it how its numbers came about and how far they carry."""
-    head, *rows = _table(summaries, metric)
+    head, *rows = table(summaries, metric)
     lines = ["| " + " | ".join(map(_for_markdown, cells)) + " |" for cells in (head, *rows)]
     rule = "|---|" + "---:|" * (len(head) - 1)
     notes = "\n\n".join(map(_for_markdown, notes_on(summaries, metric)))
@@ -235,7 +258,7 @@ def to_markdown(summaries: Sequence[ArmSummary], metric: str) -> str:
 
 def to_latex(summaries: Sequence[ArmSummary], metric: str) -> str:
     """A float for two columns, with the notes as its caption; needs the package booktabs."""
-    head, *rows = (" & ".join(map(_for_latex, cells)) for cells in _table(summaries, metric))
+    head, *rows = (" & ".join(map(_for_latex, cells)) for cells in table(summaries, metric))
     lines = [
         "% \\usepackage{booktabs}",
         "\\begin{table*}",
@@ -297,7 +320,7 @@ def shown(number: float) -> str:
     return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
-def _table(summaries: Sequence[ArmSummary], metric: str) -> list[list[str]]:
+def table(summaries: Sequence[ArmSummary], metric: str) -> list[list[str]]:
     """Heading and rows, as plain text."""
     decimals = _decimals(summaries)
     head = ["arm", f"{metric}, mean", "sd", "95 % interval", "difference to base", "95 % interval"]

@@ -27,8 +27,8 @@ def damage_found(store: RunStore) -> list[str]:
     for path in damaged_files(store):
         if path == CONFIRMATION:
             lines.append(
-                f"{path} was damaged; `sft-ray confirm {shlex.quote(store.location)}` makes it anew "
-                "from the runs that are there"
+                f"{path} was damaged; `sft-ray confirm {shlex.quote(store.location)}` makes it "
+                "anew from the runs that are there"
             )
         elif not path.endswith(f"/{TRIAL}") and path != EXPERIMENT:  # spoken of elsewhere
             lines.append(f"{path} was damaged and is written anew")

@@ -102,9 +102,8 @@ def say_outcome(
     screen.say()
     if prepared.experiment.confirm is not None:
         return
-    others = [
-        f"sft-ray confirm {shlex.quote(result.location)}    # how good it is on fresh seeds and on test"
-    ]
+    confirm = f"sft-ray confirm {shlex.quote(result.location)}"
+    others = [f"{confirm}    # how good it is on fresh seeds and on test"]
     if source is not None:
         others.append(f"sft-ray search {source} search.trials={2 * len(states)}")
     prepared.say_next(screen, best["checkpoint"], *others)

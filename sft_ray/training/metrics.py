@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sft_ray.tags import with_prefixes
+
 Floats = npt.NDArray[np.floating[Any]]
 Integers = npt.NDArray[np.integer[Any]]
 Numbers = npt.NDArray[np.number[Any]]
@@ -163,22 +165,6 @@ def entities(
         "recall": float(recall_score(truth, predicted, zero_division=0)),
         "accuracy": sum(t == p for t, p in words) / max(len(words), 1),
     }
-
-
-PREFIXED = re.compile(r"[BIESLU]-|O$")
-AS_IOBES = {"U-": "S-", "L-": "E-"}  # seqeval knows the names of IOBES only
-
-
-def with_prefixes(rows: list[list[str]], names: Collection[str]) -> list[list[str]]:
-    """Rows of tags that say where entities begin, whatever the tags in use.
-
-    BIO, IOBES and BILOU are read as they are.  Where some name has no prefix, a run of a tag beside
-    `O` is an entity (IO tagging), and without an `O` every word is one (part-of-speech tags).
-    """
-    if all(PREFIXED.match(name) for name in names):
-        return [[AS_IOBES.get(tag[:2], tag[:2]) + tag[2:] for tag in row] for row in rows]
-    prefix = "I-" if "O" in names else "B-"
-    return [[tag if tag == "O" else prefix + tag for tag in row] for row in rows]
 
 
 ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from scipy.special import expit, log_softmax, softmax
 
 from sft_ray.errors import ConfigError, did_you_mean
+from sft_ray.tags import with_prefixes
 from sft_ray.training import columns as kinds
 from sft_ray.training import encoding, labels, metrics
 from sft_ray.training.columns import Fields, answer_pairs
@@ -314,7 +315,7 @@ def answer_tags(logits: Floats, examples: Examples, label_set: LabelSet) -> list
     from seqeval.metrics.sequence_labeling import get_entities
 
     found = predicted_tags(logits, examples, label_set)
-    marked = metrics.with_prefixes(found, label_set.names)
+    marked = with_prefixes(found, label_set.names)
     return [
         {
             "tags": tags,
@@ -324,10 +325,10 @@ def answer_tags(logits: Floats, examples: Examples, label_set: LabelSet) -> list
                     "words": [first, last + 1],
                     "text": " ".join(words[first : last + 1]),
                 }
-                for label, first, last in get_entities(with_prefixes)
+                for label, first, last in get_entities(prefixed)
             ],
         }
-        for words, tags, with_prefixes in zip(examples.column("tokens"), found, marked, strict=True)
+        for words, tags, prefixed in zip(examples.column("tokens"), found, marked, strict=True)
     ]
 
 
