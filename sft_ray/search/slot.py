@@ -45,8 +45,9 @@ class Slot(tune.Trainable):
         self._returned_at: float | None = None
         self._error: BaseException | None = None
         self._watch, self._name = settings["watch"], uuid.uuid4().hex[:12]
-        ray.get(self._watch.enlist.remote(self._name, ray.get_runtime_context().current_actor))
-        self._pulse = Pulse(self._watch, self._name, SLOT, WORKERS)
+        handle = ray.get_runtime_context().current_actor
+        self._watch.enlist.remote(self._name, handle)
+        self._pulse = Pulse(self._watch, self._name, SLOT, WORKERS, handle)
         # Without resources it lands in this actor's placement group, on the same node.
         self._mailbox = ray.remote(Mailbox).options(num_cpus=0).remote(workers)
         trainer = TorchTrainer(
@@ -82,7 +83,7 @@ class Slot(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._index = 0
         self._free_since = self._returned_at
-        ray.get(self._watch.works_on.remote(self._name, new_config["trial_id"]))
+        self._watch.works_on.remote(self._name, new_config["trial_id"])
         ray.get(self._mailbox.assign.remote(new_config["assignment"]))
         return True
 

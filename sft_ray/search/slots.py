@@ -28,6 +28,8 @@ from sft_ray.search.slot import HEAD, Slot
 from sft_ray.search.watch import start_watch
 from sft_ray.training.preparation import Prepared
 
+CAUSE_SECONDS = 10.0  # until the watch has said why a slot was killed
+
 
 def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> None:
     """Let Ray Tune hand the conductor's trials to slots until it has no more.
@@ -134,11 +136,18 @@ class TrialScheduler(FIFOScheduler):
         return FIFOScheduler.CONTINUE if go_on else FIFOScheduler.STOP
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        reason = ray.get(self._watch.cause.remote(trial.trial_id))
+        reason = self._cause(trial.trial_id)
         error = Path(trial.error_file)  # Tune's local copy; the stored one comes later
         if reason is None and error.exists():
             reason = error.read_text(encoding="utf-8")
         self.conductor.on_slot_lost(trial.trial_id, reason or "the slot died")
+
+    def _cause(self, trial_id: str) -> str | None:
+        try:
+            found: str | None = ray.get(self._watch.cause.remote(trial_id), timeout=CAUSE_SECONDS)
+        except ray.exceptions.RayError:  # it has troubles of its own
+            return None
+        return found
 
 
 class EverySecond(tune.Callback):
@@ -158,17 +167,14 @@ class EverySecond(tune.Callback):
             self.conductor.screen.event(
                 "stopping: running trials write their states; Ctrl-C again stops at once"
             )
-            self._watch.pause.remote()
+            self._next_at = now
         if now < self._next_at:
             return
         self._next_at = now + 1
-        if self._check is None:
+        if self.conductor.is_pausing:
+            self._watch.pause.remote()
+        if self._check is None or ray.wait([self._check], timeout=0)[0]:
             self._check, self._checked_at = self._watch.check.remote(), now
-        elif ray.wait([self._check], timeout=0)[0]:
-            ray.get(self._check)
-            self._check = None
         elif now - self._checked_at > self._silence_seconds:
-            raise TrialError(
-                f"the watch over the slots has not answered for {now - self._checked_at:.0f} s; "
-                "the same command goes on where the search stopped"
-            )
+            ray.kill(self._watch, no_restart=False)  # it comes up again
+            self._checked_at = now

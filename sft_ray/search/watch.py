@@ -86,20 +86,21 @@ class Watch:
         """A slot ends by itself."""
         self._slots.pop(slot, None)
 
-    def pulse(self, slot: str, who: str, activity: str, count: int) -> bool:
-        """Take in where a process is; whether it is to pause.
+    def pulse(self, slot: str, who: str, activity: str, count: int) -> bool | None:
+        """Take in where a process is; whether it is to pause, None if its slot is not known.
 
         Args:
             who: the slot itself, or a rank of its workers.
             count: changes whenever the process gets on.
         """
-        if slot in self._slots:
-            now, places = self._clock(), self._slots[slot].places
-            place = places.get(who)
-            if place is None or (place.activity, place.count) != (activity, count):
-                places[who] = _Place(activity, count, now, now)
-            else:
-                place.heard_at = now
+        if slot not in self._slots:
+            return None
+        now, places = self._clock(), self._slots[slot].places
+        place = places.get(who)
+        if place is None or (place.activity, place.count) != (activity, count):
+            places[who] = _Place(activity, count, now, now)
+        else:
+            place.heard_at = now
         return self._is_pausing
 
     def pause(self) -> None:
@@ -146,20 +147,27 @@ class Watch:
 
 
 def start_watch(limits: Watchdog, resources: dict[str, float]) -> Any:
-    """The actor that watches a run; it ends with the driver."""
-    return ray.remote(Watch).options(num_cpus=0, resources=resources).remote(limits)
+    """The actor that watches a run; it ends with the driver.
+
+    One that dies comes up again and knows of a slot with its next pulse.
+    """
+    actor = ray.remote(Watch).options(num_cpus=0, resources=resources, max_restarts=-1)
+    return actor.remote(limits)
 
 
 class Pulse:
     """Tells the watch every second where this process is, from a thread of its own.
 
+    Args:
+        handle: of the slot, from the slot itself.
+
     Attributes:
         is_to_pause: whether the trial is to write its state and end.
     """
 
-    def __init__(self, watch: Any, slot: str, who: str, activity: str) -> None:
+    def __init__(self, watch: Any, slot: str, who: str, activity: str, handle: Any = None) -> None:
         self.is_to_pause = False
-        self._watch, self._slot, self._who = watch, slot, who
+        self._watch, self._slot, self._who, self._handle = watch, slot, who, handle
         self._place = (activity, 0)
         self._ended = threading.Event()
         threading.Thread(target=self._send, daemon=True).start()
@@ -176,8 +184,13 @@ class Pulse:
     def _send(self) -> None:
         while not self._ended.is_set():
             try:
-                answer = self._watch.pulse.remote(self._slot, self._who, *self._place)
-                self.is_to_pause = ray.get(answer)
+                answer = ray.get(self._watch.pulse.remote(self._slot, self._who, *self._place))
+                if answer is not None:
+                    self.is_to_pause = answer
+                elif self._handle is not None:
+                    self._watch.enlist.remote(self._slot, self._handle)
+            except ray.exceptions.ActorUnavailableError:
+                pass  # it will be back
             except ray.exceptions.RayError:  # the run is over
                 return
             self._ended.wait(SECONDS_PER_PULSE)

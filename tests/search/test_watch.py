@@ -139,4 +139,9 @@ def test_a_pause_is_heard_with_the_next_pulse(bench: Bench) -> None:
     assert bench.watch.pulse("a", "rank 0", "training", 1) is False
     bench.watch.pause()
     assert bench.watch.pulse("a", "rank 0", "training", 2) is True
-    assert bench.watch.pulse("unknown", SLOT, WORKERS, 0) is True
+
+
+def test_a_slot_that_the_watch_does_not_know_hears_so(bench: Bench) -> None:
+    assert bench.watch.pulse("unknown", SLOT, WORKERS, 0) is None
+    bench.watch.enlist("unknown", "handle")
+    assert bench.watch.pulse("unknown", SLOT, WORKERS, 0) is False
