@@ -292,6 +292,7 @@ def test_a_run_without_a_finished_trial_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_run_is_one_line_that_names_the_file(tmp_path: Path, name: str) -> None:
     location = write_run(tmp_path / "a", finished(0.9, 0.8))
     (tmp_path / "a" / name).write_text('{"half": ')
+    (tmp_path / "a" / f"{name}.good").unlink(missing_ok=True)
     with pytest.raises(ConfigError) as caught:
         configurations(location)
     (line,) = caught.value.problems
