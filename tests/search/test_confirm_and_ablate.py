@@ -203,6 +203,7 @@ def test_a_lucky_winner_is_unmasked_in_a_run_that_was_moved(
     ] == ["tiny"]
 
 
+@pytest.mark.cluster
 def test_ablations_share_their_base_and_go_on_with_more_seeds(
     searched: tuple[Experiment, SearchResult, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
