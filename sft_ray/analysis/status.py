@@ -13,7 +13,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray.analysis.outcome import curve_of, score_of
 from sft_ray.analysis.results import SearchResult, load_study
-from sft_ray.run_store import JOURNAL, RESULTS, RunStore, open_run, read_experiment, trial_folder
+from sft_ray.run_store import (
+    JOURNAL,
+    METRICS,
+    RESULTS,
+    RunStore,
+    open_run,
+    read_experiment,
+    trial_folder,
+)
 from sft_ray.screen import count, duration, short_params
 
 
@@ -93,7 +101,7 @@ def _begun(
         if curve:
             percent, value = max(curve.items())
             parts = [f"{percent} %, {value:.4f}"]
-            written = store.modified(f"{trial_folder(trial.number)}/metrics.jsonl")
+            written = store.modified(f"{trial_folder(trial.number)}/{METRICS}")
             if written is not None:
                 ago = (datetime.now(UTC) - written).total_seconds()
                 parts.append(f"{duration(max(ago, 0))} ago")

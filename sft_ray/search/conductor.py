@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from sft_ray.analysis.outcome import Outcome
 from sft_ray.file_store import NEXT
-from sft_ray.run_store import ERROR_LOG, RunStore
+from sft_ray.run_store import ERROR_LOG, METRICS, TRIAL, RunStore
 from sft_ray.screen import Screen
 from sft_ray.search.trials import PlannedTrial, Trials
 
@@ -171,7 +171,7 @@ class Conductor:
         self.trials.finish(planned.number, state, outcome)
         self.board.end(planned.number, state.name, outcome.score, outcome.slot_seconds)
         row = self.trials.row(planned.number)
-        self.store.write_json(f"{planned.folder}/trial.json", row)
+        self.store.write_json(f"{planned.folder}/{TRIAL}", row)
         self.store.delete_folder(f"{planned.folder}/last")
         self._after_change()
         self._delete_outdated()
@@ -213,7 +213,7 @@ class Conductor:
             self._lines[planned.number] = []
         self._lines[planned.number].append(json.dumps(message))
         lines = "\n".join(self._lines[planned.number])
-        self.store.write_text(f"{planned.folder}/metrics.jsonl", f"{lines}\n")
+        self.store.write_text(f"{planned.folder}/{METRICS}", f"{lines}\n")
 
     def _log_error(self, planned: PlannedTrial, reason: str, traceback: str) -> None:
         self.store.append_text(ERROR_LOG, f"{planned.label}: {reason}\n{traceback}\n")
