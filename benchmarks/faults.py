@@ -130,7 +130,7 @@ KILLS = ("kill driver", "kill rank 0", "kill rank 1", "kill slot", "kill raylet"
 def write_experiment(folder: Path) -> Path:
     """Ten trials of a tiny model over two workers; its file."""
     tiny_model_folder(folder / "model")
-    write_csv(folder / "toy.csv", toy_rows(400, seed=0))
+    write_csv(folder / "toy.csv", toy_rows(800, seed=0))
     tree = {
         "name": NAME,
         "model": str(folder / "model"),

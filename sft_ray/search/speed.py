@@ -13,7 +13,8 @@ from sft_ray.config import Train
 from sft_ray.errors import ResourceError
 from sft_ray.search.cluster import Layout
 from sft_ray.training import batches
-from sft_ray.training.fit import _Trial, evaluate
+from sft_ray.training.fit import _Trial
+from sft_ray.training.forward import evaluate
 from sft_ray.training.micro_batch import NothingFitsError
 from sft_ray.training.preparation import Prepared
 from sft_ray.training.setup import Setup, load_setup

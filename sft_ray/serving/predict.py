@@ -19,7 +19,7 @@ from sft_ray.training.columns import check_fields
 from sft_ray.training.data import encode_split, load_tokenizer
 from sft_ray.training.encoding import Encoder
 from sft_ray.training.examples import Examples, LabelSet
-from sft_ray.training.fit import evaluate
+from sft_ray.training.forward import evaluate
 from sft_ray.training.metrics import Floats
 from sft_ray.training.model import quiet_transformers, resolve_model
 from sft_ray.training.tasks import Task, find_task

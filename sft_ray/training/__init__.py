@@ -5,7 +5,8 @@ otherwise hide it.
 """
 
 from sft_ray.training.data import open_dataset, prepare
-from sft_ray.training.fit import Progress, evaluate, fit
+from sft_ray.training.fit import Progress, fit
+from sft_ray.training.forward import evaluate
 from sft_ray.training.setup import Setup, load_setup
 from sft_ray.training.tasks import TASKS, find_task
 from sft_ray.training.world import World

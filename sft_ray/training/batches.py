@@ -14,7 +14,9 @@ import torch
 
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import IGNORED, Examples
+from sft_ray.training.passes import Pass
 from sft_ray.training.seeds import derived_seed
+from sft_ray.training.unpadded import Layout
 
 EVAL_TOKENS_PER_BATCH = 4096
 CPU_MICRO_BATCH = 8  # examples per pass: fewer save padding, more save calls (measured)
@@ -28,11 +30,13 @@ class Batch:
         inputs: what the model takes; tensors [share, length].
         labels: of every item, [share, ...], or of every token, [share, length].
         weights: 1 for an example that counts, 0 for the stand-in of an empty share, [share].
+        one_pass: how the share goes through the model.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
     weights: torch.Tensor
+    one_pass: Pass
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -123,4 +127,5 @@ def collate(
         inputs={k: to_device(torch.from_numpy(v.astype(np.int64))) for k, v in inputs.items()},
         labels=to_device(torch.from_numpy(labels)),
         weights=to_device(weights),
+        one_pass=Pass(Layout.of(lengths, device)),
     )

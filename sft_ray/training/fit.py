@@ -17,18 +17,16 @@ from torch import nn
 
 from sft_ray.config import Train
 from sft_ray.training import batches, micro_batch
-from sft_ray.training.batches import Batch
 from sft_ray.training.checkpoint import ResumeState
 from sft_ray.training.divergence import DivergenceWatch, constant_loss
 from sft_ray.training.encoding import IntArray
-from sft_ray.training.examples import IGNORED, Examples
+from sft_ray.training.forward import TRAINING, Beat, evaluate, forward_loss, loss_options, no_beat
 from sft_ray.training.metrics import Floats
 from sft_ray.training.micro_batch import Probe
 from sft_ray.training.optim import build_optimizer, build_schedule
 from sft_ray.training.regularize import bind_penalty
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.setup import Setup
-from sft_ray.training.tasks import LossOptions, Task
 from sft_ray.training.world import World, resolve_precision
 
 
@@ -126,17 +124,8 @@ class Progress:
 
 
 Report = Callable[[Progress], bool]
-# Called before every step and every batch of an evaluation with what comes next; True asks for a
-# pause before the next step.
-Beat = Callable[[str], bool]
-TRAINING, EVALUATION = "training", "evaluation"
 # Steps between two agreements of several workers on a pause: each of them is a collective.
 STEPS_PER_AGREEMENT = 8
-
-
-def no_beat(activity: str) -> bool:
-    """Tells nobody, and never asks for a pause."""
-    return False
 
 
 def schedule_marks(rungs: list[int], epochs: int, steps_per_epoch: int) -> list[Mark]:
@@ -510,7 +499,7 @@ class _Trial:
         most = min(share, most or share)
         if self.train.micro_batch != "auto":
             return min(most, self.train.micro_batch)
-        if self.world.device.type == "cpu":
+        if self.world.device.type == "cpu" and not self.pretrained.family.packs:
             most = min(most, batches.CPU_MICRO_BATCH)
         return min(most, probe.fits)
 
@@ -583,84 +572,6 @@ def _never_began(fault: str) -> Progress:
         memory_bytes=0,
         fault=fault,
     )
-
-
-def loss_options(train: Train, setup: Setup) -> LossOptions:
-    """Label smoothing and class weights; `balanced` weighs a class by 1 / its training share.
-
-    Balanced weights average 1 over the training labels, so the size of the loss stays.
-
-    Raises:
-        ConfigError: weights for classes that the data does not have, or lacks.
-    """
-    names, chosen = setup.dataset.label_names, train.class_weights
-    if chosen is None or not setup.task.label_options:
-        return LossOptions(train.label_smoothing)
-    if chosen == "balanced":
-        truth = setup.dataset.train.labels
-        if truth.ndim == 2:
-            counts = truth.sum(axis=0)
-        else:
-            counts = np.bincount(truth[truth != IGNORED], minlength=len(names)).astype(float)
-        present = counts > 0  # smoothing and soft labels look at absent classes too
-        weights = np.zeros(len(names))
-        weights[present] = counts.sum() / counts[present] / present.sum()
-    else:
-        weights = np.array([chosen[name] for name in names])
-    found = torch.tensor(weights, dtype=torch.float32, device=setup.world.device)
-    return LossOptions(train.label_smoothing, found)
-
-
-def model_outputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits [n, classes], or per token [n, length, classes]; start and end count as classes."""
-    found = model(**inputs)
-    if "start_logits" in found:
-        return torch.stack([found.start_logits, found.end_logits], dim=-1)
-    return found.logits
-
-
-def forward_loss(
-    model: nn.Module, batch: Batch, task: Task, options: LossOptions, dtype: torch.dtype
-) -> torch.Tensor:
-    """Sum of the task's loss over the examples of one micro-batch."""
-    autocast = torch.autocast(batch.labels.device.type, dtype, enabled=dtype != torch.float32)
-    with autocast:
-        logits = model_outputs(model, batch.inputs)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    mask = batch.inputs["attention_mask"].bool()
-    losses = task.loss(logits, batch.labels, mask, options)
-    return (losses * batch.weights.to(logits.dtype)).sum()
-
-
-@torch.no_grad()
-def evaluate(
-    model: Any,
-    task: Task,
-    examples: Examples,
-    pad_token: int,
-    world: World,
-    dtype: torch.dtype = torch.float32,
-    beat: Beat = no_beat,
-) -> Floats:
-    """Outputs of every item or token in order, [n or total, classes], for any number of workers."""
-    model.eval()
-    rows = len(examples.tokens) if task.per_token else len(examples)
-    weight_dtype = next(model.parameters()).dtype
-    outputs = torch.zeros((rows, model.config.num_labels), dtype=weight_dtype, device=world.device)
-    for indices in batches.evaluation_shares(examples.lengths, world.rank, world.size):
-        beat(EVALUATION)
-        inputs = batches.collate(
-            examples, indices, pad_token=pad_token, device=world.device, with_labels=False
-        ).inputs
-        with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-            found = model_outputs(model, inputs)
-        places = indices
-        if task.per_token:
-            found = found[inputs["attention_mask"].bool()]
-            places = batches.token_positions(examples, indices)
-        outputs[torch.from_numpy(places).to(world.device)] = found.to(weight_dtype)
-    gathered: Floats = np.asarray(world.sum(outputs).cpu().numpy())
-    return gathered
 
 
 class _Clock:

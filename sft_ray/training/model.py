@@ -24,6 +24,7 @@ from torch import nn
 from sft_ray.errors import ConfigError
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import LabelSet
+from sft_ray.training.passes import prepare_model
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.tasks import Task
 
@@ -44,16 +45,24 @@ class Family:
         shared: modules that feed every layer.
         positions_after_padding: positions are counted from the padding token's id upwards, which
             leaves that much less room for text.
+        packs: its layers take tokens without padding (see `passes.prepare_model`).
+        gives_tuples: its layers answer with more than the hidden states.
     """
 
     embeddings: tuple[str, ...] = ("embeddings",)
     layers: str = "encoder.layer"
     shared: tuple[str, ...] = ()
     positions_after_padding: bool = False
+    packs: bool = True
+    gives_tuples: bool = False
 
 
 ROBERTA = Family(positions_after_padding=True)
-DEBERTA = Family(shared=("encoder.rel_embeddings", "encoder.LayerNorm", "encoder.conv"))
+DEBERTA = Family(
+    shared=("encoder.rel_embeddings", "encoder.LayerNorm", "encoder.conv"),
+    packs=False,
+    gives_tuples=True,
+)
 FAMILIES = {
     "bert": Family(),
     "roberta": ROBERTA,
@@ -64,8 +73,13 @@ FAMILIES = {
     "distilbert": Family(layers="transformer.layer"),
     "deberta": DEBERTA,
     "deberta-v2": DEBERTA,
-    "mpnet": Family(shared=("encoder.relative_attention_bias",), positions_after_padding=True),
-    "modernbert": Family(layers="layers"),
+    "mpnet": Family(
+        shared=("encoder.relative_attention_bias",),
+        positions_after_padding=True,
+        packs=False,
+        gives_tuples=True,
+    ),
+    "modernbert": Family(layers="layers", packs=False),
 }
 
 
@@ -230,6 +244,14 @@ class Pretrained:
         self._draw_head(seed)
         self._frozen: list[nn.Module] = []
         self._dropouts = list(_dropouts(model))
+        base = model.base_model
+        prepare_model(
+            model,
+            [_module(base, path) for path in self.family.embeddings if _has(base, path)],
+            list(_module(base, self.family.layers)),
+            packs=self.family.packs,
+            gives_tuples=self.family.gives_tuples,
+        )
 
     @property
     def num_layers(self) -> int:

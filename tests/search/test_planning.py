@@ -26,8 +26,10 @@ from sft_ray.search.planning import run_plan
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.speed import Speed
 from sft_ray.single_trial import run_training
+from sft_ray.training.batches import Batch
 from tests.models import task_rows, write_jsonl
 
+forward_module = importlib.import_module("sft_ray.training.forward")
 fit_module = importlib.import_module("sft_ray.training.fit")  # the package's `fit` is the function
 TRAIN_SECONDS, EVAL_SECONDS = 0.01, 0.001  # per example, where nothing is measured
 NUM_TRAIN, NUM_VALIDATION = 280, 80  # of the tiny experiment
@@ -292,14 +294,14 @@ def test_what_is_predicted_is_what_training_takes(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine whose only work is the model's, so that others' load changes nothing."""
-    now, honest = [0.0], fit_module.model_outputs
+    now, honest = [0.0], forward_module.model_outputs
 
-    def model_outputs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        seconds = 0.01 + 1e-4 * inputs["input_ids"].numel()
+    def model_outputs(model: Any, batch: Batch) -> torch.Tensor:
+        seconds = 0.01 + 1e-4 * batch.inputs["input_ids"].numel()
         now[0] += seconds * (3 if torch.is_grad_enabled() else 1)
-        return honest(model, inputs)
+        return honest(model, batch)
 
-    monkeypatch.setattr(fit_module, "model_outputs", model_outputs)
+    monkeypatch.setattr(forward_module, "model_outputs", model_outputs)
     clock = SimpleNamespace(monotonic=lambda: now[0])
     for module in (fit_module, speed_module):
         monkeypatch.setattr(module, "time", clock)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from sft_ray.config import Regularization
 from sft_ray.training.data import open_dataset
 from sft_ray.training.examples import Dataset
-from sft_ray.training.fit import evaluate
+from sft_ray.training.forward import evaluate
 from sft_ray.training.model import Pretrained
 from sft_ray.training.world import World
 from tests.models import PAD, TASK, load_tiny, run_fit

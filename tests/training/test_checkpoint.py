@@ -18,7 +18,8 @@ from sft_ray.training.checkpoint import save_predictions
 from sft_ray.training.data import load_tokenizer
 from sft_ray.training.encoding import Encoder
 from sft_ray.training.examples import Dataset
-from sft_ray.training.fit import Best, evaluate, model_outputs
+from sft_ray.training.fit import Best
+from sft_ray.training.forward import evaluate, model_outputs
 from sft_ray.training.model import Pretrained
 from sft_ray.training.setup import Setup
 from sft_ray.training.tasks import TASKS, Task
@@ -153,6 +154,6 @@ def test_outputs_per_token_stand_where_their_tokens_do(trained) -> None:
     for item in (0, len(validation) - 1):
         batch = collate(validation, np.array([item]), pad_token=PAD, device=CPU)
         with torch.no_grad():
-            alone = model_outputs(pretrained.model, batch.inputs)[0].numpy()
+            alone = model_outputs(pretrained.model, batch)[0].numpy()
         where = validation[item] if trained.task.per_token else item
         np.testing.assert_allclose(whole[where], alone, atol=1e-5, rtol=0)

@@ -16,7 +16,7 @@ from sft_ray.errors import ConfigError
 from sft_ray.training import encoding, metrics
 from sft_ray.training.data import load_tokenizer, open_dataset, prepare
 from sft_ray.training.encoding import Encoder
-from sft_ray.training.fit import loss_options
+from sft_ray.training.forward import loss_options
 from sft_ray.training.model import load_pretrained
 from sft_ray.training.setup import Setup
 from sft_ray.training.tasks import TASKS

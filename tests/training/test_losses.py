@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from sft_ray.config import Train
 from sft_ray.training.batches import collate
 from sft_ray.training.examples import IGNORED, Dataset
-from sft_ray.training.fit import forward_loss, loss_options
+from sft_ray.training.forward import forward_loss, loss_options
 from sft_ray.training.setup import Setup
 from sft_ray.training.tasks import (
     TASKS,

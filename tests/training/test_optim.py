@@ -15,7 +15,7 @@ from sft_ray.config import Regularization, Train
 from sft_ray.errors import ConfigError
 from sft_ray.training.batches import collate, global_batches
 from sft_ray.training.examples import Dataset
-from sft_ray.training.fit import evaluate, forward_loss
+from sft_ray.training.forward import evaluate, forward_loss
 from sft_ray.training.model import FAMILIES, Pretrained
 from sft_ray.training.optim import build_optimizer, build_schedule
 from sft_ray.training.regularize import bind_penalty, is_penalized

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sft_ray.config import Regularization
 from sft_ray.training.batches import collate
 from sft_ray.training.examples import Dataset
-from sft_ray.training.fit import forward_loss
+from sft_ray.training.forward import forward_loss
 from sft_ray.training.model import Pretrained
 from sft_ray.training.regularize import bind_penalty
 from sft_ray.training.tasks import LossOptions

@@ -1,0 +1,177 @@
+"""One pass of a batch through a model of the library: without padding, and in two halves.
+
+The model's own code runs; only what its embeddings and layers are handed changes, and only inside
+`passing`.  Outside, and in families whose attention is their own, the model does what it always
+does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sft_ray.training.unpadded import Layout, attend
+
+ATTENTION = "sft_ray_unpadded"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a batch goes through a model.
+
+    Attributes:
+        layout: where its tokens lie.
+        depth: layers that are left out, with the embeddings; their output is `trunk_TH`.
+        trunk_TH: output of the first `depth` layers, [tokens, width]; None begins at the
+            embeddings.
+        stop: layers after which to stop; None runs all.
+    """
+
+    layout: Layout
+    depth: int = 0
+    trunk_TH: torch.Tensor | None = None  # noqa: N815
+    stop: int | None = None
+
+
+_now: ContextVar[Pass | None] = ContextVar("pass", default=None)
+
+
+@contextmanager
+def passing(one: Pass | None) -> Iterator[None]:
+    """Models that were prepared run as `one` says; None lets them run as they are."""
+    token = _now.set(one)
+    try:
+        yield
+    finally:
+        _now.reset(token)
+
+
+class _Stopped(Exception):  # noqa: N818
+    """Carries the output of the layer after which to stop, [tokens, width]."""
+
+    def __init__(self, hidden_TH: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden_TH = hidden_TH
+
+
+def prepare_model(
+    model: Any,
+    embeddings: Sequence[nn.Module],
+    layers: Sequence[nn.Module],
+    *,
+    packs: bool,
+    gives_tuples: bool,
+) -> None:
+    """Let a model look at `passing`; its parameters and their names stay as they are.
+
+    Args:
+        embeddings: all that runs before the first layer.
+        packs: whether its layers take tokens without padding: they do if only attention looks
+            at more than one token, and asks the library's registry how.
+        gives_tuples: whether its layers answer with more than the hidden states.
+    """
+    for module in embeddings:
+        module.forward = _Embeddings(_own_forward(module))
+    for index, layer in enumerate(layers):
+        is_last = index + 1 == len(layers)
+        layer.forward = _Layer(_own_forward(layer), index, is_last, packs, gives_tuples)
+    if packs:
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
+        model.set_attn_implementation(ATTENTION)
+
+
+def trunk_output(model: Any, inputs: dict[str, torch.Tensor], one: Pass) -> torch.Tensor:
+    """What the first `one.stop` layers give, [tokens, width]; nothing above them runs."""
+    try:
+        with passing(one):
+            model(**inputs)
+    except _Stopped as stopped:
+        return stopped.hidden_TH
+    raise AssertionError("the model has fewer layers")
+
+
+def _own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The library's own, also of a module that was prepared before."""
+    return partial(type(module).forward, module)
+
+
+class _Embeddings:
+    def __init__(self, real: Callable[..., Any]) -> None:
+        self._real = real
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        now = _now.get()
+        if now is None or now.trunk_TH is None:
+            return self._real(*args, **kwargs)
+        # Only its shape is looked at, until the first layer that runs.
+        return now.trunk_TH.new_zeros(()).expand(*now.layout.shape, now.trunk_TH.shape[-1])
+
+
+class _Layer:
+    def __init__(
+        self,
+        real: Callable[..., Any],
+        index: int,
+        is_last: bool,
+        packs: bool,
+        gives_tuples: bool,
+    ) -> None:
+        self._real, self._index, self._is_last = real, index, is_last
+        self._packs, self._gives_tuples = packs, gives_tuples
+
+    def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        now = _now.get()
+        if now is None:
+            return self._real(hidden, *args, **kwargs)
+        if self._index < now.depth:
+            return self._left_out(now, hidden)
+        if self._index == now.depth:
+            hidden = self._first(now, hidden)
+        found = self._real(hidden, *args, **kwargs)
+        hidden, *others = found if self._gives_tuples else (found,)
+        if self._index + 1 == now.stop:
+            raise _Stopped(hidden[0] if self._packs else now.layout.pack(hidden))
+        if self._is_last and self._packs:
+            hidden = now.layout.unpack(hidden[0])
+        return (hidden, *others) if self._gives_tuples else hidden
+
+    def _first(self, now: Pass, hidden: torch.Tensor) -> torch.Tensor:
+        """What the first layer that runs is handed."""
+        if now.trunk_TH is None:
+            return now.layout.pack(hidden).unsqueeze(0) if self._packs else hidden
+        return now.trunk_TH.unsqueeze(0) if self._packs else now.layout.unpack(now.trunk_TH)
+
+    def _left_out(self, now: Pass, hidden: torch.Tensor) -> Any:
+        if self._is_last:
+            assert now.trunk_TH is not None  # only a given output leaves layers out
+            hidden = now.layout.unpack(now.trunk_TH)
+        return (hidden, None) if self._gives_tuples else hidden
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    now = _now.get()
+    if now is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    return attend(now.layout, query, key, value, dropout, scaling), None

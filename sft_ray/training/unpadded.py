@@ -1,0 +1,133 @@
+"""Attention over the tokens of a batch that lie side by side, without padding between them.
+
+All else in an encoder layer looks at one token at a time and needs no padding at all.  Attention
+pads neighbours of like length together; what it computes in vain is small beside the layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from sft_ray.training.encoding import IntArray
+
+SEQUENCES_PER_GROUP = 8
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences that go through attention together.
+
+    Attributes:
+        first: of their tokens in the packed batch.
+        last: one past their last token.
+        shape: (sequences, length of the longest).
+        places: of the tokens among all positions of the padded group, [tokens]; None if it has no
+            padding.
+        mask: True at tokens, [sequences, 1, 1, length]; None if it has no padding.
+    """
+
+    first: int
+    last: int
+    shape: tuple[int, int]
+    places: torch.Tensor | None
+    mask: torch.Tensor | None
+
+    def pad(self, packed: torch.Tensor) -> torch.Tensor:
+        """[1, heads, all tokens, width] -> [sequences, heads, length, width] of this group."""
+        tokens_THD = packed[0, :, self.first : self.last].transpose(0, 1)
+        size, length = self.shape
+        if self.places is not None:
+            positions = tokens_THD.new_zeros(size * length, *tokens_THD.shape[1:])
+            tokens_THD = positions.index_copy(0, self.places, tokens_THD)
+        return tokens_THD.reshape(size, length, *tokens_THD.shape[1:]).transpose(1, 2)
+
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """[sequences, heads, length, width] -> [tokens of this group, heads, width]."""
+        flat = padded.transpose(1, 2).flatten(0, 1)
+        return flat if self.places is None else flat.index_select(0, self.places)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a padded batch lie.
+
+    Attributes:
+        shape: (sequences, length of the longest).
+        places: of the tokens among all positions of the padded batch, [tokens].
+        groups: of neighbours; cheapest if the batch is sorted by length.
+    """
+
+    shape: tuple[int, int]
+    places: torch.Tensor
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def of(cls, lengths: IntArray, device: torch.device) -> Layout:
+        """The layout of sequences with these lengths, [n]."""
+        # A GPU rather pads more than it starts many small kernels.
+        size = SEQUENCES_PER_GROUP if device.type == "cpu" else len(lengths)
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        groups = []
+        for start in range(0, len(lengths), size):
+            part = lengths[start : start + size]
+            first, last = int(ends[start]), int(ends[start + len(part)])
+            shape = (len(part), int(part.max()))
+            if last - first == shape[0] * shape[1]:
+                groups.append(Group(first, last, shape, None, None))
+            else:
+                mask_BL = _tokens(part)
+                places = _to_device(np.flatnonzero(mask_BL), device)
+                mask = _to_device(mask_BL[:, None, None, :], device)
+                groups.append(Group(first, last, shape, places, mask))
+        places = _to_device(np.flatnonzero(_tokens(lengths)), device)
+        return cls((len(lengths), int(lengths.max())), places, tuple(groups))
+
+    def pack(self, padded_BLH: torch.Tensor) -> torch.Tensor:
+        """[sequences, length, width] -> [tokens, width]."""
+        return padded_BLH.flatten(0, 1).index_select(0, self.places)
+
+    def unpack(self, packed_TH: torch.Tensor) -> torch.Tensor:
+        """[tokens, width] -> [sequences, length, width], 0 at padding."""
+        size, length = self.shape
+        positions = packed_TH.new_zeros(size * length, packed_TH.shape[-1])
+        return positions.index_copy(0, self.places, packed_TH).view(size, length, -1)
+
+
+def attend(
+    layout: Layout,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention of every sequence to itself; [1, heads, tokens, width] -> [1, tokens, heads, …]."""
+    parts = []
+    for group in layout.groups:
+        found = F.scaled_dot_product_attention(
+            group.pad(query),
+            group.pad(key),
+            group.pad(value),
+            attn_mask=group.mask,
+            dropout_p=dropout,
+            scale=scaling,
+        )
+        parts.append(group.unpad(found))
+    return torch.cat(parts).unsqueeze(0)
+
+
+def _tokens(lengths: IntArray) -> Any:
+    """True where a padded batch has tokens, [n, longest]."""
+    return np.arange(lengths.max())[None, :] < lengths[:, None]
+
+
+def _to_device(array: Any, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

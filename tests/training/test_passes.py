@@ -1,0 +1,113 @@
+"""Without padding, and in two halves, every family answers as the library's own code does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sft_ray.training.batches import Batch, collate
+from sft_ray.training.examples import Dataset
+from sft_ray.training.forward import model_outputs
+from sft_ray.training.model import FAMILIES, Pretrained
+from sft_ray.training.passes import Pass, passing, trunk_output
+from sft_ray.training.unpadded import Layout
+from tests.models import CPU, PAD, load_tiny, tiny_model_folder, toy_dataset
+
+LAYERS = 3
+PACKED = [name for name, family in FAMILIES.items() if family.packs]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Dataset:
+    return toy_dataset(tmp_path_factory.mktemp("few"), tiny_bert, train=24, validation=24)
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def pretrained(
+    request: pytest.FixtureRequest, few: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> Pretrained:
+    folder = tmp_path_factory.mktemp(request.param)
+    return load_tiny(tiny_model_folder(folder, request.param, LAYERS), few)
+
+
+def ragged_batch(few: Dataset) -> Batch:
+    """Texts of several lengths, the first group without padding, not sorted as a whole."""
+    order = np.argsort(few.train.lengths, kind="stable")
+    return collate(few.train, np.concatenate([order[12:], order[:9]]), pad_token=PAD, device=CPU)
+
+
+def gradients(pretrained: Pretrained, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    logits.square().sum().backward()
+    found = {n: p.grad.clone() for n, p in pretrained.trainable().items() if p.grad is not None}
+    pretrained.model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_a_pass_gives_the_logits_and_gradients_of_the_library(
+    pretrained: Pretrained, few: Dataset, k: int
+) -> None:
+    pretrained.reset(k, dropout=0.0)
+    batch = ragged_batch(few)
+    mine = model_outputs(pretrained.model, batch)
+    my_gradients = gradients(pretrained, mine)
+    with passing(None):
+        theirs = pretrained.model(**batch.inputs).logits
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    their_gradients = gradients(pretrained, theirs)
+    assert my_gradients.keys() == their_gradients.keys()
+    for name, gradient in my_gradients.items():
+        torch.testing.assert_close(gradient, their_gradients[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_upper_half_on_the_output_of_the_lower_is_the_whole(
+    pretrained: Pretrained, few: Dataset, k: int
+) -> None:
+    pretrained.reset(k)
+    pretrained.model.eval()
+    batch = ragged_batch(few)
+    layout = batch.one_pass.layout
+    with torch.no_grad():
+        whole = model_outputs(pretrained.model, batch)
+        below = trunk_output(pretrained.model, batch.inputs, Pass(layout, stop=1))
+        upper = Pass(layout, depth=1, trunk_TH=below, stop=k)
+        trunk_TH = below if k == 1 else trunk_output(pretrained.model, batch.inputs, upper)
+        assert trunk_TH.shape == (int(batch.inputs["attention_mask"].sum()), 32)
+        with passing(Pass(layout, depth=k, trunk_TH=trunk_TH)):
+            halves = pretrained.model(**batch.inputs).logits
+    torch.testing.assert_close(halves, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_layers_see_tokens_and_no_padding(name: str, few: Dataset, tmp_path: Path) -> None:
+    pretrained = load_tiny(tiny_model_folder(tmp_path / name, name, 2), few)
+    seen = []
+    for module in pretrained.model.modules():
+        if isinstance(module, nn.Linear) and module.out_features == 64:  # the widest of a layer
+            module.register_forward_hook(lambda m, inputs, output: seen.append(inputs[0].shape[:2]))
+    batch = ragged_batch(few)
+    with torch.no_grad():
+        model_outputs(pretrained.model, batch)
+    tokens = int(batch.inputs["attention_mask"].sum())
+    assert batch.inputs["attention_mask"].numel() > tokens
+    assert seen == [(1, tokens)] * 2
+
+
+def test_a_layout_packs_and_unpacks_what_it_was_given() -> None:
+    lengths = np.array([3, 3, 1, 4, 2, 2, 2, 2, 5, 5])
+    layout = Layout.of(lengths, CPU)
+    padded_BLH = torch.randn(10, 5, 4)
+    mask = torch.arange(5)[None, :] < torch.from_numpy(lengths)[:, None]
+    packed_TH = layout.pack(padded_BLH)
+    assert torch.equal(packed_TH, padded_BLH[mask])
+    assert torch.equal(layout.unpack(packed_TH), padded_BLH * mask[:, :, None])
+    assert [(group.first, group.last, group.shape) for group in layout.groups] == [
+        (0, 19, (8, 4)),
+        (19, 29, (2, 5)),
+    ]
+    assert [group.mask is None for group in layout.groups] == [False, True]
