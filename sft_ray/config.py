@@ -344,6 +344,8 @@ class Resources(Section):
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     slots: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     trials_per_gpu: Annotated[int, Field(ge=1)] = 1
+    # Of disk on every machine, for the outputs of frozen layers; 0 computes them each time.
+    trunk_cache_gb: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
     def _ranks_never_share_a_gpu(self) -> Self:

@@ -23,10 +23,10 @@ import torch
 from sft_ray.config import Experiment, Train
 from sft_ray.run_store import PREDICTIONS, RunStore
 from sft_ray.search.watch import MAILBOX, STORAGE, Pulse
+from sft_ray.training.beat import TRAINING
 from sft_ray.training.checkpoint import ResumeState, save_model, save_predictions
 from sft_ray.training.data import prepare, prepare_here
 from sft_ray.training.fit import Best, Progress, fit
-from sft_ray.training.forward import TRAINING
 from sft_ray.training.last_state import LastState
 from sft_ray.training.micro_batch import StepOutOfMemoryError
 from sft_ray.training.model import resolve_model

@@ -7,9 +7,10 @@ number of workers decides nothing but who computes what.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from sft_ray.training.encoding import IntArray
@@ -37,6 +38,37 @@ class Batch:
     labels: torch.Tensor
     weights: torch.Tensor
     one_pass: Pass
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """What the first layers made of every example of a split; lies in mapped files.
+
+    Attributes:
+        depth: how many layers.
+        maps: arrays [tokens, width], one per file.
+        map_of: number of the file that holds an item, [n].
+        start_of: its first row there, [n].
+        most_tokens: of an item, from its first on; None keeps all.
+    """
+
+    depth: int
+    maps: list[npt.NDArray[np.floating]]
+    map_of: IntArray
+    start_of: IntArray
+    most_tokens: int | None = None
+
+    def rows(self, items: IntArray, lengths: IntArray) -> torch.Tensor:
+        """Output for the tokens of some items, one after the other, [tokens, width]."""
+        places = zip(self.map_of[items], self.start_of[items], lengths, strict=True)
+        return torch.from_numpy(
+            np.concatenate([self.maps[map_][start : start + n] for map_, start, n in places])
+        )
+
+
+def kept_lengths(lengths: IntArray, most_tokens: int | None) -> IntArray:
+    """Tokens per item if no more than so many are kept, [n]."""
+    return lengths if most_tokens is None else np.minimum(lengths, most_tokens)
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -93,15 +125,20 @@ def collate(
     pad_token: int,
     device: torch.device,
     with_labels: bool = True,
+    trunk: Trunk | None = None,
 ) -> Batch:
     """Pad and move one share; an empty share becomes one example of weight 0.
 
     A worker without examples must still take part in the step's collectives.
+
+    Args:
+        trunk: where the pass begins, if not at the embeddings.
     """
     weights = torch.ones(max(len(indices), 1))
     if len(indices) == 0:
         indices, weights = np.array([0]), torch.zeros(1)
-    starts, lengths = examples.offsets[indices], examples.lengths[indices]
+    starts = examples.offsets[indices]
+    lengths = kept_lengths(examples.lengths[indices], trunk.most_tokens if trunk else None)
     within_BL = np.arange(lengths.max())[None, :]
     mask_BL = within_BL < lengths[:, None]
     source_BL = np.where(mask_BL, starts[:, None] + within_BL, 0)
@@ -123,9 +160,14 @@ def collate(
             tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
 
+    one_pass = Pass(Layout.of(lengths, device))
+    if trunk is not None:
+        items = indices if examples.items is None else examples.items[indices]
+        trunk_TH = to_device(trunk.rows(items, lengths))
+        one_pass = replace(one_pass, depth=trunk.depth, trunk_TH=trunk_TH)
     return Batch(
         inputs={k: to_device(torch.from_numpy(v.astype(np.int64))) for k, v in inputs.items()},
         labels=to_device(torch.from_numpy(labels)),
         weights=to_device(weights),
-        one_pass=Pass(Layout.of(lengths, device)),
+        one_pass=one_pass,
     )

@@ -43,10 +43,12 @@ class Examples(Encoded):
         labels: one per item ([n], or [n, classes] of probabilities or 0/1, or [n, 2] positions),
             or one per token ([total], `IGNORED` where none is).
         raw: the rows that items were made from, for scoring; None for training.
+        items: numbers of these items in the whole split, [n]; None if they are all of it.
     """
 
     labels: npt.NDArray[Any]
     raw: pa.Table | None = None
+    items: IntArray | None = None
 
     @cached_property
     def lengths(self) -> IntArray:
@@ -77,6 +79,7 @@ class Examples(Encoded):
             words=None if self.words is None else self.words[tokens],
             spans=None if self.spans is None else self.spans[tokens],
             labels=self.labels[tokens if self.labels_per_token else keep],
+            items=np.flatnonzero(keep) if self.items is None else self.items[keep],
         )
 
     def column(self, name: str) -> list[Any]:

@@ -17,16 +17,19 @@ from torch import nn
 
 from sft_ray.config import Train
 from sft_ray.training import batches, micro_batch
+from sft_ray.training.batches import Trunk
+from sft_ray.training.beat import TRAINING, Beat, no_beat
 from sft_ray.training.checkpoint import ResumeState
 from sft_ray.training.divergence import DivergenceWatch, constant_loss
 from sft_ray.training.encoding import IntArray
-from sft_ray.training.forward import TRAINING, Beat, evaluate, forward_loss, loss_options, no_beat
+from sft_ray.training.forward import evaluate, forward_loss, loss_options
 from sft_ray.training.metrics import Floats
 from sft_ray.training.micro_batch import Probe
 from sft_ray.training.optim import build_optimizer, build_schedule
 from sft_ray.training.regularize import bind_penalty
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.setup import Setup
+from sft_ray.training.trunk_cache import Split, TrunkCache
 from sft_ray.training.world import World, resolve_precision
 
 
@@ -270,6 +273,26 @@ class _Trial:
         if end_diverged:
             limit = self.constant_loss(setup.constant_losses)
         self.watch = DivergenceWatch(limit, self.num_steps, self.world)
+        self.trunks = self.open_trunks(setup.trunk_cache)
+
+    def open_trunks(self, cache: TrunkCache | None) -> dict[Split, Trunk | None]:
+        """Outputs of the frozen layers, as far as they are cached."""
+        if cache is None:
+            return {"train": None, "validation": None}
+        self.clock.enter("train")
+        depth = self.train.frozen_layers
+        depth = self.pretrained.num_layers if depth == "all" else depth
+        share = len(self.dataset.train) / len(cache.dataset.train)
+        passes: dict[Split, float] = {
+            "train": self.train.epochs * share,
+            "validation": self.train.epochs,  # at least
+        }
+        opened = {
+            split: cache.open(split, depth, self.dtype, passes[split], self.beat)
+            for split in passes
+        }
+        self.clock.enter("other")
+        return opened
 
     def constant_loss(self, known: dict[str, float | None]) -> float | None:
         """Training loss of the best constant answer, once per kind of loss."""
@@ -324,7 +347,11 @@ class _Trial:
         `count` is what the whole global batch is divided by.
         """
         batch = batches.collate(
-            self.dataset.train, part, pad_token=self.pad_token, device=self.world.device
+            self.dataset.train,
+            part,
+            pad_token=self.pad_token,
+            device=self.world.device,
+            trunk=self.trunks["train"],
         )
         loss = forward_loss(self.model, batch, self.task, self.loss_options, self.dtype)
         # Gradients are averaged over workers; the step wants the sum over the global batch
@@ -379,6 +406,7 @@ class _Trial:
             self.world,
             self.dtype,
             self.beat,
+            self.trunks["validation"],
         )
         self.pretrained.train()
         # Every rank has the same outputs, so all of them find a fault or none.

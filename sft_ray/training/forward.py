@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,23 +10,14 @@ from torch import nn
 
 from sft_ray.config import Train
 from sft_ray.training import batches
-from sft_ray.training.batches import Batch
+from sft_ray.training.batches import Batch, Trunk
+from sft_ray.training.beat import EVALUATION, Beat, no_beat
 from sft_ray.training.examples import IGNORED, Examples
 from sft_ray.training.metrics import Floats
 from sft_ray.training.passes import passing
 from sft_ray.training.setup import Setup
 from sft_ray.training.tasks import LossOptions, Task
 from sft_ray.training.world import World
-
-# Called before every step and every batch of an evaluation with what comes next; True asks for a
-# pause before the next step.
-Beat = Callable[[str], bool]
-TRAINING, EVALUATION = "training", "evaluation"
-
-
-def no_beat(activity: str) -> bool:
-    """Tells nobody, and never asks for a pause."""
-    return False
 
 
 def loss_options(train: Train, setup: Setup) -> LossOptions:
@@ -87,8 +77,14 @@ def evaluate(
     world: World,
     dtype: torch.dtype = torch.float32,
     beat: Beat = no_beat,
+    trunk: Trunk | None = None,
 ) -> Floats:
-    """Outputs of every item or token in order, [n or total, classes], for any number of workers."""
+    """Outputs of every item or token in order, [n or total, classes], for any number of workers.
+
+    Args:
+        beat: called before every batch.
+        trunk: what the first layers make of the examples, if it is known.
+    """
     model.eval()
     rows = len(examples.tokens) if task.per_token else len(examples)
     weight_dtype = next(model.parameters()).dtype
@@ -96,7 +92,12 @@ def evaluate(
     for indices in batches.evaluation_shares(examples.lengths, world.rank, world.size):
         beat(EVALUATION)
         batch = batches.collate(
-            examples, indices, pad_token=pad_token, device=world.device, with_labels=False
+            examples,
+            indices,
+            pad_token=pad_token,
+            device=world.device,
+            with_labels=False,
+            trunk=trunk,
         )
         with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
             found = model_outputs(model, batch)

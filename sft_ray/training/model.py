@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -256,6 +257,31 @@ class Pretrained:
     @property
     def num_layers(self) -> int:
         return len(_module(self.model.base_model, self.family.layers))
+
+    @cached_property
+    def can_split(self) -> bool:
+        """Whether the layers above any depth need no more than the output of the one below."""
+        return not _has(self.model.base_model, "encoder.conv")  # mixes both ends of the first
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all weights below the head as they were loaded, and of what computes with them."""
+        digest = hashlib.sha256(f"{self.model.config.model_type} {self.family}".encode())
+        config = self.model.config.to_dict()
+        for name in ("_name_or_path", "id2label", "label2id"):
+            config.pop(name, None)
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        head = self.head() | self.from_scratch
+        for name, weights in sorted(self.pristine.items()):
+            if name not in head:
+                digest.update(name.encode())
+                digest.update(weights.detach().cpu().numpy())
+        return digest.hexdigest()
+
+    def layer_parameters(self) -> int:
+        """How many numbers all layers hold."""
+        layers = _module(self.model.base_model, self.family.layers)
+        return sum(parameter.numel() for parameter in layers.parameters())
 
     def reset(
         self,

@@ -14,6 +14,7 @@ from sft_ray.training.examples import Dataset
 from sft_ray.training.micro_batch import Probe
 from sft_ray.training.model import Pretrained, load_pretrained, resolve_model
 from sft_ray.training.tasks import Task, find_task
+from sft_ray.training.trunk_cache import TrunkCache
 from sft_ray.training.world import World
 
 
@@ -24,6 +25,7 @@ class Setup:
     Attributes:
         micro_batches: (frozen layers, batch size, number format) -> what the probe found.
         constant_losses: label smoothing and class weights -> loss of the best constant answer.
+        trunk_cache: outputs of frozen trunks; None computes them each time.
     """
 
     task: Task
@@ -33,10 +35,16 @@ class Setup:
     world: World
     micro_batches: dict[tuple[int | str, int, str], Probe] = field(default_factory=dict)
     constant_losses: dict[str, float | None] = field(default_factory=dict)
+    trunk_cache: TrunkCache | None = None
 
 
-def load_setup(experiment: Experiment, dataset_folder: Path, world: World) -> Setup:
+def load_setup(
+    experiment: Experiment, dataset_folder: Path, world: World, *, trunk_uses: float = 1.0
+) -> Setup:
     """Load what `training.data.prepare` wrote, and the experiment's model onto the device.
+
+    Args:
+        trunk_uses: how many trials will freeze the same number of layers, roughly.
 
     Raises:
         SftError: model or tokenizer cannot be loaded.
@@ -54,4 +62,14 @@ def load_setup(experiment: Experiment, dataset_folder: Path, world: World) -> Se
         used_tokens=np.union1d(dataset.used_tokens, [tokenizer.pad_token_id]),
         revision=experiment.revision,
     )
-    return Setup(task, dataset, pretrained, tokenizer, world)
+    gigabytes = experiment.resources.trunk_cache_gb
+    trunk_cache = TrunkCache(
+        pretrained,
+        dataset,
+        task,
+        world,
+        tokenizer.pad_token_id,
+        budget_bytes=None if gigabytes == "auto" else int(gigabytes * 1e9),
+        uses=trunk_uses,
+    )
+    return Setup(task, dataset, pretrained, tokenizer, world, trunk_cache=trunk_cache)

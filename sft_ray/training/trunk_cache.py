@@ -1,0 +1,366 @@
+"""What the frozen layers of a model make of every example, computed once per machine.
+
+A frozen trunk runs without dropout, so its output is a constant of the example.  It lies in Arrow
+files that all workers, slots and trials of the machine map into memory; deeper outputs are made
+from shallower ones.  Always the same examples go through the model together, whoever asks, so that
+the same search gives the same numbers whether it finds outputs or makes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+import transformers
+from filelock import FileLock, Timeout
+
+from sft_ray.cache import cache_root
+from sft_ray.training import batches
+from sft_ray.training.batches import Trunk
+from sft_ray.training.beat import Beat
+from sft_ray.training.encoding import IntArray
+from sft_ray.training.examples import Dataset, Examples
+from sft_ray.training.model import Pretrained
+from sft_ray.training.passes import Pass, trunk_output
+from sft_ray.training.tasks import Task
+from sft_ray.training.world import World
+
+FORMAT = 1  # change when the files change their meaning
+FREE_SHARE = 0.25  # of the free disk, if no budget is given
+WAIT_SECONDS = 0.05  # between looks at what others compute
+COMPLETE, RESERVED, USED, LOCK = "complete.json", "reserved.json", "used", "lock"
+BUILDING = "trunk cache"  # what a worker is at, for whoever watches it
+
+Split = Literal["train", "validation"]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second.
+
+    Attributes:
+        flops: of a forward pass.
+        written: bytes into a new file.
+        read: bytes from a mapped file onto the device.
+    """
+
+    flops: float
+    written: float
+    read: float
+
+
+# One core and a local disk (benchmarks/RESULTS.md).  Written down, so that the same search decides
+# the same; other devices are measured when a trial first asks.
+RATES = {"cpu": Rates(flops=6e10, written=5e8, read=2e9)}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds per token.
+
+    Attributes:
+        compute: through all frozen layers.
+        build: through those that no shallower output spares, writing included.
+        read: from the cache.
+    """
+
+    compute: float
+    build: float
+    read: float
+
+    @classmethod
+    def of(cls, rates: Rates, flops: float, flops_to_build: float, num_bytes: int) -> Costs:
+        return cls(
+            compute=flops / rates.flops,
+            build=flops_to_build / rates.flops + num_bytes / rates.written,
+            read=num_bytes / rates.read,
+        )
+
+    def pays(self, passes: float) -> bool:
+        """Whether to compute once and read `passes` times is less than to compute every time."""
+        return self.build + passes * self.read < passes * self.compute
+
+
+@dataclass(frozen=True)
+class TrunkCache:
+    """Outputs of all trunks of one model on one data set.
+
+    Attributes:
+        dataset: with its whole splits.
+        pad_token: fills up what goes through the model together.
+        budget_bytes: most that all trunks of this machine take on disk; None takes a part of what
+            is free, 0 keeps none.
+        uses: how many trials will ask for the same depth, roughly.
+    """
+
+    pretrained: Pretrained
+    dataset: Dataset
+    task: Task
+    world: World
+    pad_token: int
+    budget_bytes: int | None = None
+    uses: float = 1.0
+
+    def open(
+        self, split: Split, depth: int, dtype: torch.dtype, passes: float, beat: Beat
+    ) -> Trunk | None:
+        """Outputs of the first `depth` layers, made now if they are missing and pay.
+
+        All workers of the machine that ask for the same share the work; one that is killed leaves
+        its part to the others.
+
+        Args:
+            dtype: of matrix products.
+            passes: how often a trial will ask for every example.
+
+        Returns:
+            None if the trunk shall be computed each time: it is cheaper, there is no room on disk,
+            or somebody asks for a pause.
+        """
+        if depth == 0 or self.budget_bytes == 0 or not self.pretrained.can_split:
+            return None
+        build = _Build(self, split, depth, dtype)
+        try:
+            if not build.is_complete():
+                if not make_room(build.folder, build.num_bytes, self.budget_bytes):
+                    return None
+                if not build.run(passes * self.uses, beat):
+                    return None
+            return build.open()
+        except (OSError, pa.ArrowException):
+            # The disk is full, somebody made room, a file is torn: none of it may stop a trial.
+            shutil.rmtree(build.folder, ignore_errors=True)
+            return None
+
+    def folder(self, split: Split, depth: int, dtype: torch.dtype) -> Path:
+        """Named by all that decides what the output is."""
+        recipe = {
+            "format": FORMAT,
+            "model": self.pretrained.fingerprint,
+            "data": self.dataset.fingerprint,
+            "dtype": [str(dtype), str(self.pretrained.model.dtype)],
+            "device": self.world.device.type,
+            "versions": [torch.__version__, transformers.__version__],
+        }
+        key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
+        return trunks_root() / key / f"{split}-{depth}"
+
+
+class _Build:
+    """Files of one split at one depth: a chunk of examples of like length each."""
+
+    def __init__(self, cache: TrunkCache, split: Split, depth: int, dtype: torch.dtype) -> None:
+        self.cache, self.split, self.depth, self.dtype = cache, split, depth, dtype
+        self.examples: Examples = getattr(cache.dataset, split)
+        self.folder = cache.folder(split, depth, dtype)
+        self.chunks = list(batches.evaluation_shares(self.examples.lengths, 0, 1))
+        model = cache.pretrained.model
+        is_top = depth == cache.pretrained.num_layers
+        # What classifies whole texts looks at the first token alone.
+        pools_first = getattr(model.config, "classifier_pooling", "cls") == "cls"
+        self.most_tokens = 1 if is_top and not cache.task.per_token and pools_first else None
+        kept = batches.kept_lengths(self.examples.lengths, self.most_tokens)
+        self.num_bytes = int(kept.sum()) * model.config.hidden_size * model.dtype.itemsize
+
+    def is_complete(self) -> bool:
+        return (self.folder / COMPLETE).exists()
+
+    def path(self, chunk: int) -> Path:
+        return self.folder / f"{chunk:06d}.arrow"
+
+    def open(self) -> Trunk:
+        """Map all files into memory.
+
+        Raises:
+            OSError, pyarrow.ArrowException: a file is missing or torn.
+        """
+        (self.folder / USED).touch()
+        chunk_of = np.zeros(len(self.examples), dtype=np.int64)
+        start_of = np.zeros(len(self.examples), dtype=np.int64)
+        for number, items in enumerate(self.chunks):
+            chunk_of[items] = number
+            kept = batches.kept_lengths(self.examples.lengths[items], self.most_tokens)
+            start_of[items] = np.cumsum(kept) - kept
+        maps = [_read(self.path(number)) for number in range(len(self.chunks))]
+        return Trunk(self.depth, maps, chunk_of, start_of, self.most_tokens)
+
+    def run(self, passes: float, beat: Beat) -> bool:
+        """Make what is missing, together with others; False if it does not pay, or for a pause."""
+        below = self._deepest_below()
+        if not self._costs(below).pays(passes):
+            return False
+        first = self.cache.world.rank * len(self.chunks) // self.cache.world.size
+        order = [*range(first, len(self.chunks)), *range(first)]
+        while missing := [number for number in order if not self.path(number).exists()]:
+            made = 0
+            for number in missing:
+                if beat(BUILDING):
+                    return False
+                made += self._make(number, below)
+            if made == 0:  # others are at all of them
+                time.sleep(WAIT_SECONDS)
+        _write_text(self.folder / COMPLETE, "{}")
+        for lock in self.folder.glob("*.lock"):
+            lock.unlink(missing_ok=True)
+        return True
+
+    def _make(self, number: int, below: Trunk | None) -> bool:
+        """One chunk; False if somebody else is at it."""
+        path = self.path(number)
+        try:
+            with FileLock(path.with_suffix(".lock"), timeout=0):
+                if not path.exists():
+                    _write(path, self._compute(self.chunks[number], below))
+        except Timeout:
+            return False
+        return True
+
+    @torch.no_grad()
+    def _compute(self, items: IntArray, below: Trunk | None) -> torch.Tensor:
+        """Output for the tokens of some examples, [tokens, width]."""
+        cache, device = self.cache, self.cache.world.device
+        batch = batches.collate(
+            self.examples,
+            items,
+            pad_token=cache.pad_token,
+            device=device,
+            with_labels=False,
+            trunk=below,
+        )
+        layout, start = batch.one_pass.layout, batch.one_pass
+        one = Pass(layout, depth=start.depth, trunk_TH=start.trunk_TH, stop=self.depth)
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden_TH = trunk_output(cache.pretrained.model, batch.inputs, one)
+        if self.most_tokens is not None:
+            lengths = self.examples.lengths[items]
+            hidden_TH = hidden_TH[torch.from_numpy(np.cumsum(lengths) - lengths).to(device)]
+        return hidden_TH.cpu()
+
+    def _deepest_below(self) -> Trunk | None:
+        """Outputs to go on from."""
+        for depth in range(self.depth - 1, 0, -1):
+            found = _Build(self.cache, self.split, depth, self.dtype)
+            if found.is_complete():
+                return found.open()
+        return None
+
+    def _costs(self, below: Trunk | None) -> Costs:
+        layers = self.cache.pretrained.num_layers
+        flops = 2.0 * self.cache.pretrained.layer_parameters() / layers  # per token and layer
+        missing = self.depth - (0 if below is None else below.depth)
+        rates = RATES.get(self.cache.world.device.type) or self._measured_rates(flops)
+        num_bytes = self.num_bytes // int(self.examples.lengths.sum())
+        return Costs.of(rates, flops * self.depth, flops * missing, num_bytes)
+
+    def _measured_rates(self, flops: float) -> Rates:
+        """Of this machine, by one chunk; `flops` is per token and layer."""
+        items, trial = self.chunks[-1], self.folder / f"rates-{uuid.uuid4().hex}"
+        self._compute(items, None)  # what is first is slow
+        began = time.monotonic()
+        hidden_TH = self._compute(items, None)
+        computed = time.monotonic()
+        _write(trial, hidden_TH)
+        written = time.monotonic()
+        torch.from_numpy(np.array(_read(trial))).to(self.cache.world.device)
+        self.cache.world.synchronize()
+        read = time.monotonic()
+        trial.unlink()
+        num_bytes = hidden_TH.numel() * hidden_TH.element_size()
+        all_flops = flops * self.depth * int(self.examples.lengths[items].sum())
+        return Rates(
+            all_flops / (computed - began),
+            num_bytes / (written - computed),
+            num_bytes / (read - written),
+        )
+
+
+def trunks_root() -> Path:
+    """Where the trunks of this machine lie."""
+    return cache_root() / "trunks"
+
+
+def make_room(folder: Path, num_bytes: int, budget_bytes: int | None) -> bool:
+    """Reserve room for a folder of trunk outputs; those used longest ago make way.
+
+    Whoever has mapped what goes keeps it: the files live as long as their maps.
+
+    Args:
+        budget_bytes: for all trunks together; None takes a part of what is free or theirs.
+
+    Returns:
+        False if it is too large.
+    """
+    root = trunks_root()
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / LOCK):
+        sizes = {found.parent: _reserved(found) for found in root.glob(f"*/*/{RESERVED}")}
+        if budget_bytes is None:
+            free = shutil.disk_usage(root).free
+            budget_bytes = int(FREE_SHARE * (free + sum(sizes.values())))
+        sizes.pop(folder, None)
+        oldest_first = sorted(sizes, key=lambda found: _last_used(found))
+        if num_bytes > budget_bytes:
+            return False
+        while sum(sizes.values()) + num_bytes > budget_bytes:
+            oldest = oldest_first.pop(0)
+            del sizes[oldest]
+            shutil.rmtree(oldest, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / USED).touch()
+        _write_text(folder / RESERVED, json.dumps({"bytes": num_bytes}))
+    return True
+
+
+def _reserved(path: Path) -> int:
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["bytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _last_used(folder: Path) -> float:
+    try:
+        return (folder / USED).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _write(path: Path, hidden_TH: torch.Tensor) -> None:
+    """One column, a list of `width` numbers per token."""
+    if hidden_TH.dtype in (torch.bfloat16, torch.float16):  # the first is unknown to Arrow
+        hidden_TH = hidden_TH.float()
+    values = pa.array(hidden_TH.contiguous().numpy().reshape(-1))
+    table = pa.table({"hidden": pa.FixedSizeListArray.from_arrays(values, hidden_TH.shape[1])})
+    unfinished = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
+            file.write_table(table)
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> npt.NDArray[np.floating]:
+    """Mapped, not copied; [tokens, width]."""
+    with pa.memory_map(str(path)) as source:
+        column = pa.ipc.open_file(source).read_all().column("hidden").chunk(0)
+    hidden_TH: npt.NDArray[np.floating] = column.values.to_numpy().reshape(
+        -1, column.type.list_size
+    )
+    return hidden_TH
+
+
+def _write_text(path: Path, text: str) -> None:
+    unfinished = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.rename(path)

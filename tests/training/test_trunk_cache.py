@@ -1,0 +1,250 @@
+"""Frozen layers that are computed once give what they give when they are computed each time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sft_ray.config import Train
+from sft_ray.training import batches, trunk_cache
+from sft_ray.training.beat import no_beat
+from sft_ray.training.examples import Dataset
+from sft_ray.training.fit import Progress, fit
+from sft_ray.training.forward import evaluate
+from sft_ray.training.model import FAMILIES
+from sft_ray.training.setup import Setup
+from sft_ray.training.trunk_cache import Costs, Rates, TrunkCache, make_room, trunks_root
+from sft_ray.training.world import World
+from tests.models import (
+    PAD,
+    TASK,
+    load_tiny,
+    tiny_model_folder,
+    tiny_tokenizer,
+    toy_dataset,
+)
+
+LAYERS = 3
+FP32 = torch.float32
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SFT_RAY_CACHE", str(tmp_path / "cache"))
+    return trunks_root()
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Dataset:
+    return toy_dataset(tmp_path_factory.mktemp("toy"), tiny_bert, train=96, validation=48)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp("bert"), "bert", LAYERS)
+
+
+def setup_of(folder: Path, dataset: Dataset, *, uses: float = 1.0, budget: int | None = None):
+    pretrained = load_tiny(folder, dataset)
+    tokenizer = tiny_tokenizer(folder)
+    cache = TrunkCache(pretrained, dataset, TASK, World(), PAD, budget, uses)
+    return Setup(TASK, dataset, pretrained, tokenizer, World(), trunk_cache=cache)
+
+
+def run(setup: Setup, **settings: object) -> list[Progress]:
+    marks: list[Progress] = []
+    train = Train.model_validate(
+        {"learning_rate": 1e-3, "epochs": 3, "batch_size": 16, "dropout": 0.0, **settings}
+    )
+    fit(
+        train,
+        setup,
+        objective="accuracy",
+        rungs=[10, 33],
+        seed=3,
+        report=lambda progress: marks.append(progress) or True,
+    )
+    return marks
+
+
+def kept(root: Path) -> set[str]:
+    """Complete trunks by split and depth."""
+    return {path.parent.name for path in root.glob(f"*/*/{trunk_cache.COMPLETE}")}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_trial_on_cached_outputs_is_the_trial_without(
+    family: str, k: int, toy: Dataset, tmp_path: Path, root: Path
+) -> None:
+    setup = setup_of(tiny_model_folder(tmp_path / "model", family, LAYERS), toy)
+    cached = run(setup, frozen_layers=k)
+    assert kept(root) == {f"train-{k}", f"validation-{k}"}
+    plain = run(replace(setup, trunk_cache=None), frozen_layers=k)
+    assert [mark.step for mark in cached] == [mark.step for mark in plain]
+    for mine, theirs in zip(cached, plain, strict=True):
+        assert mine.train_loss == pytest.approx(theirs.train_loss, abs=1e-5)
+        assert mine.metrics["loss"] == pytest.approx(theirs.metrics["loss"], abs=1e-5)
+    np.testing.assert_allclose(cached[-1].best.outputs, plain[-1].best.outputs, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_validation_logits_are_equal(k: int, toy: Dataset, bert: Path, root: Path) -> None:
+    setup = setup_of(bert, toy)
+    setup.pretrained.reset(k)
+    trunk = setup.trunk_cache.open("validation", k, FP32, 9, no_beat)
+    assert trunk is not None
+    assert (trunk.most_tokens == 1) == (k == LAYERS)
+    arguments = (setup.pretrained.model, TASK, toy.validation, PAD, World(), FP32, no_beat)
+    np.testing.assert_allclose(evaluate(*arguments, trunk), evaluate(*arguments), atol=1e-5)
+
+
+def test_the_same_numbers_whether_found_or_made_and_from_whatever_depth(
+    toy: Dataset, bert: Path, root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Bit by bit; a depth made from a shallower one, too."""
+    setup = setup_of(bert, toy)
+    alone = run(setup, frozen_layers=2)
+    found = run(setup, frozen_layers=2)
+    monkeypatch.setenv("SFT_RAY_CACHE", str(tmp_path / "other"))
+    run(setup, frozen_layers=1)
+    began = trunk_cache._Build(setup.trunk_cache, "train", 2, FP32)._deepest_below()
+    assert began is not None
+    assert began.depth == 1
+    chained = run(setup, frozen_layers=2)
+    for other in (found, chained):
+        assert [m.train_loss for m in other] == [m.train_loss for m in alone]
+        assert [m.metrics for m in other] == [m.metrics for m in alone]
+
+
+def test_a_share_of_the_training_rows_reads_its_own(toy: Dataset, bert: Path, root: Path) -> None:
+    setup = setup_of(bert, toy)
+    part = replace(setup, dataset=toy.with_training_share(0.8, 1))
+    assert len(part.dataset.train) < len(toy.train)
+    cached = run(part, frozen_layers=2)
+    assert kept(root) == {"train-2", "validation-2"}
+    plain = run(replace(part, trunk_cache=None), frozen_layers=2)
+    for mine, theirs in zip(cached, plain, strict=True):
+        assert mine.train_loss == pytest.approx(theirs.train_loss, abs=1e-5)
+
+
+def test_nothing_is_kept_that_does_not_pay(toy: Dataset, bert: Path, root: Path) -> None:
+    once = setup_of(bert, toy)
+    run(once, frozen_layers=2, epochs=1)
+    assert kept(root) == set()
+    run(replace(once, trunk_cache=replace(once.trunk_cache, uses=5)), frozen_layers=2, epochs=1)
+    assert kept(root) == {"train-2", "validation-2"}
+    run(once, frozen_layers=0)
+    assert kept(root) == {"train-2", "validation-2"}
+
+
+def test_costs_follow_from_what_is_computed_and_moved() -> None:
+    rates = Rates(flops=100.0, written=10.0, read=50.0)
+    costs = Costs.of(rates, flops=400.0, flops_to_build=200.0, num_bytes=10)
+    assert (costs.compute, costs.build, costs.read) == (4.0, 3.0, 0.2)
+    assert [costs.pays(passes) for passes in (0.5, 0.8, 3)] == [False, True, True]
+    dear = Costs.of(rates, flops=10.0, flops_to_build=10.0, num_bytes=10)
+    assert not dear.pays(1000)
+
+
+def test_a_budget_of_nothing_keeps_nothing(toy: Dataset, bert: Path, root: Path) -> None:
+    assert len(run(setup_of(bert, toy, budget=0), frozen_layers=2)) == 5
+    assert not root.exists()
+
+
+def test_what_was_used_longest_ago_makes_way(root: Path) -> None:
+    folders = [root / "key" / f"train-{k}" for k in range(4)]
+    for age, folder in enumerate(folders[:3]):
+        assert make_room(folder, 100, 300)
+        os.utime(folder / trunk_cache.USED, (1000 + age, 1000 + age))
+    os.utime(folders[0] / trunk_cache.USED, (2000, 2000))
+    assert make_room(folders[3], 150, 300)
+    assert [folder.exists() for folder in folders] == [True, False, False, True]
+    assert not make_room(root / "key" / "train-9", 301, 300)
+    assert [folder.exists() for folder in folders] == [True, False, False, True]
+
+
+def test_a_torn_file_is_made_again(toy: Dataset, bert: Path, root: Path) -> None:
+    setup = setup_of(bert, toy)
+    whole = run(setup, frozen_layers=2)
+    torn = next(root.glob("*/train-2/*.arrow"))
+    torn.write_bytes(torn.read_bytes()[:-20])
+    without = run(setup, frozen_layers=2)
+    assert kept(root) == {"validation-2"}
+    assert without[-1].train_loss == pytest.approx(whole[-1].train_loss, abs=1e-5)
+    again = run(setup, frozen_layers=2)
+    assert kept(root) == {"train-2", "validation-2"}
+    assert [m.metrics for m in again] == [m.metrics for m in whole]
+
+
+def test_a_pause_that_is_asked_for_is_not_kept_waiting(
+    toy: Dataset, bert: Path, root: Path
+) -> None:
+    setup = setup_of(bert, toy)
+    said: list[str] = []
+    opened = setup.trunk_cache.open("train", 2, FP32, 9, lambda what: not said.append(what))
+    assert opened is None
+    assert said == [trunk_cache.BUILDING]
+    assert kept(root) == set()
+
+
+def _build(folder: str, dataset: Dataset, cache: str, slow: bool, rank: int, out) -> None:
+    os.environ["SFT_RAY_CACHE"] = cache
+    torch.set_num_threads(1)
+    batches.EVAL_TOKENS_PER_BATCH = 64
+    setup = setup_of(Path(folder), dataset)
+    cached = replace(setup.trunk_cache, world=World(rank=rank, size=1))
+    honest = trunk_cache._write
+
+    def write(path: Path, hidden_TH: torch.Tensor) -> None:
+        if slow:
+            time.sleep(1000)
+        honest(path, hidden_TH)
+        out.put((rank, path.name))
+
+    trunk_cache._write = write
+    setup.pretrained.reset(2)
+    opened = cached.open("train", 2, FP32, 9, no_beat)
+    out.put((rank, "opened" if opened else "none"))
+
+
+@pytest.mark.timeout(120)
+def test_several_build_together_and_one_that_is_killed_leaves_its_part(
+    toy: Dataset, bert: Path, root: Path
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+
+    def start(rank: int, *, slow: bool = False) -> multiprocessing.Process:
+        arguments = (str(bert), toy, os.environ["SFT_RAY_CACHE"], slow, rank, out)
+        process = context.Process(target=_build, args=arguments, daemon=True)
+        process.start()
+        return process
+
+    stuck = start(0, slow=True)
+    while not list(root.glob("*/train-2/*.lock")):
+        time.sleep(0.02)
+    others = [start(1), start(2)]
+    time.sleep(1.0)
+    assert all(process.is_alive() for process in others)  # they wait for the one that is stuck
+    os.kill(stuck.pid, signal.SIGKILL)
+    stuck.join()
+    for process in others:
+        process.join(60)
+        assert process.exitcode == 0
+    said = [out.get(timeout=5) for _ in range(len(list(root.glob("*/train-2/*.arrow"))) + 2)]
+    made = [name for _, name in said if name.endswith(".arrow")]
+    assert len(made) == len(set(made)) > 10
+    assert sorted(name for name in said if name[1] in ("opened", "none")) == [
+        (1, "opened"),
+        (2, "opened"),
+    ]
+    assert kept(root) == {"train-2"}
