@@ -312,6 +312,16 @@ class Search(Section):
         """The parsed space; empty until a default has been filled in."""
         return spaces.parse_space(self.space or {})
 
+    @property
+    def trials_per_depth(self) -> float:
+        """How many trials freeze the same number of layers, on average."""
+        domain = spaces.domains(self.domains).get("train.frozen_layers")
+        if domain is None:
+            return self.trials
+        if isinstance(domain, spaces.Choice):
+            return self.trials / len(domain.options)
+        return self.trials / (domain.high - domain.low + 1)
+
 
 class Confirm(Section):
     """Runs of a search's best configurations on fresh seeds, which count in its budget."""

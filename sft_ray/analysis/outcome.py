@@ -18,6 +18,7 @@ class Outcome:
         score: best evaluation of the objective, and the percent of the schedule it was made at.
         metrics: of that evaluation.
         has_checkpoint: whether `trials/<n>/best` was written with the weights of `score`.
+        padding_share: of the positions that the first worker's layers computed in training.
         trained_parameters: how many numbers were trained.
         memory_bytes: most that the first worker's device held (see `training.fit`).
     """
@@ -33,6 +34,7 @@ class Outcome:
     epochs_run: float = 0.0
     examples_seen: int = 0
     micro_batch: int = 0
+    padding_share: float = 0.0
     trained_parameters: int = 0
     memory_bytes: int = 0
     train_seconds: float = 0.0
@@ -63,6 +65,7 @@ class Outcome:
             epochs_run=message.get("epochs_run", 0.0),
             examples_seen=message.get("examples_seen", 0),
             micro_batch=message.get("micro_batch", 0),
+            padding_share=message.get("padding_share", 0.0),
             trained_parameters=message.get("trained_parameters", 0),
             memory_bytes=message.get("memory_bytes", 0),
             train_seconds=train,

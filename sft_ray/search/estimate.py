@@ -129,8 +129,11 @@ def _slot_seconds(
     """
     marks, dataset = _marks(prepared, train), prepared.dataset
     examples = train.epochs * len(dataset.train)
-    step_seconds = speed.of_training(train) * examples / marks[-1].step
-    mark_seconds = speed.eval_seconds * len(dataset.validation)
+    uses = prepared.experiment.search.trials_per_depth
+    train_seconds = speed.of_training(train) - speed.spared(train, train.epochs * uses)
+    eval_seconds = speed.eval_seconds - speed.spared(train, len(marks) * uses)
+    step_seconds = max(train_seconds, 0.0) * examples / marks[-1].step
+    mark_seconds = max(eval_seconds, 0.0) * len(dataset.validation)
     total, reached, step = 0.0, 1.0, 0
     for mark in marks:
         total += reached * ((mark.step - step) * step_seconds + mark_seconds)

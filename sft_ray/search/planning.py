@@ -110,6 +110,7 @@ def say_plan(
         f"are assumed for starting{pruning}",
         "work": f"{_between(plan.worker_hours, _number)} worker hours",
     }
+    facts["frozen layers"] = _trunks(plan, prepared)
     if plan.dollars is not None:
         facts["price"] = _between(plan.dollars, lambda dollars: f"${dollars:,.2f}")
     facts["disk"] = f"up to {plan.disk_bytes / 1e6:,.0f} MB"
@@ -117,6 +118,19 @@ def say_plan(
     screen.facts(facts)
     for note in _notes(plan, prepared, begun):
         screen.facts({"note": note})
+
+
+def _trunks(plan: Plan, prepared: Prepared) -> str:
+    """Whether the output of frozen layers is kept, and what for."""
+    speed, search = plan.speed, prepared.experiment.search
+    if not speed.trunk_seconds:
+        return "computed each time"
+    depth = max(speed.trunk_seconds)
+    share = speed.trunk_seconds[depth] / speed.train_seconds[depth]
+    return (
+        f"computed once for about {_number(search.trials_per_depth)} trials, then read from disk; "
+        f"{100 * share:.0f}% of a training step with {count(depth, 'layer')} frozen"
+    )
 
 
 def _notes(plan: Plan, prepared: Prepared, begun: bool) -> Iterator[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from sft_ray.training import batches
 from sft_ray.training.fit import _Trial
 from sft_ray.training.forward import evaluate
 from sft_ray.training.micro_batch import NothingFitsError
+from sft_ray.training.passes import trunk_output
 from sft_ray.training.preparation import Prepared
 from sft_ray.training.setup import Setup, load_setup
 from sft_ray.training.world import World, resolve_precision
@@ -34,17 +36,30 @@ class Speed:
         train_seconds: frozen layers -> seconds per training example of one worker, its part of
             every optimiser step included.
         eval_seconds: per evaluated example of one worker.
+        trunk_seconds: frozen layers -> of either for what these compute; spared where their output
+            is known.  Empty if it is not kept.
     """
 
     device: str
     train_seconds: dict[int, float]
     eval_seconds: float
+    trunk_seconds: dict[int, float] = field(default_factory=dict)
 
     def of_training(self, train: Train) -> float:
-        """Seconds per example, on a line between the frozen depths that were measured."""
-        depths = sorted(self.train_seconds)
-        depth = depths[-1] if train.frozen_layers == "all" else train.frozen_layers
-        return float(np.interp(depth, depths, [self.train_seconds[d] for d in depths]))
+        """Seconds per example, everything computed, on a line between the depths measured."""
+        return _between(self.train_seconds, train)
+
+    def spared(self, train: Train, passes: float) -> float:
+        """Seconds per example if all that pass `passes` times go through frozen layers once."""
+        if not self.trunk_seconds or train.frozen_layers == 0 or passes <= 1:
+            return 0.0
+        return _between(self.trunk_seconds, train) * (1 - 1 / passes)
+
+
+def _between(measured: dict[int, float], train: Train) -> float:
+    depths = sorted(measured)
+    depth = depths[-1] if train.frozen_layers == "all" else train.frozen_layers
+    return float(np.interp(depth, depths, [measured[d] for d in depths]))
 
 
 def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds: float) -> Speed:
@@ -67,18 +82,53 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
     try:
         world = World(device=torch.device("cuda" if on_gpu else "cpu"))
         setup = load_setup(prepared.experiment, prepared.dataset_folder, world)
-        train_seconds = {}
+        keeps_trunks = _keeps_trunks(setup)
+        setup = replace(setup, trunk_cache=None)  # nothing is written here
+        train_seconds, trunk_seconds = {}, {}
         for depth in depths:
             fixed = {"batch_size": batch_size, "frozen_layers": depth, "reinit_layers": 0}
             train = prepared.experiment.train.model_copy(update={**fixed, "epochs": MOST_STEPS + 1})
             step = _training(train, setup, prepared, layout.workers_per_trial)
             share = seconds * (1 - EVAL_SHARE) / len(depths)
             train_seconds[depth] = _seconds_per_example(step, world, share)
+            if depth and keeps_trunks:
+                below = _trunk(setup, train, depth)
+                trunk_seconds[depth] = _seconds_per_example(below, world, share / 4)
         look = _evaluation(setup, prepared.experiment.train.precision)
         eval_seconds = _seconds_per_example(look, world, seconds * EVAL_SHARE)
     finally:
         torch.set_num_threads(threads)
-    return Speed("GPU" if on_gpu else "CPU", train_seconds, eval_seconds)
+    if trunk_seconds:
+        trunk_seconds[0] = 0.0
+    return Speed("GPU" if on_gpu else "CPU", train_seconds, eval_seconds, trunk_seconds)
+
+
+def _keeps_trunks(setup: Setup) -> bool:
+    cache = setup.trunk_cache
+    return cache is not None and cache.budget_bytes != 0 and setup.pretrained.can_split
+
+
+def _trunk(setup: Setup, train: Train, depth: int) -> Callable[[], int]:
+    """A function that computes the output of frozen layers for some examples; how many."""
+    examples, device = setup.dataset.train, setup.world.device
+    dtype, _ = resolve_precision(train.precision, device)
+    shares = itertools.cycle(batches.evaluation_shares(examples.lengths, 0, 1))
+
+    def look() -> int:
+        items = next(shares)
+        batch = batches.collate(
+            examples,
+            items,
+            pad_token=setup.tokenizer.pad_token_id,
+            device=device,
+            with_labels=False,
+        )
+        one = replace(batch.one_pass, stop=depth)
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            trunk_output(setup.pretrained.model, batch.inputs, one)
+        return len(items)
+
+    return look
 
 
 def _training(train: Train, setup: Setup, prepared: Prepared, workers: int) -> Callable[[], int]:

@@ -101,7 +101,9 @@ def load(settings: dict[str, Any], rank: int, size: int, pulse: Pulse) -> Loaded
     dataset_folder = prepare_here(Path(settings["dataset_folder"]), encode)
     return Loaded(
         experiment=experiment,
-        setup=load_setup(experiment, dataset_folder, world),
+        setup=load_setup(
+            experiment, dataset_folder, world, trunk_uses=experiment.search.trials_per_depth
+        ),
         store=RunStore(*settings["run"]),
         pulse=pulse,
     )

@@ -88,8 +88,12 @@ def global_batches(lengths: IntArray, *, batch_size: int, seed: int, epoch: int)
 
 
 def share(indices: IntArray, rank: int, size: int) -> IntArray:
-    """Every `size`-th example of a length-sorted global batch, so shares carry like work."""
-    return indices[rank::size]
+    """One example of every `size` of a length-sorted global batch, so that shares carry like work.
+
+    From the longest on, every other turn in reverse: nobody always gets the longer one.
+    """
+    turn, seat = np.divmod(np.arange(len(indices))[::-1], size)
+    return indices[np.where(turn % 2, size - 1 - seat, seat) == rank]
 
 
 def micro_batches(mine: IntArray, size: int) -> list[IntArray]:

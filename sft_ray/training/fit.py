@@ -69,6 +69,7 @@ class Progress:
         train_loss: mean task loss since the previous mark, nats per example or labelled token.
         penalty: lambda R(theta) at this mark.
         micro_batch: most examples that one worker puts through the model at once.
+        padding_share: of the positions that this worker's layers computed in training.
         trained_parameters: how many numbers are trained.
         memory_bytes: most that this worker's device has held so far (`_Trial.memory_bytes`).
         fault: why the configuration cannot go on, if so.
@@ -88,6 +89,7 @@ class Progress:
     train_seconds: float
     eval_seconds: float
     micro_batch: int
+    padding_share: float
     trained_parameters: int
     memory_bytes: int
     fault: str | None = None
@@ -263,7 +265,7 @@ class _Trial:
         self.scaler = torch.amp.GradScaler(
             self.world.device.type, enabled=self.dtype == torch.float16
         )
-        self.step = self.examples_seen = 0
+        self.step = self.examples_seen = self.tokens = self.positions = 0
         self.best: Best | None = None
         self.last: Progress | None = None
         # Since the previous mark:
@@ -353,6 +355,9 @@ class _Trial:
             device=self.world.device,
             trunk=self.trunks["train"],
         )
+        tokens, positions = batch.one_pass.layout.sizes()
+        self.tokens += tokens
+        self.positions += tokens if self.pretrained.family.packs else positions
         loss = forward_loss(self.model, batch, self.task, self.loss_options, self.dtype)
         # Gradients are averaged over workers; the step wants the sum over the global batch
         # divided by its count.
@@ -445,6 +450,7 @@ class _Trial:
             train_seconds=self.clock.seconds["train"],
             eval_seconds=self.clock.seconds["eval"],
             micro_batch=self.most_per_pass,
+            padding_share=1 - self.tokens / max(self.positions, 1),
             trained_parameters=sum(parameter.numel() for parameter in self.trainable),
             memory_bytes=self.memory_bytes(),
             fault=fault,
@@ -470,6 +476,8 @@ class _Trial:
         facts = {
             "step": self.step,
             "examples_seen": self.examples_seen,
+            "tokens": self.tokens,
+            "positions": self.positions,
             "since_mark": {"loss_sum": float(self.loss_sum), "count": self.count},
             "seconds": {name: self.clock.seconds[name] for name in ("train", "eval")},
             "last": None if self.last is None else self.last.facts(),
@@ -493,6 +501,7 @@ class _Trial:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.step, self.examples_seen = facts["step"], facts["examples_seen"]
+        self.tokens, self.positions = facts["tokens"], facts["positions"]
         self.set_rates(self.step)
         self.scaler.load_state_dict(facts["loss_scaler"])
         self.watch.restore(facts["watch"])
@@ -596,6 +605,7 @@ def _never_began(fault: str) -> Progress:
         train_seconds=0.0,
         eval_seconds=0.0,
         micro_batch=0,
+        padding_share=0.0,
         trained_parameters=0,
         memory_bytes=0,
         fault=fault,

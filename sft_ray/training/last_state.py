@@ -12,7 +12,7 @@ from sft_ray.training.checkpoint import ResumeState, load_resume_state, save_res
 from sft_ray.training.fit import Progress
 from sft_ray.uploads import Uploads
 
-FORMAT = 2  # of the facts; a state of another one is not taken
+FORMAT = 3  # of the facts; a state of another one is not taken
 
 
 class LastState:

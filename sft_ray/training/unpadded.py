@@ -87,6 +87,10 @@ class Layout:
         places = _to_device(np.flatnonzero(_tokens(lengths)), device)
         return cls((len(lengths), int(lengths.max())), places, tuple(groups))
 
+    def sizes(self) -> tuple[int, int]:
+        """Tokens, and positions if all are padded to the longest."""
+        return len(self.places), self.shape[0] * self.shape[1]
+
     def pack(self, padded_BLH: torch.Tensor) -> torch.Tensor:
         """[sequences, length, width] -> [tokens, width]."""
         return padded_BLH.flatten(0, 1).index_select(0, self.places)

