@@ -24,7 +24,8 @@ LAYERS = [
     {"run_store"},
     {"uploads"},
     {"training", "analysis"},
-    {"serving"},
+    {"serving", "guess"},
+    {"starter"},
     {"search", "single_trial"},
     {"cli"},
 ]
