@@ -19,13 +19,22 @@ from sft_ray.screen import count
 from sft_ray.training import columns as kinds
 
 # Names by which people call things, best first.
-TEXTS = ("text", "sentence", "review", "content", "body", "message", "comment", "utterance")
+TEXTS: tuple[str, ...] = ("text", "sentence", "review", "content", "body", "message", "comment", "utterance")
 TEXTS += ("question", "query", "tweet", "title", "document", "文本", "内容", "句子")
-LABELS = ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "stars")
+LABELS: tuple[str, ...] = ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "stars")
 LABELS += ("rating", "score", "similarity", "relation", "type", "y", "gold", "标签", "类别", "情感")
-PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
-PAIRS += (("text1", "text2"), ("text_a", "text_b"), ("text", "text_pair"), ("question", "answer"))
-PAIRS += (("question", "sentence"), ("query", "passage"), ("query", "document"))
+PAIRS: tuple[tuple[str, str], ...] = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("text", "text_pair"),
+    ("question", "answer"),
+    ("question", "sentence"),
+    ("query", "passage"),
+    ("query", "document"),
+)
 NOT_LABELS = ("id", "idx", "index", "guid", "uid", "uuid", "date", "time", "timestamp", "url")
 MOST_CLASSES = 20  # of whole numbers without regard to which
 MOST_RUNNING_CLASSES = 300  # of whole numbers that run from 0 or 1 without a gap

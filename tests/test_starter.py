@@ -150,7 +150,7 @@ def test_a_wanted_task_is_found_where_it_fits() -> None:
     assert guess_task(stars, "x.csv", "regression").columns["label"] == "stars"
     with pytest.raises(DataError, match="cannot tell the columns of question-answering"):
         guess_task(stars, "x.csv", "question-answering")
-    with pytest.raises(DataError, match="review: texts of .* write the experiment by hand"):
+    with pytest.raises(DataError, match=r"review: texts of .* write the experiment by hand"):
         guess_task(table(review=TEXTS), "x.csv")
 
 
