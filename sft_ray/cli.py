@@ -244,6 +244,36 @@ def predict(
         sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
 
 
+@app.command(
+    epilog=examples("sft-ray export runs/my --onnx", "sft-ray export my/model --onnx --out my-onnx")
+)
+def export(
+    model: Annotated[str, typer.Argument(help="Model folder, hub id, or run folder.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="As an ONNX graph; the one format.")] = False,
+    out: Annotated[
+        str | None, typer.Option(help="Folder to write.  Default: onnx in the run folder.")
+    ] = None,
+) -> None:
+    """Write a model for other runtimes, after comparing its answers with ours."""
+    from sft_ray.errors import ConfigError
+    from sft_ray.screen import Screen
+
+    if not onnx:
+        raise ConfigError("export: say --onnx, the one format there is")
+    from sft_ray.serving.export import export_onnx
+
+    found = export_onnx(model, out)
+    Screen().facts(
+        {
+            "inputs": f"{', '.join(found.inputs)}: int64, batch x length, both free",
+            "outputs": f"{', '.join(found.outputs)}: float32",
+            "agreement": f"{found.num_compared} texts, largest difference of an output "
+            f"{found.largest_difference:.2g}",
+            "written": found.folder,
+        }
+    )
+
+
 @app.command(epilog=examples("sft-ray confirm runs/my --top 3 --seeds 5"))
 def confirm(
     run: Annotated[str, typer.Argument(help="Folder of a finished search.")],

@@ -19,9 +19,28 @@ from sft_ray.screen import count
 from sft_ray.training import columns as kinds
 
 # Names by which people call things, best first.
-TEXTS: tuple[str, ...] = ("text", "sentence", "review", "content", "body", "message", "comment", "utterance")
+TEXTS: tuple[str, ...] = (
+    "text",
+    "sentence",
+    "review",
+    "content",
+    "body",
+    "message",
+    "comment",
+    "utterance",
+)
 TEXTS += ("question", "query", "tweet", "title", "document", "文本", "内容", "句子")
-LABELS: tuple[str, ...] = ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "stars")
+LABELS: tuple[str, ...] = (
+    "label",
+    "labels",
+    "class",
+    "category",
+    "target",
+    "sentiment",
+    "intent",
+    "topic",
+    "stars",
+)
 LABELS += ("rating", "score", "similarity", "relation", "type", "y", "gold", "标签", "类别", "情感")
 PAIRS: tuple[tuple[str, str], ...] = (
     ("sentence1", "sentence2"),
