@@ -225,22 +225,28 @@ def evaluate(
     epilog=examples(
         "echo 'your text' | sft-ray predict runs/my",
         "sft-ray predict runs/my < inputs.jsonl > answers.jsonl",
+        "sft-ray predict runs/my --explain < inputs.txt",
     )
 )
 def predict(
     model: Annotated[str, typer.Argument(help="Model folder, hub id, or run folder.")],
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say how much each token spoke for the answer.")
+    ] = False,
 ) -> None:
     """Read one input per line (text or JSON), write one JSON answer per line."""
     import json
     from io import TextIOWrapper
 
+    from sft_ray.serving.explain import explained
     from sft_ray.serving.predict import load_predictor, read_rows
 
     predictor = load_predictor(model)
     for stream, encoding in ((sys.stdin, "utf-8-sig"), (sys.stdout, "utf-8")):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(encoding=encoding)  # whatever the locale says
-    for answer in predictor.predict(read_rows(sys.stdin, predictor.task)):
+    rows = read_rows(sys.stdin, predictor.task)
+    for answer in explained(predictor, rows) if explain else predictor.predict(rows):
         sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
 
 

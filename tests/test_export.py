@@ -114,7 +114,7 @@ def test_mistakes_are_named_and_the_command_says_what_it_did(
     with pytest.raises(SystemExit) as exit_:
         cli.main(["export", str(run), "--onnx"])
     assert not exit_.value.code
-    assert f"written     {run / 'onnx'}" in capsys.readouterr().out
+    assert str(run / "onnx") in capsys.readouterr().out
     with pytest.raises(ConfigError, match="exists and is not overwritten"):
         export_onnx(str(run))
     honest = importlib.util.find_spec

@@ -137,9 +137,10 @@ def _write_graph(
         0: torch.export.Dim("batch", min=1, max=2**15),
         1: torch.export.Dim("length", min=2, max=predictor.encoder.max_length),
     }
-    chatter = logging.getLogger("torch.onnx")
-    level = chatter.level
-    chatter.setLevel(logging.ERROR)  # about operators of packages that are not there
+    chatter = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in chatter]
+    for logger in chatter:  # about operators of packages that are not there, and its own steps
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(action="ignore"):  # of the exporter about its own parts
             program = torch.onnx.export(
@@ -161,7 +162,8 @@ def _write_graph(
             f"{type(error).__name__}: {reason}"
         ) from None
     finally:
-        chatter.setLevel(level)
+        for logger, level in zip(chatter, levels, strict=True):
+            logger.setLevel(level)
     return inputs, outputs
 
 
