@@ -280,6 +280,42 @@ def export(
     )
 
 
+@app.command(
+    epilog=examples(
+        "sft-ray serve runs/my",
+        "sft-ray serve runs/my --port 8080 --replicas 4",
+        """curl -d '{"text": "your text"}' http://127.0.0.1:8000/predict""",
+    )
+)
+def serve(
+    model: Annotated[str, typer.Argument(help="Model folder, hub id, or run folder.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; there is no authentication.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Processes with the model, a CPU or GPU each.")
+    ] = 1,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of one request.")] = 1_000_000,
+    max_characters: Annotated[int, typer.Option(min=1, help="Of one input.")] = 20_000,
+    address: Annotated[
+        str, typer.Option(help="Ray cluster, for example auto.  Default: one of its own.")
+    ] = "local",
+) -> None:
+    """Answer POST /predict and GET /healthz over HTTP until Ctrl-C."""
+    from sft_ray.screen import Screen
+    from sft_ray.search.cluster import connected
+    from sft_ray.serving.requests import Limits
+    from sft_ray.serving.serve import Service, check_service, run_service
+
+    limits = Limits(body_bytes=max_body_bytes, characters=max_characters)
+    service, screen = Service(model, host, port, replicas, limits), Screen()
+    check_service(service)
+    with connected(address):
+        run_service(service, lambda url: screen.say(f"serving {model} on {url}; Ctrl-C ends it"))
+    screen.say("ended")
+
+
 @app.command(epilog=examples("sft-ray confirm runs/my --top 3 --seeds 5"))
 def confirm(
     run: Annotated[str, typer.Argument(help="Folder of a finished search.")],
