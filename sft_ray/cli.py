@@ -316,6 +316,28 @@ def serve(
     screen.say("ended")
 
 
+@app.command(
+    epilog=examples(
+        "sft-ray push runs/my owner/name",
+        "sft-ray push runs/my/best owner/name --public --message 'Confirmed on five seeds'",
+    )
+)
+def push(
+    model: Annotated[str, typer.Argument(help="Run folder, or model folder.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the hub, owner/name.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="A new repository is private without this.")
+    ] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Upload a model to a hub repository; the token is HF_TOKEN or that of `hf auth login`."""
+    from sft_ray.screen import Screen
+    from sft_ray.serving.push import push_model
+
+    found = push_model(model, repo, public=public, message=message)
+    Screen().facts({"files": ", ".join(found.files), "pushed": found.url})
+
+
 @app.command(epilog=examples("sft-ray confirm runs/my --top 3 --seeds 5"))
 def confirm(
     run: Annotated[str, typer.Argument(help="Folder of a finished search.")],

@@ -15,6 +15,7 @@ import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ from tests.models import (
 
 pytest.importorskip("fastapi")
 with warnings.catch_warnings(action="ignore"):  # of Ray about its use of pydantic
-    import ray.serve  # noqa: F401
+    import ray.serve
 TINY_LIMITS = Limits(body_bytes=2000, rows=8, characters=300)
 
 
@@ -126,7 +127,12 @@ async def asked(endpoint: Endpoint, path: str, method: str, body: bytes = b"") -
     return response.status_code, json.loads(response.body), len(parts)
 
 
-def test_the_endpoint_batches_what_comes_together(model: Path, predictor: Predictor) -> None:
+def test_the_endpoint_batches_what_comes_together(
+    model: Path, predictor: Predictor, monkeypatch
+) -> None:
+    # All that Ray Serve's batching asks of the replica around it.
+    context = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=256))
+    monkeypatch.setattr(ray.serve, "get_replica_context", lambda: context)
     rows = [{"text": text} for text, _ in toy_rows(40, seed=6)]
     sizes: list[int] = []
 
