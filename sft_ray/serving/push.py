@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def push_model(model: str, repo: str, *, public: bool = False, message: str | No
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import disable_progress_bars
 
     folder = Path(model) / "best" if (Path(model) / "best").is_dir() else Path(model)
     if not (folder / "config.json").is_file():
@@ -60,6 +62,8 @@ def push_model(model: str, repo: str, *, public: bool = False, message: str | No
     token = get_token()
     if token is None:
         raise ConfigError("push: there is no token; set HF_TOKEN or run `hf auth login`")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     api = HfApi(token=token)
     try:
         made = api.create_repo(repo, private=not public, exist_ok=True, repo_type="model")
