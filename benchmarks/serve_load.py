@@ -5,7 +5,9 @@
 Starts the server, sends one text per request from N clients that each wait for their answer before
 they send the next, and prints one JSON line per N.  Clients, HTTP proxy and model share the
 machine's cores, so the figures are lower bounds for a model that has them to itself.  Beside them
-stands what the model answers without a server, one text at a time and in one call.
+stands what the model answers without a server, one text at a time and in one call.  CPU seconds per
+text, of the process with the model and of all else that serves, also hold on a machine that does
+other work.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import time
 from itertools import cycle, islice
 
 import numpy as np
+import psutil
 
 from sft_ray.serving.predict import load_predictor
 from sft_ray.serving.samples import sample_rows
@@ -41,19 +44,17 @@ def main() -> None:
     texts = [row["text"] for row in sample_rows(predictor.task, 200)]
     rows = [{"text": text} for text in islice(cycle(texts), arguments.requests)]
     list(predictor.predict(rows[:8]))
-    began = time.perf_counter()
-    for row in rows:
-        list(predictor.predict([row]))
-    one_by_one = len(rows) / (time.perf_counter() - began)
-    began = time.perf_counter()
-    list(predictor.predict(rows))
-    together = len(rows) / (time.perf_counter() - began)
-    say(
-        what="no server",
-        cpus=os.cpu_count(),
-        one_at_a_time_per_second=round(one_by_one, 1),
-        in_one_call_per_second=round(together, 1),
-    )
+    for what, parts in (("one at a time", [[row] for row in rows]), ("in one call", [rows])):
+        began, used = time.perf_counter(), time.process_time()
+        for part in parts:
+            list(predictor.predict(part))
+        seconds, used = time.perf_counter() - began, time.process_time() - used
+        say(
+            what=f"no server, {what}",
+            cpus=os.cpu_count(),
+            per_second=round(len(rows) / seconds, 1),
+            model_cpu_ms=round(1000 * used / len(rows), 1),
+        )
     port = free_port()
     command = [sys.executable, "-m", "sft_ray.cli", "serve", arguments.model]
     command += ["--port", str(port), "--replicas", str(arguments.replicas)]
@@ -67,7 +68,12 @@ def main() -> None:
             bodies = [json.dumps(row).encode() for row in rows]
             measure(port, bodies[: max(arguments.clients)], max(arguments.clients))  # warm up
             for clients in arguments.clients:
+                before = cpu_seconds(server.pid)
                 seconds, took = measure(port, bodies, clients)
+                after = cpu_seconds(server.pid)
+                model, others = (
+                    round(1000 * (b - a) / len(took), 1) for a, b in zip(before, after, strict=True)
+                )
                 p50, p95, p99 = (round(1000 * x, 1) for x in np.quantile(took, (0.5, 0.95, 0.99)))
                 say(
                     what="served",
@@ -77,6 +83,8 @@ def main() -> None:
                     p50_ms=p50,
                     p95_ms=p95,
                     p99_ms=p99,
+                    model_cpu_ms=model,
+                    other_cpu_ms=others,
                 )
         finally:
             server.send_signal(signal.SIGINT)
@@ -109,6 +117,21 @@ def measure(port: int, bodies: list[bytes], clients: int) -> tuple[float, list[f
     if errors or len(took) != len(bodies):
         sys.exit(f"{len(errors)} requests failed, first: {errors[:1]}")
     return seconds, took
+
+
+def cpu_seconds(server: int) -> tuple[float, float]:
+    """Used so far by the processes with the model, and by the others that the server started."""
+    model = others = 0.0
+    for process in psutil.Process(server).children(recursive=True):
+        try:
+            times, name = process.cpu_times(), " ".join(process.cmdline())
+        except psutil.NoSuchProcess:
+            continue
+        if "ServeReplica" in name:
+            model += times.user + times.system
+        else:
+            others += times.user + times.system
+    return model, others
 
 
 def free_port() -> int:

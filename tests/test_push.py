@@ -59,7 +59,7 @@ def test_a_winner_becomes_a_private_repository(run: Path, tmp_path: Path) -> Non
     with fake_hub(TOKEN) as hub:
         done = push(run, hub, tmp_path)
         assert done.returncode == 0, done.stderr
-        assert hub.created[0]["private"] is True
+        assert hub.created[0]["visibility"] == "private"
         assert set(hub.files) == {
             "README.md",
             "config.json",
