@@ -10,12 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ import pytest
 from sft_ray.errors import ConfigError, DataError
 from sft_ray.serving.predict import Predictor, load_predictor
 from sft_ray.serving.requests import Limits, answer_together, read_request
-from sft_ray.serving.serve import Endpoint, Service, check_service
+from sft_ray.serving.serve import Batches, Endpoint, Service, check_service
 from sft_ray.training.tasks import TASKS
 from tests.models import (
     WIDE_VOCABULARY,
@@ -36,8 +35,6 @@ from tests.models import (
 )
 
 pytest.importorskip("fastapi")
-with warnings.catch_warnings(action="ignore"):  # of Ray about its use of pydantic
-    import ray.serve
 TINY_LIMITS = Limits(body_bytes=2000, rows=8, characters=300)
 
 
@@ -127,12 +124,7 @@ async def asked(endpoint: Endpoint, path: str, method: str, body: bytes = b"") -
     return response.status_code, json.loads(response.body), len(parts)
 
 
-def test_the_endpoint_batches_what_comes_together(
-    model: Path, predictor: Predictor, monkeypatch
-) -> None:
-    # All that Ray Serve's batching asks of the replica around it.
-    context = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=256))
-    monkeypatch.setattr(ray.serve, "get_replica_context", lambda: context)
+def test_the_endpoint_batches_what_comes_together(model: Path, predictor: Predictor) -> None:
     rows = [{"text": text} for text, _ in toy_rows(40, seed=6)]
     sizes: list[int] = []
 
@@ -172,7 +164,36 @@ def test_the_endpoint_batches_what_comes_together(
 
     asyncio.run(talk())
     assert sum(sizes) == 43
-    assert len(sizes) < 12
+    assert len(sizes) <= 5
+
+
+def test_a_batch_grows_while_the_model_is_busy_and_an_error_is_that_batch_s_only() -> None:
+    sizes: list[int] = []
+
+    def slow(rows: list[int]) -> list[int]:
+        sizes.append(len(rows))
+        time.sleep(0.05)
+        if -1 in rows:
+            raise ValueError("of this batch")
+        return [2 * row for row in rows]
+
+    async def talk() -> None:
+        batches = Batches(slow)
+        first = asyncio.create_task(batches.answer(0))
+        await asyncio.sleep(0.02)  # the model is busy now
+        later = [asyncio.create_task(batches.answer(row)) for row in range(1, 51)]
+        later[7].cancel()
+        assert await first == 0
+        found = await asyncio.gather(*later, return_exceptions=True)
+        assert [x for i, x in enumerate(found) if i != 7] == [
+            2 * row for row in range(1, 51) if row != 8
+        ]
+        with pytest.raises(ValueError, match="of this batch"):
+            await batches.answer(-1)
+        assert await batches.answer(3) == 6
+
+    asyncio.run(talk())
+    assert sizes in ([1, 32, 17, 1, 1], [1, 32, 18, 1, 1])
 
 
 def test_what_cannot_be_served_is_refused_before_ray_starts(model: Path, monkeypatch) -> None:

@@ -51,7 +51,7 @@ def push_model(model: str, repo: str, *, public: bool = False, message: str | No
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     folder = Path(model) / "best" if (Path(model) / "best").is_dir() else Path(model)
     if not (folder / "config.json").is_file():

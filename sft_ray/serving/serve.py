@@ -19,7 +19,6 @@ from sft_ray.serving.predict import load_predictor
 from sft_ray.serving.requests import Limits, answer_together, read_request
 
 ROWS_PER_BATCH = 32
-WAIT_SECONDS = 0.005  # for others to share a batch with
 REQUESTS_AT_ONCE = 256  # per replica; more wait
 REQUESTS_WAITING = 1024  # more are told 503
 PATHS = {"/healthz": "GET", "/predict": "POST"}
@@ -95,23 +94,53 @@ def run_service(service: Service, ready: Callable[[str], None]) -> None:
             serve.shutdown()
 
 
+class Batches:
+    """Answers rows together: those that come while the model computes make the next batch.
+
+    Ray Serve's own batching closes a batch when its waiting time is over, also while the model is
+    busy; under load that makes many small batches where this makes few large ones.
+    """
+
+    def __init__(self, answer: Callable[[list[Any]], list[Any]]) -> None:
+        self._answer_all = answer
+        self._waiting: list[tuple[Any, asyncio.Future[Any]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def answer(self, row: Any) -> Any:
+        """The answer of one row; raises what answering its batch raised."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((row, future))
+        if self._task is None:
+            self._task = asyncio.create_task(self._work())
+        return await future
+
+    async def _work(self) -> None:
+        while self._waiting:
+            batch = self._waiting[:ROWS_PER_BATCH]
+            self._waiting = self._waiting[ROWS_PER_BATCH:]
+            try:
+                # In a thread, so that requests are read meanwhile.
+                answers = await asyncio.to_thread(self._answer_all, [row for row, _ in batch])
+            except Exception as error:  # is each request's to tell
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if not future.done():  # its client may have gone
+                    future.set_result(answer)
+        self._task = None
+
+
 class Endpoint:
     """One replica: GET /healthz and POST /predict."""
 
     def __init__(self, model: str, limits: Limits) -> None:
         import torch
-        from ray import serve
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self._predictor, self._limits = load_predictor(model), limits
-
-        async def answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            # In a thread, so that requests are read while the model computes.
-            return await asyncio.to_thread(answer_together, self._predictor, rows)
-
-        self._answer = serve.batch(
-            max_batch_size=ROWS_PER_BATCH, batch_wait_timeout_s=WAIT_SECONDS
-        )(answers)
+        self._batches = Batches(lambda rows: answer_together(self._predictor, rows))
 
     async def __call__(self, request: Any) -> Any:
         path, method = request.url.path, request.method
@@ -128,7 +157,7 @@ class Endpoint:
             rows, as_list = read_request(body, self._predictor, self._limits)
         except DataError as error:
             return _refusal(400, error.problems[0])
-        answers = await asyncio.gather(*(self._answer(row) for row in rows))
+        answers = await asyncio.gather(*(self._batches.answer(row) for row in rows))
         return _reply(answers if as_list else answers[0])
 
     async def _body(self, request: Any) -> bytes | None:
