@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: search test test-cluster test-faults test-gpu check bench clean
+.PHONY: search test test-cluster test-faults test-gpu check bench docs reference clean
 
 search: $(INSTALLED)
 	$(BIN)/sft-ray search experiments/quickstart.yaml
@@ -32,13 +32,21 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/slot_overhead.py
 
+# The pages of docs/ as a site in site/.
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
+
+# docs/reference.md from the code.
+reference: $(INSTALLED)
+	$(BIN)/python docs/make_reference.py
+
 # constraints.txt holds the versions the tests ran with; the extras bring the quickstart's model,
 # the test tools and the linters.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[quickstart,test,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[quickstart,onnx,serve,docs,test,dev]'
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

@@ -20,18 +20,58 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
+
+def examples(*commands: str) -> str:
+    """The end of a verb's help; \\b keeps its lines."""
+    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
+
+
 app = typer.Typer(
     help="Search the hyperparameters of fine-tuning BERT-type encoders on Ray.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"max_content_width": 100},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 
-@app.callback()
+@app.callback(epilog=examples("sft-ray init reviews.csv", "sft-ray search reviews.yaml"))
 def _verbs() -> None:
     """Search the hyperparameters of fine-tuning BERT-type encoders on Ray."""
+
+
+@app.command(
+    epilog=examples(
+        "sft-ray init reviews.csv",
+        "sft-ray init ratings.tsv --task regression --out ratings.yaml",
+        "sft-ray init saved_dataset/ --model google-bert/bert-base-uncased",
+    )
+)
+def init(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="File (csv, tsv, json, jsonl, parquet), save_to_disk folder, or folder of files."
+        ),
+    ],
+    task: Annotated[
+        str | None, typer.Option(help="Default: guessed, for example text-classification.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or folder.  Default: one for the texts' script.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="File to write.  Default: the data's name with .yaml.")
+    ] = None,
+) -> None:
+    """Look at data and write a commented experiment that `sft-ray search` accepts."""
+    from sft_ray.screen import Screen
+    from sft_ray.starter import write_experiment
+
+    start, screen = write_experiment(data, task=task, model=model, out=out), Screen()
+    screen.facts(start.facts)
+    screen.say("next:")
+    screen.say(f"  sft-ray search {shlex.quote(start.file)}")
 
 
 def _load(
@@ -56,7 +96,12 @@ def _load(
     raise ConfigError(*problems)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sft-ray plan my.yaml --price 1.2",
+        "sft-ray plan my.yaml search.trials=64 --address auto",
+    )
+)
 def plan(
     experiment: Annotated[str, typer.Argument(help="YAML file of the experiment.")],
     overrides: Annotated[
@@ -82,7 +127,14 @@ def plan(
     run_plan(parsed, address=address, price_per_hour=price, source=source)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sft-ray search my.yaml",
+        "sft-ray search my.yaml name=short search.trials=6 train.max_grad_norm=0.5",
+        "sft-ray search my.yaml --extend 20",
+        "sft-ray search my.yaml --address auto",
+    )
+)
 def search(
     experiment: Annotated[str, typer.Argument(help="YAML file of the experiment.")],
     overrides: Annotated[
@@ -116,7 +168,7 @@ def search(
     run_search(parsed, address=address, fresh=fresh, extend=extend, source=source)
 
 
-@app.command()
+@app.command(epilog=examples("sft-ray train my.yaml train.learning_rate=1e-4 train.epochs=4"))
 def train(
     experiment: Annotated[str, typer.Argument(help="YAML file of the experiment.")],
     overrides: Annotated[
@@ -140,7 +192,12 @@ def train(
     run_training(parsed, fresh=fresh)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sft-ray evaluate runs/my --split test",
+        "sft-ray evaluate some/model --experiment my.yaml",
+    )
+)
 def evaluate(
     model_or_run: Annotated[str, typer.Argument(help="Run folder, or a model folder or hub id.")],
     split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
@@ -164,25 +221,124 @@ def evaluate(
     )
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "echo 'your text' | sft-ray predict runs/my",
+        "sft-ray predict runs/my < inputs.jsonl > answers.jsonl",
+        "sft-ray predict runs/my --explain < inputs.txt",
+    )
+)
 def predict(
     model: Annotated[str, typer.Argument(help="Model folder, hub id, or run folder.")],
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say how much each token spoke for the answer.")
+    ] = False,
 ) -> None:
     """Read one input per line (text or JSON), write one JSON answer per line."""
     import json
     from io import TextIOWrapper
 
+    from sft_ray.serving.explain import explained
     from sft_ray.serving.predict import load_predictor, read_rows
 
     predictor = load_predictor(model)
     for stream, encoding in ((sys.stdin, "utf-8-sig"), (sys.stdout, "utf-8")):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(encoding=encoding)  # whatever the locale says
-    for answer in predictor.predict(read_rows(sys.stdin, predictor.task)):
+    rows = read_rows(sys.stdin, predictor.task)
+    for answer in explained(predictor, rows) if explain else predictor.predict(rows):
         sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
 
 
-@app.command()
+@app.command(
+    epilog=examples("sft-ray export runs/my --onnx", "sft-ray export my/model --onnx --out my-onnx")
+)
+def export(
+    model: Annotated[str, typer.Argument(help="Model folder, hub id, or run folder.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="As an ONNX graph; the one format.")] = False,
+    out: Annotated[
+        str | None, typer.Option(help="Folder to write.  Default: onnx in the run folder.")
+    ] = None,
+) -> None:
+    """Write a model for other runtimes, after comparing its answers with ours."""
+    from sft_ray.errors import ConfigError
+    from sft_ray.screen import Screen
+
+    if not onnx:
+        raise ConfigError("export: say --onnx, the one format there is")
+    from sft_ray.serving.export import export_onnx
+
+    found = export_onnx(model, out)
+    Screen().facts(
+        {
+            "inputs": f"{', '.join(found.inputs)}: int64, batch x length, both free",
+            "outputs": f"{', '.join(found.outputs)}: float32",
+            "agreement": f"{found.num_compared} texts, largest difference of an output "
+            f"{found.largest_difference:.2g}",
+            "written": found.folder,
+        }
+    )
+
+
+@app.command(
+    epilog=examples(
+        "sft-ray serve runs/my",
+        "sft-ray serve runs/my --port 8080 --replicas 4",
+        """curl -d '{"text": "your text"}' http://127.0.0.1:8000/predict""",
+    )
+)
+def serve(
+    model: Annotated[str, typer.Argument(help="Model folder, hub id, or run folder.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; there is no authentication.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Processes with the model, a CPU or GPU each.")
+    ] = 1,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of one request.")] = 1_000_000,
+    max_characters: Annotated[int, typer.Option(min=1, help="Of one input.")] = 20_000,
+    address: Annotated[
+        str, typer.Option(help="Ray cluster, for example auto.  Default: one of its own.")
+    ] = "local",
+) -> None:
+    """Answer POST /predict and GET /healthz over HTTP until Ctrl-C."""
+    from sft_ray.screen import Screen
+    from sft_ray.search.cluster import connected
+    from sft_ray.serving.requests import Limits
+    from sft_ray.serving.serve import Service, check_service, run_service
+
+    limits = Limits(body_bytes=max_body_bytes, characters=max_characters)
+    service, screen = Service(model, host, port, replicas, limits), Screen()
+    check_service(service)
+    with connected(address):
+        run_service(service, lambda url: screen.say(f"serving {model} on {url}; Ctrl-C ends it"))
+    screen.say("ended")
+
+
+@app.command(
+    epilog=examples(
+        "sft-ray push runs/my owner/name",
+        "sft-ray push runs/my/best owner/name --public --message 'Confirmed on five seeds'",
+    )
+)
+def push(
+    model: Annotated[str, typer.Argument(help="Run folder, or model folder.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the hub, owner/name.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="A new repository is private without this.")
+    ] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Upload a model to a hub repository; the token is HF_TOKEN or that of `hf auth login`."""
+    from sft_ray.screen import Screen
+    from sft_ray.serving.push import push_model
+
+    found = push_model(model, repo, public=public, message=message)
+    Screen().facts({"files": ", ".join(found.files), "pushed": found.url})
+
+
+@app.command(epilog=examples("sft-ray confirm runs/my --top 3 --seeds 5"))
 def confirm(
     run: Annotated[str, typer.Argument(help="Folder of a finished search.")],
     top: Annotated[int, typer.Option(min=1, max=100, help="Configurations, by search score.")] = 3,
@@ -196,7 +352,9 @@ def confirm(
     run_confirm(run, Confirm(top=top, seeds=seeds), address=address)
 
 
-@app.command()
+@app.command(
+    epilog=examples("sft-ray ablate experiments/ablations/frozen_layers.yaml base=runs/my")
+)
 def ablate(
     files: Annotated[
         list[str],
@@ -216,7 +374,7 @@ def ablate(
     run_ablations([Ablation.load(path, overrides) for path in paths], address=address)
 
 
-@app.command()
+@app.command(epilog=examples("sft-ray verify runs/my"))
 def verify(run: Annotated[str, typer.Argument(help="Folder of a finished run.")]) -> None:
     """Score best/ again and check files, data and versions against what was reported."""
     from sft_ray.screen import Screen
@@ -229,7 +387,7 @@ def verify(run: Annotated[str, typer.Argument(help="Folder of a finished run.")]
         raise TrialError(f"{found.location} does not hold what it reports")
 
 
-@app.command()
+@app.command(epilog=examples("sft-ray replay runs/my --trial 7"))
 def replay(
     run: Annotated[str, typer.Argument(help="Folder of a run.")],
     trial: Annotated[int, typer.Option(min=0, help="Number of the trial.")],
@@ -242,7 +400,7 @@ def replay(
         raise TrialError("the numbers are not the same; machine, versions or threads may differ")
 
 
-@app.command()
+@app.command(epilog=examples("sft-ray status runs/my"))
 def status(run: Annotated[str, typer.Argument(help="Folder of a run.")]) -> None:
     """Say how a run stands, from its folder alone, while it runs or after it died."""
     from sft_ray.analysis.status import run_status
@@ -251,7 +409,12 @@ def status(run: Annotated[str, typer.Argument(help="Folder of a run.")]) -> None
     Screen().facts(run_status(run).facts)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sft-ray results runs/my --top 10",
+        "sft-ray results runs/my --out trials.csv",
+    )
+)
 def results(
     run: Annotated[str, typer.Argument(help="Folder of a run, finished or not.")],
     top: Annotated[int | None, typer.Option(min=1, help="Only the best so many.")] = None,
@@ -273,7 +436,12 @@ def results(
         screen.say(f"written: {out}")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sft-ray report runs/my",
+        "sft-ray report runs/my --out my.html --price 1.2",
+    )
+)
 def report(
     run: Annotated[str, typer.Argument(help="Folder of a run, finished or not.")],
     out: Annotated[
@@ -293,7 +461,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries; `python -W` brings them back
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = app(args=arguments, prog_name="sft-ray", standalone_mode=False)
     except TyperException as error:  # a misspelt verb or option
         message = error.format_message()
         asked_for_nothing = message.startswith("Usage:")  # typer's answer is the help itself

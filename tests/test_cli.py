@@ -1,6 +1,7 @@
 """The commands as a user types them: mistakes end with code 2 and plain lines, before any work."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 
-from sft_ray.cli import main
+from sft_ray.cli import app, main
 from tests.models import toy_rows, write_csv
 
 SFT_RAY = [sys.executable, "-m", "sft_ray.cli"]
@@ -270,3 +272,40 @@ def _processes_with(mark: str) -> list[str]:
         except OSError:  # gone meanwhile
             continue
     return found
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_verbs_and_options(shell: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    shown = [*SFT_RAY, "--show-completion", shell]
+    done = subprocess.run(shown, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "_SFT_RAY_COMPLETE" in done.stdout
+    if shell != "bash":
+        return
+    program = tmp_path / "sft-ray"
+    program.write_text(f'#!/bin/sh\nexec {" ".join(SFT_RAY)} "$@"\n')
+    program.chmod(0o755)
+    script = f"{done.stdout}\n" + (
+        "complete -p sft-ray >&2; COMP_WORDS=(sft-ray con); COMP_CWORD=1\n"
+        '_sft_ray_completion sft-ray; echo "${COMPREPLY[@]}"\n'
+        "COMP_WORDS=(sft-ray report --pr); COMP_CWORD=2\n"
+        '_sft_ray_completion sft-ray; echo "${COMPREPLY[@]}"\n'
+    )
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert done.stdout.splitlines() == ["confirm", "--price"], done.stderr
+
+
+def test_every_verb_shows_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        shown = capsys.readouterr().out.split("Examples:\n")[1]
+        for line in shown.strip().splitlines():
+            words = shlex.split(line.split("|")[-1].split("<")[0])
+            assert words[:2] == ["sft-ray", verb]
+            with command.make_context(verb, words[2:]) as context:
+                assert not context.args, line

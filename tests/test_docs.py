@@ -159,7 +159,7 @@ def test_the_yaml_of_the_research_page_is_accepted() -> None:
 def test_the_commands_of_the_pages_exist_and_take_what_is_shown() -> None:
     verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     shown = [
-        shlex.split(line, comments=True)[1:]
+        shlex.split(line.split(" < ")[0], comments=True)[1:]
         for page in (RESEARCH_PAGE, REPORT_PAGE, README)
         for language, body in blocks_of(page)
         for line in body.splitlines()

@@ -25,13 +25,14 @@ def test_the_experiment_of_the_readme_parses() -> None:
 
 
 def test_the_commands_of_the_readme_parse_and_name_what_exists(tmp_path: Path) -> None:
-    (tmp_path / "my.yaml").write_text(blocks("yaml")[0])
+    for name in ("my.yaml", "reviews.yaml"):  # the second is what `sft-ray init` would write
+        (tmp_path / name).write_text(blocks("yaml")[0])
     lines = [line.split("#")[0].split() for block in blocks("") for line in block.splitlines()]
     searches = [words[2:] for words in lines if words[:2] == ["sft-ray", "search"]]
     submits = [words[2:] for words in lines if words[:2] == ["python", "tune.py"]]
-    assert len(searches) + len(submits) == 5
+    assert len(searches) + len(submits) == 6
     for file, *overrides in searches + submits:
-        path = tmp_path / file if file == "my.yaml" else ROOT / file
+        path = tmp_path / file if (tmp_path / file).exists() else ROOT / file
         options = [word for word in overrides if "=" in word]
         assert Experiment.load(path, options)
         assert set(overrides) - set(options) <= {"--address", "auto"}

@@ -65,12 +65,17 @@ class Predictor:
         """
         rows, start = iter(rows), 0
         while chunk := list(islice(rows, ROWS_AT_ONCE)):
-            table = self._checked(chunk, start)
+            table = self.checked(chunk, start)
             examples = encode_split(table, self.task, self.encoder, self.label_set)
             yield from self.task.answer(self.outputs(examples), examples, self.label_set)
             start += len(chunk)
 
-    def _checked(self, rows: list[dict[str, Any]], start: int) -> pa.Table:
+    def checked(self, rows: list[dict[str, Any]], start: int = 0) -> pa.Table:
+        """Rows as a table of the task's fields; `start` rows came before them.
+
+        Raises:
+            DataError: a row lacks a field of the task, or one holds something else.
+        """
         fields = self.task.fields
         for number, row in enumerate(rows, start=start + 1):
             for entity in ("subject", "object"):
