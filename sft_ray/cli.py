@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from sft_ray.errors import SftError, TrialError
+from sft_ray.errors import SftError, TrialError, disk_problem
 
 if TYPE_CHECKING:
     from sft_ray.config import Experiment
 
 INTERRUPTED = 130
+MOST_CHARACTERS = 680  # of a line of an error; how to mend it stands at its end
 
 app = typer.Typer(
     help="Search the hyperparameters of fine-tuning BERT-type encoders on Ray.",
@@ -297,12 +298,16 @@ def main(arguments: list[str] | None = None) -> None:
     except TyperException as error:  # a misspelt verb or option
         message = error.format_message()
         asked_for_nothing = message.startswith("Usage:")  # typer's answer is the help itself
-        _end(2, message if asked_for_nothing else f"error: {message}; see sft-ray --help")
+        lines = message.splitlines() if asked_for_nothing else [f"error: {message}; see sft-ray --help"]
+        _end(2, *lines)
     except TrialError as error:
         _end(1, str(error))
     except SftError as error:
         _end(2, *(f"error: {problem}" for problem in error.problems))
-    except Exception as error:  # ours to mend
+    except Exception as error:
+        if problem := disk_problem(error):
+            _end(2, f"error: {problem}")
+        # Ours to mend.
         with tempfile.NamedTemporaryFile(
             "w", prefix="sft-ray-error-", suffix=".log", delete=False, encoding="utf-8"
         ) as log:
@@ -322,11 +327,19 @@ def _end(code: int, *lines: str) -> NoReturn:
     from sft_ray.screen import silence
 
     try:
-        sys.stderr.write("".join(f"{line}\n" for line in lines))
+        sys.stderr.write("".join(f"{_plain(line)}\n" for line in lines))
         sys.stderr.flush()
     except OSError:  # the terminal was closed
         silence(sys.stderr)
     sys.exit(code)
+
+
+def _plain(line: str) -> str:
+    """A line of bounded length, whatever it quotes of a file: nothing in it moves the cursor."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    if len(shown) <= MOST_CHARACTERS:
+        return shown
+    return f"{shown[: MOST_CHARACTERS - 200]} … {shown[-180:]}"
 
 
 if __name__ == "__main__":

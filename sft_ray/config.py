@@ -64,16 +64,32 @@ def refuse_credentials(place: str) -> str:
     return place
 
 
-Location = Annotated[str, BeforeValidator(expand_environment), Field(min_length=1)]
+def refuse_control_characters(place: str) -> str:
+    """The place.
+
+    Raises:
+        ValueError: no path, URI or hub id holds such a character, and some libraries die of it.
+    """
+    if any(ord(character) < 32 for character in place):
+        raise ValueError(f"a place is written without control characters, got {place!r}")
+    return place
+
+
+Location = Annotated[
+    str,
+    BeforeValidator(expand_environment),
+    Field(min_length=1),
+    AfterValidator(refuse_control_characters),
+]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 # One column, or [start, end] columns of a span; null leaves an optional field out.
 Column = Annotated[str, Field(min_length=1)] | list[str] | None
 
 
 class Section(BaseModel):
-    """Base of every part of the tree: unknown keys and silent conversions are refused."""
+    """Base of every part of the tree: unknown keys, silent conversions, NaN and inf are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Limit(Section):
@@ -439,8 +455,10 @@ def explain(error: ValidationError, root: type[Section] | None = None) -> list[s
     `root` is what was validated; an experiment if left out.
     """
     lines: dict[str, str] = {}
-    for problem in error.errors():
-        path = ".".join(str(part) for part in _without_union_tags(problem["loc"]))
+    found = [(_dotted(problem["loc"]), problem) for problem in error.errors()]
+    for path, problem in found:
+        if any(other.startswith(f"{path}.") for other, _ in found):
+            continue  # another member of a union, and the one that was meant is told about
         if path == "search.space" and problem["type"] == "value_error":
             lines |= {line: line for line in str(problem["ctx"]["error"]).splitlines()}
         elif path in lines:  # another member of the same union
@@ -449,6 +467,10 @@ def explain(error: ValidationError, root: type[Section] | None = None) -> list[s
         else:
             lines[path] = f"{path}: {_explanation(problem, root or Experiment)}".removeprefix(": ")
     return list(lines.values())
+
+
+def _dotted(loc: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in _without_union_tags(loc))
 
 
 def _explanation(problem: Any, root: type[Section]) -> str:

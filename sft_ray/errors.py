@@ -5,7 +5,20 @@ The command line prints the lines and exits with code 2, without a traceback.
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+# What a disk answers that only its owner can mend.
+DISK_ERRORS = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room or ask for more",
+    errno.EROFS: "name a place that can be written",
+    errno.EACCES: "name another place or change who may use it",
+    errno.EPERM: "name another place or change who may use it",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "mend the links",
+    errno.EIO: "look after the disk",
+}
 
 
 class SftError(Exception):
@@ -41,3 +54,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = [str(candidate) for candidate in known]
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """One line for an error of a disk that its owner can mend; None for any other."""
+    if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
+        return None
+    place = f"{error.filename}: " if error.filename else ""
+    reason = error.strerror or str(error)
+    return f"{place}{reason}; {DISK_ERRORS[error.errno]}; the same command goes on"

@@ -55,6 +55,8 @@ class FileStore:
             except (pa.ArrowException, ValueError) as error:
                 raise ResourceError(f"storage: cannot be opened: {error}") from None
             filesystem, base = opened
+            if not base:
+                raise ResourceError(f"storage: a URI names a bucket, got {storage!r}")
             self.local_root: Path | None = None
             place, mark, options = storage.partition("?")
             self._place, self._options = f"{place.rstrip('/')}/{name}", mark + options
