@@ -126,7 +126,7 @@ class FileStore:
         text = self.read_text(path)
         try:
             return None if text is None else json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, for one
             raise ConfigError(f"{self.path_of(path)}: damaged JSON: {error}") from None
 
     def sha256(self, path: str) -> str:
