@@ -535,10 +535,14 @@ def _space_problems(raw: dict[str, Any]) -> list[str]:
         space = spaces.parse_space({path: raw[path] for path in raw if path in known})
     except ConfigError as error:
         return problems + list(error.problems)
+    told: set[str] = set()
     for path, value in spaces.boundary_values(space):
+        if path in told:
+            continue
         try:
             apply_values(Train(), {path: value})
         except ValidationError as error:
             tail = explain(error)[0].split(": ", 1)[-1]
             problems.append(f"search.space.{path}: {tail}")
-    return list(dict.fromkeys(problems))
+            told.add(path)
+    return problems
