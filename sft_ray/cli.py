@@ -261,14 +261,16 @@ def results(
     ] = None,
 ) -> None:
     """Show a run's trials as a table, best first."""
-    from sft_ray.analysis.results import SearchResult, write_frame
+    from sft_ray.analysis.results import SearchResult, reading, write_frame
     from sft_ray.analysis.tables import trial_table
     from sft_ray.screen import Screen
 
     found, screen = SearchResult.load(run), Screen()
+    with reading(found.location):
+        lines, frame = trial_table(found, top), found.frame()
     if out is not None:
-        write_frame(found.frame(), out)
-    for line in trial_table(found, top):
+        write_frame(frame, out)
+    for line in lines:
         screen.say(line)
     if out is not None:
         screen.say(f"written: {out}")
@@ -298,7 +300,9 @@ def main(arguments: list[str] | None = None) -> None:
     except TyperException as error:  # a misspelt verb or option
         message = error.format_message()
         asked_for_nothing = message.startswith("Usage:")  # typer's answer is the help itself
-        lines = message.splitlines() if asked_for_nothing else [f"error: {message}; see sft-ray --help"]
+        lines = (
+            message.splitlines() if asked_for_nothing else [f"error: {message}; see sft-ray --help"]
+        )
         _end(2, *lines)
     except TrialError as error:
         _end(1, str(error))
