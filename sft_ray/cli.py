@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import tempfile
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from sft_ray.config import Experiment
 
 INTERRUPTED = 130
+USER_INFO = re.compile(r"://([^/\s@]*|[^/\s@]+:[^\s@]*)@")  # of a URI: `key:secret@`
 MOST_CHARACTERS = 680  # of a line of an error; how to mend it stands at its end
 
 app = typer.Typer(
@@ -339,7 +341,8 @@ def _end(code: int, *lines: str) -> NoReturn:
 
 
 def _plain(line: str) -> str:
-    """A line of bounded length, whatever it quotes of a file: nothing in it moves the cursor."""
+    """A line of bounded length, whatever it quotes: nothing in it moves the cursor or is secret."""
+    line = USER_INFO.sub("://…@", line)
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     if len(shown) <= MOST_CHARACTERS:
         return shown

@@ -31,6 +31,8 @@ COSTS = ("train_seconds", "trained_parameters", "memory_bytes")
 ENV_REFERENCE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 UNION_TAG = re.compile(r"^(constrained-)?(int|float|str|(literal|list|dict)\[.*)$")
 SECRET_OPTION = re.compile(r"(key|secret|token|password)[^=&]*=", re.IGNORECASE)
+# `user@` or `key:secret@`; secrets hold slashes, and a hub id an @ behind its name.
+USER_INFO = re.compile(r"://([^/@]*|[^/@]+:[^@]*)@")
 QUOTED = re.compile(r"'([^']*)'")
 
 
@@ -56,7 +58,7 @@ def refuse_credentials(place: str) -> str:
         ValueError: it is a URI that holds a key or a password; the text does not show it.
     """
     address, _, options = place.partition("?")
-    if "://" in place and ("@" in address or SECRET_OPTION.search(options)):
+    if USER_INFO.search(address) or ("://" in address and SECRET_OPTION.search(options)):
         raise ValueError(
             "a URI must not hold credentials, because run folders keep it; set them in the "
             "environment (AWS_ACCESS_KEY_ID, …) or give the machines a role"
@@ -80,6 +82,7 @@ Location = Annotated[
     BeforeValidator(expand_environment),
     Field(min_length=1),
     AfterValidator(refuse_control_characters),
+    AfterValidator(refuse_credentials),
 ]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 # One column, or [start, end] columns of a span; null leaves an optional field out.
@@ -385,7 +388,7 @@ class Experiment(Section):
     watchdog: Watchdog = Watchdog()
     checkpoint: Checkpoint = Checkpoint()
     resources: Resources = Resources()
-    storage: Annotated[Location, AfterValidator(refuse_credentials)] = "runs"
+    storage: Location = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
 
     @classmethod
