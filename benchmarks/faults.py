@@ -127,11 +127,11 @@ FAULTS = (
 KILLS = ("kill driver", "kill rank 0", "kill rank 1", "kill slot", "kill raylet")
 
 
-def write_experiment(folder: Path) -> Path:
-    """Ten trials of a tiny model over two workers; its file."""
+def write_experiment(folder: Path, **changes: Any) -> Path:
+    """Ten trials of a tiny model over two workers, or what `changes` makes of it; its file."""
     tiny_model_folder(folder / "model")
     write_csv(folder / "toy.csv", toy_rows(400, seed=0))
-    tree = {
+    tree: dict[str, Any] = {
         "name": NAME,
         "model": str(folder / "model"),
         "data": {
@@ -153,6 +153,9 @@ def write_experiment(folder: Path) -> Path:
         "watchdog": {"silence_seconds": SILENCE_SECONDS, "stall_minutes": 2},
         "storage": str(folder / "unset"),
     }
+    for name, value in changes.items():
+        section = tree.get(name)
+        tree[name] = {**section, **value} if isinstance(section, dict) else value
     path = folder / "experiment.yaml"
     path.write_text(dump_yaml(tree), encoding="utf-8")
     return path
