@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.faults import FAULTS, NAME, Process, processes_below, start, write_experiment
+from benchmarks.faults import FAULTS, NAME, Process, Scene, processes_below, start, write_experiment
 from sft_ray.run_store import JOURNAL, RESULTS
 
 SAMPLE_SECONDS = 5.0
@@ -111,7 +111,8 @@ def soak(options: argparse.Namespace) -> int:
                 starts, driver = starts + 1, start(experiment, storage, log)
             if now - struck_at >= options.fault_seconds and strikes:
                 struck_at, fault = now, draw.choice(strikes)
-                row["fault"] = fault.name if fault.strike(driver.pid, draw) else None
+                scene = Scene(driver.pid, draw, experiment, str(storage), options.folder)
+                row["fault"] = fault.name if fault.strike(scene) else None
             if row or now - sampled_at >= SAMPLE_SECONDS:
                 sampled_at = now
                 row |= sample(driver.pid, run, began, starts)
@@ -181,7 +182,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--fault-seconds", type=float, default=60.0)
-    parser.add_argument("--faults", nargs="*", choices=[f.name for f in FAULTS], default=STRIKES)
+    parser.add_argument("--faults", nargs="*", choices=STRIKES, default=STRIKES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--most-minutes", type=float, default=600.0)
     parser.add_argument("--plot", type=Path, metavar="FILE.png")

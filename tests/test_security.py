@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -334,6 +335,7 @@ def test_a_search_listens_on_loopback_and_logs_no_secret(
     done = subprocess.run(
         [sys.executable, "-c", SEARCH, str(file)], capture_output=True, text=True, env=environment
     )
+    shutil.rmtree(short, ignore_errors=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.rpartition("FOUND ")[2])
     assert found["files"] > 10
