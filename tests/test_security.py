@@ -325,12 +325,8 @@ def test_a_search_listens_on_loopback_and_logs_no_secret(
     tree["storage"] = str(tmp_path / "runs")
     file = tmp_path / "experiment.yaml"
     file.write_text(dump_yaml(tree))
-    environment = {
-        **os.environ,
-        **CANARIES,
-        "RAY_TMPDIR": str(tmp_path)[:60],
-        "HOME": str(tmp_path),
-    }
+    short = tempfile.mkdtemp(prefix="ray-")  # of a socket's name at most 107 letters
+    environment = {**os.environ, **CANARIES, "RAY_TMPDIR": short, "HOME": str(tmp_path)}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", SEARCH, str(file)], capture_output=True, text=True, env=environment
