@@ -6,6 +6,8 @@ The command line prints the lines and exits with code 2, without a traceback.
 
 import difflib
 import errno
+import os
+import re
 from collections.abc import Iterable
 
 # What a disk answers that only its owner can mend.
@@ -19,6 +21,8 @@ DISK_ERRORS = {
     errno.ELOOP: "mend the links",
     errno.EIO: "look after the disk",
 }
+
+RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class SftError(Exception):
@@ -58,8 +62,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def disk_problem(error: BaseException) -> str | None:
     """One line for an error of a disk that its owner can mend; None for any other."""
-    if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
+    number, place = getattr(error, "errno", None), getattr(error, "filename", None)
+    if told := RUST_ERROR.search(str(error)):  # safetensors raises no OSError
+        number = int(told.group(1))
+    if number not in DISK_ERRORS:
         return None
-    place = f"{error.filename}: " if error.filename else ""
-    reason = error.strerror or str(error)
-    return f"{place}{reason}; {DISK_ERRORS[error.errno]}; the same command goes on"
+    where = f"{place}: " if place else ""
+    return f"{where}{os.strerror(number)}; {DISK_ERRORS[number]}; the same command goes on"

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -365,3 +367,35 @@ def test_damaged_model_folders(name: str, tiny_model: Path, tmp_path: Path) -> N
             refused += 1
             assert len(problems) == 1
     assert refused >= 5
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        write_csv(tmp_path / "toy.csv", toy_rows(60, seed=0))
+        tree = {"name": "x", "model": str(tiny_model), "storage": str(disk)}
+        tree |= {"data": {"train": str(tmp_path / "toy.csv"), "max_length": 32}}
+        file = tmp_path / "x.yaml"
+        file.write_text(dump_yaml({**tree, "train": {"epochs": 1}}))
+        (disk / "ballast").write_bytes(bytes(1_000_000))
+        for ballast in (True, False):
+            if not ballast:
+                (disk / "ballast").unlink()
+                subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+            with pytest.raises(SystemExit) as caught:
+                main(["train", str(file)])
+            said = capsys.readouterr().err
+            assert (caught.value.code or 0) == (2 if ballast else 0), said
+            if ballast:
+                check_line(said, ["No space left", "make room", "goes on"])
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
