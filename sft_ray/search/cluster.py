@@ -46,8 +46,8 @@ def connected(address: str | None) -> Iterator[None]:
     """A connection to Ray; one that was opened here is closed at the end.
 
     Without an address, Ray looks for `RAY_ADDRESS`, then for a cluster started on this machine,
-    then starts one of its own that listens on the loopback interface only.  The logs of that one
-    are removed at the end, unless it is an error.
+    then starts one of its own, whose dashboard listens on the loopback interface and whose other
+    services ask for a token.  The logs of that one are removed at the end, unless it is an error.
 
     Raises:
         ResourceError: the cluster cannot be reached.
