@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: search test test-cluster test-faults test-gpu check bench docs reference clean
+.PHONY: search test test-cluster test-faults test-gpu check audit bench docs reference clean
 
 search: $(INSTALLED)
 	$(BIN)/sft-ray search experiments/quickstart.yaml
@@ -29,6 +29,12 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Known weaknesses of the pinned dependencies; the tool has an environment of its own.
+audit:
+	test -x .venv-audit/bin/pip-audit || ($(PYTHON) -m venv .venv-audit && \
+		.venv-audit/bin/python -m pip install --quiet pip-audit)
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/slot_overhead.py
 
@@ -49,4 +55,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) build site *.egg-info
+	rm -rf $(VENV) .venv-audit build site *.egg-info

@@ -3,8 +3,16 @@
 One search is run undisturbed; then each fault strikes searches of the same experiment and seed, at
 moments drawn from a seed.  A search that its fault has ended is started again by the same command,
 as a user would.  Afterwards its trials must be those of the undisturbed search, each exactly once,
-and its best model must score what was reported.  One JSON line per search goes to --out; those that
-are there are not repeated.  Exit code 1 if anything was lost, doubled or hung.
+and its best model must score what was reported.  Where a fault is a trial's own (it raises, is out
+of memory, turns NaN) the trials behind it may differ, and each number must be there once.
+
+Faults of disks need root: the run folder lies on a small tmpfs of its own.  Faults of storage need
+moto: a proxy in front of its S3 server fails, dawdles or hangs up.  Faults inside of a trial are
+planted by a `sitecustomize` in the PYTHONPATH of the search; a clock that jumps is Python's
+`time.time` in all of its processes, as the kernel's belongs to the whole machine.
+
+One JSON line per search goes to --out; those that are there are not repeated.  Exit code 1 if
+anything was lost, doubled or hung.
 """
 
 from __future__ import annotations
@@ -20,7 +28,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,9 +39,10 @@ from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
 from sft_ray.analysis.results import SearchResult
-from sft_ray.run_store import JOURNAL, RESULTS, RunStore
+from sft_ray.run_store import JOURNAL, METRICS, RESULTS, RunStore
 from sft_ray.serving.verify import run_verification
 from sft_ray.yaml_text import dump_yaml
+from tests import s3
 from tests.models import tiny_model_folder, toy_rows, write_csv
 
 NAME = "search"
@@ -49,16 +59,56 @@ class Process:
     title: str
 
 
+@dataclass
+class Scene:
+    """One search under a fault.
+
+    Attributes:
+        driver: its process id.
+        storage: what it writes to; a folder or a URI.
+        folder: on this machine, with `orders/` for what is planted in its processes.
+        heal: ends what a strike has begun; None if nothing lasts.
+    """
+
+    driver: int
+    draw: random.Random
+    experiment: Path
+    storage: str
+    folder: Path
+    proxy: Any = None
+    heal: Callable[[], None] | None = None
+    heal_at: float = 0.0
+
+    @property
+    def orders(self) -> Path:
+        return self.folder / "orders"
+
+    def lasting(self, seconds: float, heal: Callable[[], None]) -> None:
+        self.heal, self.heal_at = heal, time.monotonic() + seconds
+
+    def end_fault(self) -> None:
+        """At once."""
+        heal, self.heal = self.heal, None
+        if heal is not None:
+            heal()
+
+
 @dataclass(frozen=True)
 class Fault:
     """Something that goes wrong.
 
     Attributes:
-        strike: does it, to the driver with this process id.
+        strike: does it; whether there was anything to do it to.
+        place: what the search's storage is: a folder, a small disk, or S3 behind a proxy.
+        is_of_a_trial: it may end a trial otherwise than the undisturbed search.
+        at_end: it strikes at the last mark, just before the results are written.
     """
 
     name: str
-    strike: Callable[[int, random.Random], bool]
+    strike: Callable[[Scene], bool]
+    place: str = "folder"
+    is_of_a_trial: bool = False
+    at_end: bool = False
 
 
 def processes_below(pid: int) -> list[Process]:
@@ -85,8 +135,8 @@ def processes_below(pid: int) -> list[Process]:
 def to_process(pattern: str, number: signal.Signals, which: int | None = 0) -> Any:
     """A fault that sends a signal to a process by its title; None sends it to all of them."""
 
-    def strike(driver: int, draw: random.Random) -> bool:
-        found = [p.pid for p in processes_below(driver) if re.search(pattern, p.title)]
+    def strike(scene: Scene) -> bool:
+        found = [p.pid for p in processes_below(scene.driver) if re.search(pattern, p.title)]
         chosen = found if which is None else found[which : which + 1]
         for pid in chosen:
             os.kill(pid, number)
@@ -98,13 +148,149 @@ def to_process(pattern: str, number: signal.Signals, which: int | None = 0) -> A
 def to_driver(number: signal.Signals) -> Any:
     """A fault that sends a signal to the driver."""
 
-    def strike(driver: int, draw: random.Random) -> bool:
-        os.kill(driver, number)
+    def strike(scene: Scene) -> bool:
+        os.kill(scene.driver, number)
         return True
 
     return strike
 
 
+def to_trial(action: str) -> Any:
+    """A fault inside the next training step of one rank; see `SITECUSTOMIZE`."""
+
+    def strike(scene: Scene) -> bool:
+        (scene.orders / "step").write_text(action)
+        return True
+
+    return strike
+
+
+def to_clock(seconds: float) -> Any:
+    """Python's clock jumps, in every process of the search."""
+
+    def strike(scene: Scene) -> bool:
+        (scene.orders / "clock").write_text(str(seconds))
+        return True
+
+    return strike
+
+
+def fill_disk(scene: Scene) -> bool:
+    """To the last byte, for 15 seconds."""
+    ballast = scene.folder / "disk" / "ballast"
+    with ballast.open("wb") as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+            file.flush()
+    scene.lasting(15, lambda: ballast.unlink(missing_ok=True))
+    return True
+
+
+def freeze_disk(scene: Scene) -> bool:
+    """What is opened from now on is read-only, for 15 seconds; open files stay as they are."""
+    disk = str(scene.folder / "disk")
+    subprocess.run(["mount", "--bind", disk, disk], check=True)
+    subprocess.run(["mount", "-o", "remount,ro,bind", disk], check=True)
+    scene.lasting(15, lambda: _unmount(Path(disk)))
+    return True
+
+
+def refuse_requests(scene: Scene) -> bool:
+    """Every request ends with 503, for a minute."""
+    scene.proxy.fail(1_000_000)
+    scene.lasting(60, lambda: scene.proxy.fail(0))
+    return True
+
+
+def dawdle(scene: Scene) -> bool:
+    """Every upload takes two seconds more, for a minute."""
+    scene.proxy.delay = 2.0
+    scene.lasting(60, lambda: setattr(scene.proxy, "delay", 0.0))
+    return True
+
+
+def hang_up(scene: Scene) -> bool:
+    """All connections are closed, ten times."""
+    for _ in range(10):
+        scene.proxy.fail(0)
+        time.sleep(scene.draw.uniform(0.1, 1.0))
+    return True
+
+
+def second_driver(scene: Scene) -> bool:
+    """The same command again, while the first one runs: it must be turned away."""
+    other = start(scene.experiment, scene.storage, scene.folder / "second.txt", scene.orders)
+    try:
+        code = other.wait(timeout=HANG_SECONDS / 3)
+    except subprocess.TimeoutExpired:
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
+        code = None
+    said = (scene.folder / "second.txt").read_text(errors="replace")
+    if code != 2 or "another search is running" not in said:
+        raise SystemExit(f"the second driver ended with {code}: {said[-500:]}")
+    return True
+
+
+def _unmount(place: Path) -> None:
+    subprocess.run(["umount", "--lazy", str(place)], check=False, capture_output=True)
+
+
+# Planted in every Python process of a search.
+SITECUSTOMIZE = """
+import importlib.abc, importlib.util, os, sys, time
+from pathlib import Path
+
+ORDERS, honest_time = Path(__file__).parent, time.time
+
+def jumped():
+    try:
+        return honest_time() + float((ORDERS / "clock").read_text())
+    except (OSError, ValueError):
+        return honest_time()
+
+time.time = jumped
+
+def taken():
+    mine = ORDERS / f"step.{os.getpid()}"
+    try:  # one rank only
+        (ORDERS / "step").rename(mine)
+        return mine.read_text()
+    except OSError:
+        return None
+
+def plant(module):
+    honest_step = module._Trial.take_step
+    def take_step(trial, indices):
+        action = taken()
+        if action == "raise":
+            raise ValueError("planted: a bug of the loss")
+        if action == "memory":
+            import torch
+            torch.empty(1 << 55)
+        if action == "nan":
+            for parameter in trial.model.parameters():
+                parameter.data.fill_(float("nan"))
+        if action == "hang":
+            time.sleep(1e6)
+        return honest_step(trial, indices)
+    module._Trial.take_step = take_step
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != "sft_ray.training.fit":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        honest_exec = spec.loader.exec_module
+        def exec_module(module):
+            honest_exec(module)
+            plant(module)
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
 RANK = r"^ray::RayTrainWorker"
 FAULTS = (
     Fault("kill driver", to_driver(signal.SIGKILL)),
@@ -123,15 +309,29 @@ FAULTS = (
     Fault("stop watch", to_process(r"^ray::Watch", signal.SIGSTOP)),
     Fault("ctrl-c", to_driver(signal.SIGINT)),
     Fault("sigterm", to_driver(signal.SIGTERM)),
+    Fault("second driver", second_driver),
+    Fault("trial raises", to_trial("raise"), is_of_a_trial=True),
+    Fault("trial out of memory", to_trial("memory"), is_of_a_trial=True),
+    Fault("trial turns NaN", to_trial("nan"), is_of_a_trial=True),
+    Fault("trial never reports", to_trial("hang")),
+    Fault("full disk", fill_disk, place="disk"),
+    Fault("full disk at the results", fill_disk, place="disk", at_end=True),
+    Fault("read-only disk", freeze_disk, place="disk"),
+    Fault("s3 answers 503", refuse_requests, place="s3"),
+    Fault("s3 is slow", dawdle, place="s3"),
+    Fault("s3 hangs up", hang_up, place="s3"),
+    Fault("clock jumps ahead", to_clock(86_400)),
+    Fault("clock jumps back", to_clock(-86_400)),
 )
+DISK_MEGABYTES = 64
 KILLS = ("kill driver", "kill rank 0", "kill rank 1", "kill slot", "kill raylet")
 
 
-def write_experiment(folder: Path) -> Path:
-    """Ten trials of a tiny model over two workers; its file."""
+def write_experiment(folder: Path, **changes: Any) -> Path:
+    """Ten trials of a tiny model over two workers, or what `changes` makes of it; its file."""
     tiny_model_folder(folder / "model")
     write_csv(folder / "toy.csv", toy_rows(800, seed=0))
-    tree = {
+    tree: dict[str, Any] = {
         "name": NAME,
         "model": str(folder / "model"),
         "data": {
@@ -153,13 +353,20 @@ def write_experiment(folder: Path) -> Path:
         "watchdog": {"silence_seconds": SILENCE_SECONDS, "stall_minutes": 2},
         "storage": str(folder / "unset"),
     }
+    for name, value in changes.items():
+        section = tree.get(name)
+        tree[name] = {**section, **value} if isinstance(section, dict) else value
     path = folder / "experiment.yaml"
     path.write_text(dump_yaml(tree), encoding="utf-8")
     return path
 
 
-def start(experiment: Path, storage: Path, log: Path) -> subprocess.Popen[bytes]:
-    """The command a user types, in a session of its own."""
+def start(
+    experiment: Path, storage: Path | str, log: Path, orders: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """The command a user types, in a session of its own; `orders` goes into its PYTHONPATH."""
+    paths = [str(orders)] if orders else []
+    paths += [path for path in (os.environ.get("PYTHONPATH"),) if path]
     with log.open("ab") as said:
         return subprocess.Popen(
             [sys.executable, "-m", "sft_ray.cli", "search", str(experiment), f"storage={storage}"],
@@ -167,33 +374,33 @@ def start(experiment: Path, storage: Path, log: Path) -> subprocess.Popen[bytes]
             stdout=said,
             stderr=said,
             start_new_session=True,
-            env={**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "RAY_ADDRESS": "local",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(paths),
+            },
         )
 
 
-def marks_so_far(run: Path) -> int:
+def marks_so_far(run: RunStore) -> int:
     """Lines of all metrics files: how far a search is."""
-    count = 0
-    for path in run.glob("trials/*/metrics.jsonl"):
-        try:
-            count += path.read_bytes().count(b"\n")
-        except OSError:
-            continue
-    return count
+    files = [path for path in run.files_below("trials") if path.endswith(f"/{METRICS}")]
+    return sum((run.read_bytes(path) or b"").count(b"\n") for path in files)
 
 
-def trials_of(run: Path) -> list[tuple[Any, ...]]:
+def trials_of(run: RunStore) -> list[tuple[Any, ...]]:
     """What must be the same in every search of the experiment."""
-    result = SearchResult.load(str(run))
+    result = SearchResult.load(run.location)
     return [
         (row["number"], row["state"], json.dumps(row["params"], sort_keys=True), row["value"])
         for row in result.trials
     ]
 
 
-def doubled_in(run: Path) -> int:
+def doubled_in(run: RunStore) -> int:
     """Trials or marks that the study holds twice."""
-    records = RunStore(str(run.parent), run.name).read_journal() or []
+    records = run.read_journal() or []
     seen: set[tuple[str, int, int | None]] = set()
     doubled = 0
     for record in records:
@@ -212,45 +419,98 @@ def doubled_in(run: Path) -> int:
     return doubled
 
 
+@contextmanager
+def storage_for(fault: Fault, folder: Path) -> Iterator[tuple[str, str, Any]]:
+    """Storage as the search sees it, as we see it, and the proxy between."""
+    if fault.place == "disk":
+        disk = folder / "disk"
+        disk.mkdir()
+        size = f"size={DISK_MEGABYTES}m"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)], check=True)
+        try:
+            yield str(disk), str(disk), None
+        finally:
+            shutil.copytree(disk, folder / "kept", dirs_exist_ok=True)
+            _unmount(disk)
+    elif fault.place == "s3":
+        os.environ.update(s3.CREDENTIALS)
+        with s3.s3_server() as port:
+            proxy = s3.Proxy(port)
+            try:
+                uris = [f"s3://{s3.BUCKET}/runs{s3.options(p)}" for p in (proxy.port, port)]
+                yield uris[0], uris[1], proxy
+            finally:
+                proxy.close()
+    else:
+        yield str(folder), str(folder), None
+
+
 def suffer(
     fault: Fault, seed: int, experiment: Path, folder: Path, expected: Sequence[Any], marks: int
 ) -> dict[str, Any]:
     """One search with one fault; what became of it."""
-    draw = random.Random(f"{fault.name} {seed}")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    run, log = folder / NAME, folder / "log.txt"
+    (folder / "orders").mkdir(parents=True)
+    (folder / "orders" / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    with storage_for(fault, folder) as (storage, seen, proxy):
+        draw = random.Random(f"{fault.name} {seed}")
+        scene = Scene(0, draw, experiment, storage, folder, proxy)
+        try:
+            return _suffer(fault, seed, scene, RunStore(seen, NAME), expected, marks)
+        finally:
+            scene.end_fault()
+
+
+def _suffer(
+    fault: Fault, seed: int, scene: Scene, run: RunStore, expected: Sequence[Any], marks: int
+) -> dict[str, Any]:
+    draw, log = scene.draw, scene.folder / "log.txt"
     moment, extra = draw.randrange(marks), draw.uniform(0.0, 0.5)
+    if fault.at_end:
+        moment = marks - 1
+
+    def begin() -> subprocess.Popen[bytes]:
+        started = start(scene.experiment, scene.storage, log, scene.orders)
+        scene.driver = started.pid
+        return started
+
     began = time.monotonic()
-    driver = start(experiment, folder, log)
+    driver = begin()
     struck_at: float | None = None
     recovered_after: float | None = None
     starts, behind = 1, 0
     outcome = "hung"
     while time.monotonic() - began < HANG_SECONDS:
-        if struck_at is None and marks_so_far(run) >= moment and (run / JOURNAL).exists():
+        if struck_at is None and run.exists(JOURNAL) and marks_so_far(run) >= moment:
             time.sleep(extra)
-            if fault.strike(driver.pid, draw):
+            if fault.strike(scene):
                 struck_at, behind = time.monotonic(), marks_so_far(run)
         if struck_at is not None and recovered_after is None and marks_so_far(run) > behind:
             recovered_after = time.monotonic() - struck_at
         code = driver.poll()
+        if scene.heal is not None and (code is not None or time.monotonic() > scene.heal_at):
+            scene.end_fault()
         if code is None:
-            time.sleep(0.02)
+            time.sleep(0.02 if scene.proxy is None else 0.5)
             continue
-        if (run / RESULTS).exists() and code == 0:
+        if code == 0 and run.exists(RESULTS):
             outcome = "survived" if starts == 1 else "resumed"
             break
         starts += 1
         if starts > 4:
             outcome = "does not go on"
             break
-        driver = start(experiment, folder, log)
+        driver = begin()
     left = [p.title[:60] for p in processes_below(driver.pid)]
     if driver.poll() is None:
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
-    found = trials_of(run) if (run / RESULTS).exists() else []
+    found = trials_of(run) if run.exists(RESULTS) else []
+    numbers = [row[0] for row in found]
+    if fault.is_of_a_trial:
+        lost = sum(row[0] not in numbers for row in expected)
+    else:
+        lost = sum(row not in found for row in expected)
     return {
         "fault": fault.name,
         "seed": seed,
@@ -258,9 +518,9 @@ def suffer(
         "at_mark": moment,
         "outcome": outcome,
         "starts": starts,
-        "lost": sum(row not in found for row in expected),
-        "doubled": doubled_in(run),
-        "rescored": bool(found) and run_verification(str(run)).ok,
+        "lost": lost,
+        "doubled": doubled_in(run) + len(numbers) - len(set(numbers)),
+        "rescored": bool(found) and run_verification(run.location).ok,
         "left_behind": left,
         "recovery_seconds": recovered_after,
         "seconds": time.monotonic() - began,
@@ -316,7 +576,8 @@ def main() -> None:
         code = start(experiment, calm, options.folder / "calm.log").wait()
         if code != 0:
             raise SystemExit(f"the undisturbed search ended with {code}: {options.folder}/calm.log")
-    expected, marks = trials_of(calm / NAME), marks_so_far(calm / NAME)
+    undisturbed = RunStore(str(calm), NAME)
+    expected, marks = trials_of(undisturbed), marks_so_far(undisturbed)
     rows = []
     if options.out.exists():
         rows = [json.loads(line) for line in options.out.read_text().splitlines()]

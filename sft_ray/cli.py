@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import tempfile
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from sft_ray.errors import SftError, TrialError
+from sft_ray.errors import SftError, TrialError, disk_problem
 
 if TYPE_CHECKING:
     from sft_ray.config import Experiment
 
 INTERRUPTED = 130
+USER_INFO = re.compile(r"://([^/\s@]*|[^/\s@]+:[^\s@]*)@")  # of a URI: `key:secret@`
+MOST_CHARACTERS = 680  # of a line of an error; how to mend it stands at its end
 
 
 def examples(*commands: str) -> str:
@@ -423,14 +426,16 @@ def results(
     ] = None,
 ) -> None:
     """Show a run's trials as a table, best first."""
-    from sft_ray.analysis.results import SearchResult, write_frame
+    from sft_ray.analysis.results import SearchResult, reading, write_frame
     from sft_ray.analysis.tables import trial_table
     from sft_ray.screen import Screen
 
     found, screen = SearchResult.load(run), Screen()
+    with reading(found.location):
+        lines, frame = trial_table(found, top), found.frame()
     if out is not None:
-        write_frame(found.frame(), out)
-    for line in trial_table(found, top):
+        write_frame(frame, out)
+    for line in lines:
         screen.say(line)
     if out is not None:
         screen.say(f"written: {out}")
@@ -465,12 +470,18 @@ def main(arguments: list[str] | None = None) -> None:
     except TyperException as error:  # a misspelt verb or option
         message = error.format_message()
         asked_for_nothing = message.startswith("Usage:")  # typer's answer is the help itself
-        _end(2, message if asked_for_nothing else f"error: {message}; see sft-ray --help")
+        lines = (
+            message.splitlines() if asked_for_nothing else [f"error: {message}; see sft-ray --help"]
+        )
+        _end(2, *lines)
     except TrialError as error:
         _end(1, str(error))
     except SftError as error:
         _end(2, *(f"error: {problem}" for problem in error.problems))
-    except Exception as error:  # ours to mend
+    except Exception as error:
+        if problem := disk_problem(error):
+            _end(2, f"error: {problem}")
+        # Ours to mend.
         with tempfile.NamedTemporaryFile(
             "w", prefix="sft-ray-error-", suffix=".log", delete=False, encoding="utf-8"
         ) as log:
@@ -490,11 +501,20 @@ def _end(code: int, *lines: str) -> NoReturn:
     from sft_ray.screen import silence
 
     try:
-        sys.stderr.write("".join(f"{line}\n" for line in lines))
+        sys.stderr.write("".join(f"{_plain(line)}\n" for line in lines))
         sys.stderr.flush()
     except OSError:  # the terminal was closed
         silence(sys.stderr)
     sys.exit(code)
+
+
+def _plain(line: str) -> str:
+    """A line of bounded length, whatever it quotes: nothing in it moves the cursor or is secret."""
+    line = USER_INFO.sub("://…@", line)
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    if len(shown) <= MOST_CHARACTERS:
+        return shown
+    return f"{shown[: MOST_CHARACTERS - 200]} … {shown[-180:]}"
 
 
 if __name__ == "__main__":

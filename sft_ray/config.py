@@ -31,6 +31,8 @@ COSTS = ("train_seconds", "trained_parameters", "memory_bytes")
 ENV_REFERENCE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 UNION_TAG = re.compile(r"^(constrained-)?(int|float|str|(literal|list|dict)\[.*)$")
 SECRET_OPTION = re.compile(r"(key|secret|token|password)[^=&]*=", re.IGNORECASE)
+# `user@` or `key:secret@`; secrets hold slashes, and a hub id an @ behind its name.
+USER_INFO = re.compile(r"://([^/@]*|[^/@]+:[^@]*)@")
 QUOTED = re.compile(r"'([^']*)'")
 
 
@@ -56,7 +58,7 @@ def refuse_credentials(place: str) -> str:
         ValueError: it is a URI that holds a key or a password; the text does not show it.
     """
     address, _, options = place.partition("?")
-    if "://" in place and ("@" in address or SECRET_OPTION.search(options)):
+    if USER_INFO.search(address) or ("://" in address and SECRET_OPTION.search(options)):
         raise ValueError(
             "a URI must not hold credentials, because run folders keep it; set them in the "
             "environment (AWS_ACCESS_KEY_ID, …) or give the machines a role"
@@ -64,16 +66,33 @@ def refuse_credentials(place: str) -> str:
     return place
 
 
-Location = Annotated[str, BeforeValidator(expand_environment), Field(min_length=1)]
+def refuse_control_characters(place: str) -> str:
+    """The place.
+
+    Raises:
+        ValueError: no path, URI or hub id holds such a character, and some libraries die of it.
+    """
+    if any(ord(character) < 32 for character in place):
+        raise ValueError(f"a place is written without control characters, got {place!r}")
+    return place
+
+
+Location = Annotated[
+    str,
+    BeforeValidator(expand_environment),
+    Field(min_length=1),
+    AfterValidator(refuse_control_characters),
+    AfterValidator(refuse_credentials),
+]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 # One column, or [start, end] columns of a span; null leaves an optional field out.
 Column = Annotated[str, Field(min_length=1)] | list[str] | None
 
 
 class Section(BaseModel):
-    """Base of every part of the tree: unknown keys and silent conversions are refused."""
+    """Base of every part of the tree: unknown keys, silent conversions, NaN and inf are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Limit(Section):
@@ -381,7 +400,7 @@ class Experiment(Section):
     watchdog: Watchdog = Watchdog()
     checkpoint: Checkpoint = Checkpoint()
     resources: Resources = Resources()
-    storage: Annotated[Location, AfterValidator(refuse_credentials)] = "runs"
+    storage: Location = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
 
     @classmethod
@@ -451,8 +470,10 @@ def explain(error: ValidationError, root: type[Section] | None = None) -> list[s
     `root` is what was validated; an experiment if left out.
     """
     lines: dict[str, str] = {}
-    for problem in error.errors():
-        path = ".".join(str(part) for part in _without_union_tags(problem["loc"]))
+    found = [(_dotted(problem["loc"]), problem) for problem in error.errors()]
+    for path, problem in found:
+        if any(other.startswith(f"{path}.") for other, _ in found):
+            continue  # another member of a union, and the one that was meant is told about
         if path == "search.space" and problem["type"] == "value_error":
             lines |= {line: line for line in str(problem["ctx"]["error"]).splitlines()}
         elif path in lines:  # another member of the same union
@@ -461,6 +482,10 @@ def explain(error: ValidationError, root: type[Section] | None = None) -> list[s
         else:
             lines[path] = f"{path}: {_explanation(problem, root or Experiment)}".removeprefix(": ")
     return list(lines.values())
+
+
+def _dotted(loc: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in _without_union_tags(loc))
 
 
 def _explanation(problem: Any, root: type[Section]) -> str:
@@ -525,10 +550,14 @@ def _space_problems(raw: dict[str, Any]) -> list[str]:
         space = spaces.parse_space({path: raw[path] for path in raw if path in known})
     except ConfigError as error:
         return problems + list(error.problems)
+    told: set[str] = set()
     for path, value in spaces.boundary_values(space):
+        if path in told:
+            continue
         try:
             apply_values(Train(), {path: value})
         except ValidationError as error:
             tail = explain(error)[0].split(": ", 1)[-1]
             problems.append(f"search.space.{path}: {tail}")
-    return list(dict.fromkeys(problems))
+            told.add(path)
+    return problems

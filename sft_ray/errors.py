@@ -5,7 +5,24 @@ The command line prints the lines and exits with code 2, without a traceback.
 """
 
 import difflib
+import errno
+import os
+import re
 from collections.abc import Iterable
+
+# What a disk answers that only its owner can mend.
+DISK_ERRORS = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room or ask for more",
+    errno.EROFS: "name a place that can be written",
+    errno.EACCES: "name another place or change who may use it",
+    errno.EPERM: "name another place or change who may use it",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "mend the links",
+    errno.EIO: "look after the disk",
+}
+
+RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class SftError(Exception):
@@ -41,3 +58,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = [str(candidate) for candidate in known]
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """One line for an error of a disk that its owner can mend; None for any other."""
+    number, place = getattr(error, "errno", None), getattr(error, "filename", None)
+    if told := RUST_ERROR.search(str(error)):  # safetensors raises no OSError
+        number = int(told.group(1))
+    if number not in DISK_ERRORS:
+        return None
+    where = f"{place}: " if place else ""
+    return f"{where}{os.strerror(number)}; {DISK_ERRORS[number]}; the same command goes on"

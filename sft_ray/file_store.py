@@ -55,6 +55,8 @@ class FileStore:
             except (pa.ArrowException, ValueError) as error:
                 raise ResourceError(f"storage: cannot be opened: {error}") from None
             filesystem, base = opened
+            if not base:
+                raise ResourceError(f"storage: a URI names a bucket, got {storage!r}")
             self.local_root: Path | None = None
             place, mark, options = storage.partition("?")
             self._place, self._options = f"{place.rstrip('/')}/{name}", mark + options
@@ -124,7 +126,7 @@ class FileStore:
         text = self.read_text(path)
         try:
             return None if text is None else json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, for one
             raise ConfigError(f"{self.path_of(path)}: damaged JSON: {error}") from None
 
     def sha256(self, path: str) -> str:

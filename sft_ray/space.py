@@ -274,7 +274,8 @@ def boundary_values(space: Space) -> list[tuple[str, Any]]:
 
 def _ends(domain: Any) -> list[Any]:
     if isinstance(domain, Numeric):
-        return [domain.low, domain.high]
+        # What is drawn between 1 and 3 is seldom a whole number, so neither may the ends be.
+        return [e if domain.integer else float(e) for e in (domain.low, domain.high)]
     return list(domain.options) if isinstance(domain, Choice) else [domain]
 
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import (
+    AliasEvent,
+    CollectionEndEvent,
+    CollectionStartEvent,
+    Event,
+    ScalarEvent,
+)
 
 from sft_ray.errors import ConfigError
 
 SPACE_PREFIX = "search.space."
+# Of one YAML text: lists and mappings within each other, and values with every alias written out.
+MOST_DEPTH = 40
+MOST_VALUES = 100_000
 
 
 def read_tree(path: str | Path, overrides: list[str]) -> dict[str, Any]:
@@ -39,8 +50,13 @@ def read_tree(path: str | Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Safe-load YAML 1.2; duplicate keys are refused."""
+    """Safe-load YAML 1.2; duplicate keys are refused, and what grows without measure.
+
+    Raises:
+        ConfigError: it is no YAML, nested too deep, or too large once its aliases are followed.
+    """
     try:
+        _check_size(YAML(typ="safe", pure=True).parse(text), source)
         return YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark
@@ -48,6 +64,39 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}{where}: not valid YAML: {error.problem}") from None
     except (YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        # Of a value that is not what its tag says, such as `!!bool 7`.
+        raise ConfigError(f"{source}: not valid YAML: a tag does not fit {error}") from None
+
+
+def _check_size(events: Iterable[Event], source: str) -> None:
+    """Refuse, before anything is built, what a few lines of aliases can swell to."""
+    sizes: dict[str, int] = {}
+    open_: list[tuple[str | None, int]] = []  # anchor, and values counted before it
+    values = 0
+    for event in events:
+        line = event.start_mark.line + 1 if event.start_mark else 0
+        if isinstance(event, AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in open_):
+                raise ConfigError(f"{source}:{line}: the alias *{event.anchor} stands in itself")
+            values += sizes.get(event.anchor, 1)
+        elif isinstance(event, CollectionStartEvent):
+            open_.append((event.anchor, values))
+            values += 1
+        elif isinstance(event, CollectionEndEvent):
+            anchor, before = open_.pop()
+            if anchor is not None:
+                sizes[anchor] = values - before
+        elif isinstance(event, ScalarEvent):
+            values += 1
+            event.value.encode("utf-8")  # a lone surrogate could be written nowhere
+        if len(open_) > MOST_DEPTH:
+            raise ConfigError(f"{source}:{line}: YAML may nest {MOST_DEPTH} deep, not deeper")
+        if values > MOST_VALUES:
+            raise ConfigError(
+                f"{source}:{line}: YAML may hold {MOST_VALUES} values, every alias written out; "
+                "this is more"
+            )
 
 
 def dump_yaml(tree: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -227,6 +228,20 @@ def write_frame(frame: pd.DataFrame, path: str) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Take a file at its word; one that lacks what it should hold is damaged.
+
+    Raises:
+        ConfigError: it is.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{path}: damaged: {type(error).__name__}: {reason}") from None
 
 
 def check_tree(tree: Any, where: str) -> None:

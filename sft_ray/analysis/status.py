@@ -12,7 +12,7 @@ from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray.analysis.outcome import curve_of, score_of
-from sft_ray.analysis.results import SearchResult, load_study
+from sft_ray.analysis.results import SearchResult, load_study, reading
 from sft_ray.run_store import (
     JOURNAL,
     METRICS,
@@ -23,6 +23,8 @@ from sft_ray.run_store import (
     trial_folder,
 )
 from sft_ray.screen import count, duration, short_params
+
+BUSY = "; a confirmation or an ablation of it is running"
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,17 @@ def run_status(location: str) -> Status:
     busy = store.is_locked()
     if store.exists(RESULTS):
         result = SearchResult.load(location)
-        best = result.best
-        value = best["validation"][result.tree["metric"]]
-        states = Counter(row["state"] for row in result.trials)
-        facts = {
-            "run": store.location,
-            "state": f"finished{'; a confirmation or an ablation of it is running' * bool(busy)}",
-            "trials": _counted(states),
-            "best": f"{result.tree['metric']} {value:.4f}: {short_params(best['params'])}",
-            "time": duration(result.tree["wall_seconds"]),
-        }
+        with reading(store.path_of(RESULTS)):
+            best = result.best
+            value = best["validation"][result.tree["metric"]]
+            states = Counter(row["state"] for row in result.trials)
+            facts = {
+                "run": store.location,
+                "state": f"finished{BUSY * bool(busy)}",
+                "trials": _counted(states),
+                "best": f"{result.tree['metric']} {value:.4f}: {short_params(best['params'])}",
+                "time": duration(result.tree["wall_seconds"]),
+            }
         return Status(store.location, "finished", facts)
     words = {True: "running", False: "stopped before its end; the same command goes on", None: ""}
     facts = {"run": store.location, "state": words[busy] or "not finished"}

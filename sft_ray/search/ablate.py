@@ -20,11 +20,11 @@ from sft_ray.analysis.ablation import (
     to_markdown,
     to_tree,
 )
-from sft_ray.analysis.results import SearchResult
+from sft_ray.analysis.results import SearchResult, reading
 from sft_ray.config import Experiment, Train
 from sft_ray.environment import describe_environment
 from sft_ray.errors import ConfigError
-from sft_ray.run_store import RunStore, open_run, read_experiment
+from sft_ray.run_store import RESULTS, RunStore, open_run, read_experiment
 from sft_ray.screen import Screen, count
 from sft_ray.search.fixed_runs import FixedRun, Row, run_fixed
 from sft_ray.search.narration import say_ablation
@@ -100,7 +100,8 @@ def find_base(place: str) -> Base:
     run = read_experiment(store)
     assert run is not None  # `open_run` has seen it
     result = SearchResult.load(place)
-    train = Train.model_validate(result.best["train"])
+    with reading(store.path_of(RESULTS)):
+        train = Train.model_validate(result.best["train"])
     return Base(run, train, store, result.tree.get("environment"))
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,8 +46,8 @@ def connected(address: str | None) -> Iterator[None]:
     """A connection to Ray; one that was opened here is closed at the end.
 
     Without an address, Ray looks for `RAY_ADDRESS`, then for a cluster started on this machine,
-    then starts one of its own that listens on the loopback interface only.  The logs of that one
-    are removed at the end, unless it is an error.
+    then starts one of its own, whose dashboard listens on the loopback interface and whose other
+    services ask for a token.  The logs of that one are removed at the end, unless it is an error.
 
     Raises:
         ResourceError: the cluster cannot be reached.
@@ -61,6 +61,8 @@ def connected(address: str | None) -> Iterator[None]:
         _knock(where)
         # Ray prints every death of a worker, whatever log_to_driver says; ours name the trial.
         ray._private.worker.print_to_stdstream = lambda *_, **__: None
+        if starts:
+            _keep_token_private()
         with _for_new_processes() if starts else nullcontext():
             ray.init(
                 address="local" if starts else address, log_to_driver=False, logging_level="ERROR"
@@ -111,6 +113,24 @@ def _for_new_processes() -> Iterator[None]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+
+
+def _keep_token_private() -> None:
+    """Let nobody else on this machine read the token of Ray's services.
+
+    Ray writes it with whatever the umask leaves.  A umask of our own would be handed on to the
+    workers, whose run folders a team may share.
+    """
+    from ray._private.authentication import authentication_token_setup as setup
+
+    path = setup._get_default_token_path()
+    with suppress(OSError):  # a home that cannot be written; Ray says so itself
+        if not path.exists() and os.environ.get("RAY_AUTH_MODE", "token") == "token":
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            opened = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            with os.fdopen(opened, "w") as file:
+                file.write(setup.generate_new_authentication_token())
+        path.chmod(0o600)
 
 
 def _import_ray() -> Any:

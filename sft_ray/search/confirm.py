@@ -17,7 +17,7 @@ from sft_ray.analysis.confirm import (
     is_out_of_the_race,
 )
 from sft_ray.analysis.model_card import model_card
-from sft_ray.analysis.results import SearchResult, check_tree
+from sft_ray.analysis.results import SearchResult, check_tree, reading
 from sft_ray.config import Confirm, Experiment, apply_values
 from sft_ray.errors import ConfigError, TrialError
 from sft_ray.recipes import YARDSTICK, default_recipe
@@ -92,7 +92,12 @@ def run_confirm(
     check_data(prepared, result.tree.get("environment"), store.location)
     sign = prepared.task.sign(prepared.objective)
     default = _default_recipe(experiment, prepared)
-    chosen = candidates(result.trials, plan.top, sign, default)
+    with reading(store.path_of(RESULTS)):
+        chosen = candidates(result.trials, plan.top, sign, default)
+        trains = [
+            apply_values(experiment.train, {f"train.{k}": v for k, v in one.train.items()})
+            for one in chosen
+        ]
     seeds = fresh_seeds(experiment.seed, plan.seeds)
     before = store.read_json(CONFIRMATION)
     is_same_plan = bool(before) and (before.get("top"), before.get("seeds")) == (plan.top, seeds)
@@ -101,13 +106,13 @@ def run_confirm(
     runs = [
         FixedRun(
             one.arm,
-            apply_values(experiment.train, {f"train.{k}": v for k, v in one.train.items()}),
+            train,
             one.params,
             seed,
             keep_model=seed == seeds[0],
         )
         for seed in seeds  # all configurations on one seed before the next one
-        for one in chosen
+        for one, train in zip(chosen, trains, strict=True)
     ]
     screen.say(
         f"confirming {count(len(chosen), 'configuration')} of {store.location} on {len(seeds)} "

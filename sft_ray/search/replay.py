@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sft_ray.analysis.results import SearchResult
+from sft_ray.analysis.results import SearchResult, reading
 from sft_ray.config import Experiment, Train
 from sft_ray.errors import ConfigError, TrialError
 from sft_ray.run_store import RunStore, open_run, read_experiment
@@ -50,8 +50,12 @@ def run_replay(
         known = f"0 to {max(rows)}" if rows else "none yet"
         raise ConfigError(f"{location} has no ended trial {number}; its trials: {known}")
     row = rows[number]
-    if not row["curve"]:
-        raise ConfigError(f"{location}: trial {number} was never evaluated ({row['reason']})")
+    if not row.get("curve"):
+        reason = row.get("reason")
+        raise ConfigError(f"{location}: trial {number} was never evaluated ({reason})")
+    with reading(store.location):
+        train, seed, last = Train.model_validate(row["train"]), int(row["seed"]), row["curve"][-1]
+        until_percent = int(last[0])
     found = read_experiment(store)
     assert found is not None  # `open_run` has seen it
     screen = Screen(quiet)
@@ -60,10 +64,10 @@ def run_replay(
         check_data(prepared, result.tree["environment"], location)
         run = FixedRun(
             f"trial {number}",
-            Train.model_validate(row["train"]),
+            train,
             row["params"],
-            row["seed"],
-            until_percent=row["curve"][-1][0],
+            seed,
+            until_percent=until_percent,
         )
         screen.say(f"replaying trial {number} of {store.location}")
         again = run_fixed(

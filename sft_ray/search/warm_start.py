@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft_ray import space as spaces
+from sft_ray.analysis.results import check_row, reading
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, SftError
 from sft_ray.recipes import SMALL_ENCODER_PARAMETERS
@@ -58,11 +59,13 @@ def warm_configurations(
     for i, location in enumerate(experiment.search.warm_start):
         try:
             run = _read(location)
+            with reading(location):
+                likeness = _likeness(run, model_facts, objective)
+                best = run.best_rows(round(MOST_PER_RUN * likeness.weight) or 1)
         except SftError as error:
             problems += [f"search.warm_start.{i}: {problem}" for problem in error.problems]
             continue
-        likeness = _likeness(run, model_facts, objective)
-        for rank, row in enumerate(run.best_rows(round(MOST_PER_RUN * likeness.weight) or 1)):
+        for rank, row in enumerate(best):
             params = _within(space, row["params"])
             known = len(params) / max(len(_asked(space, params)), 1)
             ranked.append((likeness.weight * known / (1 + rank), i, params))
@@ -98,7 +101,10 @@ def _read(location: str) -> _Run:
         raise ConfigError(f"{location} cannot be read: {error}") from None
     if experiment is None or facts is None:
         raise ConfigError(f"{location} is no run folder; name one that a search has left")
-    rows = list(_rows(store, experiment.search.trials))
+    with reading(location):
+        rows = list(_rows(store, experiment.search.trials))
+        for row in rows:
+            check_row(row, location)
     if not any(row["state"] == "COMPLETE" for row in rows):
         raise ConfigError(f"{location} has no finished trial to begin with; leave it out")
     metric = experiment.search.score or find_task(experiment.task).default_objective

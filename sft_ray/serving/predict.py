@@ -145,7 +145,7 @@ def read_facts(folder: str) -> dict[str, Any]:
         return {}
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: damaged JSON: {error}") from None
     if not isinstance(facts, dict):
         raise ConfigError(f"{path}: must hold an object, got {type(facts).__name__}")

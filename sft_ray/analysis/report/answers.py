@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft_ray.analysis.report.run import Run, reading
+from sft_ray.analysis.report.run import Run
+from sft_ray.analysis.results import reading
 from sft_ray.run_store import BEST, PREDICTIONS
 from sft_ray.tags import with_prefixes
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -12,9 +10,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray.analysis.outcome import curve_of
-from sft_ray.analysis.results import SearchResult, check_row
+from sft_ray.analysis.results import SearchResult, check_row, reading
 from sft_ray.config import Experiment
-from sft_ray.errors import ConfigError
 from sft_ray.run_store import ENVIRONMENT, TRIAL, RunStore, open_run, read_experiment
 
 PARTS = ("train_seconds", "eval_seconds", "overhead_seconds")
@@ -186,19 +183,6 @@ class Run:
                 check_row(row, self.store.path_of(path))
                 found.append(Trial.of_row(row))
         return found
-
-
-@contextmanager
-def reading(path: str) -> Iterator[None]:
-    """Take a file at its word; one that lacks what it should hold is damaged.
-
-    Raises:
-        ConfigError: it is.
-    """
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: damaged: {type(error).__name__}: {error}") from None
 
 
 def _ends(trials: list[FrozenTrial]) -> dict[int, float]:

@@ -9,8 +9,9 @@ from sft_ray.analysis.report import charts
 from sft_ray.analysis.report.axes import number_axis
 from sft_ray.analysis.report.blocks import Block, Drawing, Legend, Table
 from sft_ray.analysis.report.charts import Whisker
-from sft_ray.analysis.report.run import Run, reading
+from sft_ray.analysis.report.run import Run
 from sft_ray.analysis.report.words import LEVEL, bounds, figure
+from sft_ray.analysis.results import reading
 from sft_ray.recipes import YARDSTICK
 from sft_ray.run_store import CONFIRMATION
 from sft_ray.screen import short_params
