@@ -11,7 +11,6 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --gpus-per-task=1
 #SBATCH --time=08:00:00
-#SBATCH --signal=TERM@300
 #SBATCH --output=sft-ray-%j.log
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?run this with sbatch}"

@@ -143,11 +143,15 @@ def capacity_here(address: str | None) -> dict[str, float] | None:
 
 def _starts(address: str | None) -> bool:
     """Whether connecting starts a Ray here."""
+    chosen = address or os.environ.get("RAY_ADDRESS")
+    return chosen == "local" or (chosen is None and not runs_here())
+
+
+def runs_here() -> bool:
+    """Whether a cluster was started on this machine, or this machine joined one."""
     from ray._common.utils import get_ray_address_file
 
-    chosen = address or os.environ.get("RAY_ADDRESS")
-    runs_already = Path(get_ray_address_file(None)).exists()
-    return chosen == "local" or (chosen is None and not runs_already)
+    return Path(get_ray_address_file(None)).exists()
 
 
 def capacity() -> dict[str, float]:
