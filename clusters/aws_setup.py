@@ -2,8 +2,8 @@
 
     python clusters/aws_setup.py --ssh-cidr 203.0.113.7/32 --bucket my-bucket
 
-Can be run again: what is there stays, and a new address is let in beside the old ones.  The security
-group lets those reach ssh, and the machines of the cluster each other; nothing else comes in.
+Can be run again: what is there stays, and a new address is let in beside the old ones.  The
+security group lets those reach ssh, and the machines of the cluster each other; nothing else.
 """
 
 import argparse

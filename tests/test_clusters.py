@@ -119,7 +119,7 @@ def closed(required: list[str], **properties: Any) -> dict[str, Any]:
     }
 
 
-# The fields of ray.io/v1 (KubeRay 1.5) as far as they are of use here; pods have Kubernetes' schema.
+# The fields of ray.io/v1 (KubeRay 1.5) as far as they are of use; pods have Kubernetes' schema.
 RAY_JOB = closed(
     ["apiVersion", "kind", "metadata", "spec"],
     apiVersion={"const": "ray.io/v1"},

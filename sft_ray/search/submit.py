@@ -95,7 +95,7 @@ def follow_as_job(script: str, words: Sequence[str]) -> int | None:
             runtime_env={"env_vars": {**ours, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}},
         )
     print(  # noqa: T201
-        f"{'following' if same else 'this search is'} job {job}; it goes on if this connection ends\n"
+        f"{'following' if same else 'this is'} job {job}; it goes on if this connection ends\n"
         f"  to see it again: the same command, or  ray job logs --follow {job}\n"
         f"  to stop it:      Ctrl-C, or  ray job stop {job}",
         flush=True,
