@@ -1,0 +1,93 @@
+"""A search over several raylets: one only fails, one is taken away, one joins."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_ray.config import Experiment
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def break_bad_machines() -> None:
+    """In every worker process: where BAD is set, no model can be loaded."""
+    if "BAD" in os.environ:
+        import importlib
+
+        setup = importlib.import_module("sft_ray.training.setup")
+
+        def load_pretrained(*_: Any, **__: Any) -> Any:
+            raise OSError("injected: this machine is broken")
+
+        setup.load_pretrained = load_pretrained
+
+
+def test_a_search_outlives_its_machines(
+    tiny_experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+    from ray.cluster_utils import Cluster
+    from ray.core.generated import autoscaler_pb2
+
+    from sft_ray.search.cluster import RAY_ENVIRONMENT
+    from sft_ray.search.tuner import run_search
+
+    os.environ.update(RAY_ENVIRONMENT)
+    tree = tiny_experiment.to_tree()
+    tree["search"] |= {"trials": 8, "default_recipe": False, "pruner": "none"}
+    tree["search"]["space"] = {"train.learning_rate": {"log_uniform": [1e-4, 1e-2]}}
+    tree["train"] |= {"epochs": 60, "batch_size": 8}
+    tree["resources"] = {"workers_per_trial": 1}
+    experiment = Experiment.from_tree({**tree, "name": "x", "storage": str(tmp_path / "runs")})
+    run = tmp_path / "runs" / "x"
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    good = cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1, env_vars={"BAD": "1"})
+
+    def take_away_and_add() -> None:
+        while not list(run.glob("trials/*/trial.json")):
+            time.sleep(0.5)
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        gcs = ray._raylet.GcsClient(address=cluster.address)
+        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=1)
+        time.sleep(20)
+        gcs.drain_node(good.node_id, reason, "spot notice", int(1000 * (time.time() + 60)))
+
+    ray.init(
+        address=cluster.address,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={
+            "worker_process_setup_hook": break_bad_machines,
+            "env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])},
+        },
+    )
+    try:
+        threading.Thread(target=take_away_and_add, daemon=True).start()
+        result = run_search(experiment)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    said = capsys.readouterr().out
+    assert "failed 3 trials in a row: not used again" in said, said
+    assert "is taken away in 5" in said or "is taken away in 6" in said, said
+    assert "moves    behind" in said
+    assert "slots now, before for" in said
+    trials = json.loads((run / "results.json").read_text())["trials"]
+    assert [t["number"] for t in trials] == list(range(8))
+    assert {t["state"] for t in trials} <= {"COMPLETE", "PRUNED", "FAIL"}, said
+    assert sum(t["state"] == "COMPLETE" for t in trials) >= 7, said
+    assert result.best["complete"]
