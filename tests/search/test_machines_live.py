@@ -7,30 +7,17 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sft_ray.config import Experiment
+from tests.faults import break_bad_machines
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-
-
-def break_bad_machines() -> None:
-    """In every worker process: where BAD is set, no model can be loaded."""
-    if "BAD" in os.environ:
-        import importlib
-
-        setup = importlib.import_module("sft_ray.training.setup")
-
-        def load_pretrained(*_: Any, **__: Any) -> Any:
-            raise OSError("injected: this machine is broken")
-
-        setup.load_pretrained = load_pretrained
 
 
 def test_a_search_outlives_its_machines(
