@@ -139,9 +139,10 @@ def _nvidia() -> tuple[list[str], str | None]:
 
 
 def _token_mode() -> bool:
-    from ray._raylet import AuthenticationMode, get_authentication_mode
+    from ray import _raylet
 
-    return bool(get_authentication_mode() == AuthenticationMode.TOKEN)
+    mode = _raylet.get_authentication_mode()  # type: ignore[attr-defined]
+    return bool(mode == _raylet.AuthenticationMode.TOKEN)  # type: ignore[attr-defined]
 
 
 def _answers(host: str, port: int) -> bool:
