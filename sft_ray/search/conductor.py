@@ -124,13 +124,13 @@ class Conductor:
         if planned is None:
             return
         del self.planned[tune_id]
+        cause = reason.strip().splitlines()[-1]
         if excused:
             percent = self._last.get(planned.number, {}).get("percent", 0)
-            self._put_back(planned, f"moves    behind {percent} % ({reason})")
+            self._put_back(planned, f"moves    behind {percent} % ({cause})")
             return
         self._log_error(planned, reason, "")
         self._failures_in_a_row += 1
-        cause = reason.strip().splitlines()[-1]
         if self.is_pausing:
             self._put_back(planned, f"lost its slot ({cause})")
         elif self.trials.restart(planned.number):

@@ -42,7 +42,7 @@ class Machines:
         self._avoided: dict[str, str] = {}  # why, by node id
         self._banned: set[str] = set()  # by name: a machine may come back under another id
         self._failures: dict[str, int] = {}  # in a row, by node id
-        self._marks_since_ban = 0
+        self._may_ban = True
         self._slots, self._counted_at = slots, -RECOUNT_SECONDS
 
     @property
@@ -82,17 +82,13 @@ class Machines:
     def failed(self, nodes: Sequence[str]) -> bool:
         """A trial failed on these machines; whether one of them is not used any more, for that.
 
-        One is left alone while nothing has worked anywhere, because then it is not the machine,
-        and the last one always is.
+        After one machine, another follows only when something has worked in between: else it is
+        not the machines.  The last one stays.
         """
         for node in nodes:
             self._failures[node] = self._failures.get(node, 0) + 1
         often = [n for n in nodes if self._failures[n] >= MAX_FAILURES_IN_A_ROW]
-        if (
-            not often
-            or not self._marks_since_ban
-            or not self._count_slots([*often, *self._avoided])
-        ):
+        if not often or not self._may_ban or not self._count_slots([*often, *self._avoided]):
             return False
         for node in often:
             name = self._names.get(node, node)
@@ -100,14 +96,14 @@ class Machines:
             self._banned.add(name)
             self._avoided[node] = f"{name} failed too often"
             del self._failures[node]
-        self._marks_since_ban = 0
+        self._may_ban = False
         self._watch.avoid.remote(self._avoided)
         self._recount()
         return True
 
     def succeeded(self, nodes: Sequence[str] = ()) -> None:
         """A trial got to a mark, on these machines if that was asked for."""
-        self._marks_since_ban += 1
+        self._may_ban = True
         for node in nodes:
             self._failures.pop(node, None)
 

@@ -160,13 +160,16 @@ class TrialScheduler(FIFOScheduler):
         error = Path(trial.error_file)  # Tune's local copy; the stored one comes later
         if reason is None and error.exists():
             reason = error.read_text(encoding="utf-8")
+        # Where the machine was at fault, the trial was not.
+        excused = excused or self._blame(where)
         self.conductor.on_slot_lost(trial.trial_id, reason or "the slot died", excused=excused)
-        if not excused:
-            self._blame(where)
 
-    def _blame(self, nodes: Sequence[str]) -> None:
-        if self._machines.failed(nodes):
+    def _blame(self, nodes: Sequence[str]) -> bool:
+        """A trial failed on these machines; whether that was the fault of one of them."""
+        is_theirs = self._machines.failed(nodes)
+        if is_theirs:
             self.conductor.forgive()
+        return is_theirs
 
     def _loss(self, trial_id: str) -> tuple[str | None, bool, list[str]]:
         """See `Watch.loss`."""

@@ -99,11 +99,11 @@ def test_a_success_in_between_clears_a_machine(desk: Desk) -> None:
     assert fail(desk, "n3", 2) == [False, False]
 
 
-def test_where_nothing_works_it_is_not_the_machine(desk: Desk) -> None:
-    assert fail(desk, "n3", 5) == [False] * 5
-    desk.machines.succeeded()
-    assert fail(desk, "n3", 1) == [True]
+def test_where_nothing_works_it_is_not_the_machines(desk: Desk) -> None:
+    assert fail(desk, "n3", 3) == [False, False, True]
     assert fail(desk, "n2", 4) == [False] * 4  # nothing has worked since
+    desk.machines.succeeded(["n1"])
+    assert fail(desk, "n2", 1) == [True]
 
 
 def test_the_last_machine_stays(desk: Desk) -> None:

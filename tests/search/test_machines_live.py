@@ -1,4 +1,4 @@
-"""A search over several raylets: one only fails, one is taken away, one joins."""
+"""A search over several raylets: one only fails, one is taken away."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_search_outlives_its_machines(
 
     os.environ.update(RAY_ENVIRONMENT)
     tree = tiny_experiment.to_tree()
-    tree["search"] |= {"trials": 8, "default_recipe": False, "pruner": "none"}
+    tree["search"] |= {"trials": 10, "default_recipe": False, "pruner": "none"}
     tree["search"]["space"] = {"train.learning_rate": {"log_uniform": [1e-4, 1e-2]}}
     tree["train"] |= {"epochs": 60, "batch_size": 8}
     tree["resources"] = {"workers_per_trial": 1}
@@ -41,16 +41,14 @@ def test_a_search_outlives_its_machines(
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     good = cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
     cluster.add_node(num_cpus=1, env_vars={"BAD": "1"})
 
-    def take_away_and_add() -> None:
+    def take_away() -> None:
         while not list(run.glob("trials/*/trial.json")):
             time.sleep(0.5)
         reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         gcs = ray._raylet.GcsClient(address=cluster.address)
-        cluster.add_node(num_cpus=1)
-        cluster.add_node(num_cpus=1)
-        time.sleep(20)
         gcs.drain_node(good.node_id, reason, "spot notice", int(1000 * (time.time() + 60)))
 
     ray.init(
@@ -63,7 +61,7 @@ def test_a_search_outlives_its_machines(
         },
     )
     try:
-        threading.Thread(target=take_away_and_add, daemon=True).start()
+        threading.Thread(target=take_away, daemon=True).start()
         result = run_search(experiment)
     finally:
         ray.shutdown()
@@ -72,9 +70,8 @@ def test_a_search_outlives_its_machines(
     assert "failed 3 trials in a row: not used again" in said, said
     assert "is taken away in 5" in said or "is taken away in 6" in said, said
     assert "moves    behind" in said
-    assert "slots now, before for" in said
+    assert "room for 2 slots now, before for 3" in said
     trials = json.loads((run / "results.json").read_text())["trials"]
-    assert [t["number"] for t in trials] == list(range(8))
-    assert {t["state"] for t in trials} <= {"COMPLETE", "PRUNED", "FAIL"}, said
-    assert sum(t["state"] == "COMPLETE" for t in trials) >= 7, said
+    assert [t["number"] for t in trials] == list(range(10))
+    assert {t["state"] for t in trials} == {"COMPLETE"}, said
     assert result.best["complete"]
