@@ -369,7 +369,9 @@ class Experiment(Section):
     watchdog: Watchdog = Watchdog()
     checkpoint: Checkpoint = Checkpoint()
     resources: Resources = Resources()
-    storage: Annotated[Location, AfterValidator(refuse_credentials)] = "runs"
+    storage: Annotated[
+        Location, AfterValidator(refuse_credentials), Field(validate_default=True)
+    ] = "${SFT_RAY_STORAGE:-runs}"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
 
     @classmethod

@@ -89,9 +89,10 @@ class Host:
         )
         enter = ["ip", "netns", "exec", self.name, "unshare", "-m", "-p", "-u", "-f"]
         enter += ["--mount-proc", "--kill-child", "bash", "-c", inside]
-        self.process = subprocess.Popen(
-            enter, stdout=self._log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True
-        )
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                enter, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def kill(self) -> None:
         """Pull the plug: every process of it dies at once, and it answers no more."""
