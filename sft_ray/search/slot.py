@@ -11,9 +11,10 @@ from typing import Any
 import ray
 import ray.train
 from ray import tune
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from sft_ray.search.mailbox import Mailbox
+from sft_ray.search.network import AddressedTorch
 from sft_ray.search.watch import IDLE, LOADING, MAILBOX, SLOT, WORKERS, Pulse
 
 JOIN_SECONDS = 8.0  # Tune kills the actor at 10
@@ -60,7 +61,7 @@ class Slot(tune.Trainable):
                 "watch": self._watch,
                 "slot": self._name,
             },
-            torch_config=TorchConfig(backend="nccl" if resources.get("GPU") else "gloo"),
+            torch_config=AddressedTorch(backend="nccl" if resources.get("GPU") else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,
                 use_gpu=bool(resources.get("GPU")),
