@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 from sft_ray.errors import ResourceError, SftError
@@ -66,11 +67,14 @@ def storage_problems(storage: str, names: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ResourceError: this machine cannot use it itself.
     """
+    is_new = "://" not in storage and not Path(storage).exists()
     here = FileStore(storage, f".sft_ray-marker-{uuid.uuid4().hex}")
     try:
         here.write_text("driver", "written by the driver\n")
         answers = ask_every_node(names, leave_a_marker, storage, here.name)
         here.delete()
+        if is_new:
+            Path(storage).rmdir()
     except OSError as error:
         raise ResourceError(f"storage: {storage}: {error}") from None
     found = {}

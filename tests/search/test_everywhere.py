@@ -94,7 +94,7 @@ def test_every_machine_is_asked(three_nodes: Any, tmp_path: Path) -> None:
     answers = everywhere.ask_every_node(names, where_it_runs)
     assert answers == {node: node for node in names}
     check_storage_everywhere(str(tmp_path / "runs"))
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.cluster
