@@ -461,6 +461,24 @@ def report(
     Screen().say(f"written: {write_report(run, out=out, price=price)}")
 
 
+@app.command()
+def doctor(
+    address: Annotated[str | None, typer.Option(help="Ray cluster, for example auto.")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Storage to try from every machine.", envvar="SFT_RAY_STORAGE"),
+    ] = None,
+) -> None:
+    """Check every machine of a cluster, with a mend for what is wrong; exit code 1 if it is."""
+    from sft_ray.search.doctor import draw, run_doctor
+
+    checks = run_doctor(storage, address=address)
+    draw(checks)
+    wrong = [check.name for check in checks if check.ok is False]
+    if wrong:
+        raise TrialError(f"to mend: {', '.join(wrong)}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a user's mistakes end with exit code 2 and plain lines."""
     if not sys.warnoptions:

@@ -400,7 +400,7 @@ class Experiment(Section):
     watchdog: Watchdog = Watchdog()
     checkpoint: Checkpoint = Checkpoint()
     resources: Resources = Resources()
-    storage: Location = "runs"
+    storage: Annotated[Location, Field(validate_default=True)] = "${SFT_RAY_STORAGE:-runs}"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
 
     @classmethod

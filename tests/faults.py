@@ -62,3 +62,16 @@ def strike(learning_rate: float, step: int, rank: int) -> None:
         if fault["action"] == "run out of memory":
             raise MemoryError("injected")
         os._exit(1)
+
+
+def break_bad_machines() -> None:
+    """Where BAD is set in a machine's environment, no process can load a model."""
+    if "BAD" in os.environ:
+        import importlib
+
+        setup = importlib.import_module("sft_ray.training.setup")
+
+        def load_pretrained(*_: Any, **__: Any) -> Any:
+            raise OSError("injected: this machine is broken")
+
+        setup.load_pretrained = load_pretrained

@@ -21,24 +21,24 @@ CREDENTIALS = {
 BUCKET = "bucket"
 
 
-def options(port: int) -> str:
+def options(port: int, host: str = "127.0.0.1") -> str:
     """What follows a URI's path so that it means the server at this port."""
-    return f"?endpoint_override=127.0.0.1:{port}&scheme=http"
+    return f"?endpoint_override={host}:{port}&scheme=http"
 
 
 @contextmanager
-def s3_server() -> Iterator[int]:
+def s3_server(host: str = "127.0.0.1") -> Iterator[int]:
     """A moto server with one bucket; its port.  CREDENTIALS must be in the environment."""
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((host, 0))
         port: int = free.getsockname()[1]
-    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1"]
+    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", host]
     quiet = subprocess.DEVNULL
     server = subprocess.Popen([*command, "-p", str(port)], stdout=quiet, stderr=quiet)
     try:
-        _wait_for(port, server)
+        _wait_for(host, port, server)
         filesystem, _ = fs.FileSystem.from_uri(
-            f"s3://{BUCKET}{options(port)}&allow_bucket_creation=true"
+            f"s3://{BUCKET}{options(port, host)}&allow_bucket_creation=true"
         )
         filesystem.create_dir(BUCKET)
         yield port
@@ -47,11 +47,11 @@ def s3_server() -> Iterator[int]:
         server.wait()
 
 
-def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+def _wait_for(host: str, port: int, server: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + 60
     while time.monotonic() < until and server.poll() is None:
         try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            socket.create_connection((host, port), timeout=1).close()
             return
         except OSError:
             time.sleep(0.05)
@@ -139,9 +139,9 @@ def _close(connection: socket.socket) -> None:
     connection.close()
 
 
-def names_below(port: int, prefix: str) -> list[str]:
+def names_below(port: int, prefix: str, host: str = "127.0.0.1") -> list[str]:
     """Every object of the bucket below a prefix."""
-    filesystem, _ = fs.FileSystem.from_uri(f"s3://{BUCKET}{options(port)}")
+    filesystem, _ = fs.FileSystem.from_uri(f"s3://{BUCKET}{options(port, host)}")
     selector = fs.FileSelector(f"{BUCKET}/{prefix}", recursive=True, allow_not_found=True)
     infos = filesystem.get_file_info(selector)
     return sorted(i.path for i in infos if i.type == fs.FileType.File)

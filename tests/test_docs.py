@@ -28,6 +28,7 @@ PAGE = (DOCS / "tasks.md").read_text(encoding="utf-8")
 SEARCH_PAGE = (DOCS / "search.md").read_text(encoding="utf-8")
 README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
 REPORT_PAGE = (DOCS / "report.md").read_text(encoding="utf-8")
+CLUSTERS_PAGE = (DOCS / "clusters.md").read_text(encoding="utf-8")
 RESEARCH_PAGE = (DOCS / "research.md").read_text(encoding="utf-8")
 
 
@@ -160,7 +161,7 @@ def test_the_commands_of_the_pages_exist_and_take_what_is_shown() -> None:
     verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     shown = [
         shlex.split(line.split(" < ")[0], comments=True)[1:]
-        for page in (RESEARCH_PAGE, REPORT_PAGE, README)
+        for page in (RESEARCH_PAGE, REPORT_PAGE, CLUSTERS_PAGE, README)
         for language, body in blocks_of(page)
         for line in body.splitlines()
         if not language and line.startswith("sft-ray ")
@@ -173,6 +174,7 @@ def test_the_commands_of_the_pages_exist_and_take_what_is_shown() -> None:
         "replay",
         "results",
         "report",
+        "doctor",
     }
     for verb, *arguments in shown:
         with verbs[verb].make_context(verb, list(arguments)) as context:
@@ -207,7 +209,7 @@ def test_the_python_of_the_report_page_runs(
 
 
 def test_the_pages_point_to_what_is_there() -> None:
-    for page in (PAGE, SEARCH_PAGE, RESEARCH_PAGE, REPORT_PAGE):
+    for page in (PAGE, SEARCH_PAGE, RESEARCH_PAGE, REPORT_PAGE, CLUSTERS_PAGE):
         for link in re.findall(r"\]\(([^)#]+)\)", page):
             assert "://" in link or (DOCS / link).exists(), link
 
@@ -218,3 +220,11 @@ def test_the_limits_of_the_watchdog_are_documented_as_they_are() -> None:
     tree = parse_yaml(body, "docs/interruptions.md")
     assert tree == {"watchdog": Watchdog().model_dump()}
     assert f"(`{Checkpoint().every_minutes:g}`)".replace("`", "") in page
+
+
+def test_the_files_that_the_clusters_page_names_are_there() -> None:
+    shown = [body for language, body in blocks_of(CLUSTERS_PAGE) if not language]
+    named = set(re.findall(r"(?:clusters/)?[\w-]+\.(?:yaml|sh|py)\b", "\n".join(shown)))
+    assert named >= {"cluster.yaml", "tune.py", "clusters/aws_setup.py", "clusters/slurm.sh"}
+    for name in named - {"mine.yaml"}:
+        assert (DOCS.parent / name).exists() or (DOCS.parent / "experiments" / name).exists(), name

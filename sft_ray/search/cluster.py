@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -163,11 +163,45 @@ def capacity_here(address: str | None) -> dict[str, float] | None:
 
 def _starts(address: str | None) -> bool:
     """Whether connecting starts a Ray here."""
+    chosen = address or os.environ.get("RAY_ADDRESS")
+    return chosen == "local" or (chosen is None and not runs_here())
+
+
+def runs_here() -> bool:
+    """Whether a cluster was started on this machine, or this machine joined one."""
     from ray._common.utils import get_ray_address_file
 
-    chosen = address or os.environ.get("RAY_ADDRESS")
-    runs_already = Path(get_ray_address_file(None)).exists()
-    return chosen == "local" or (chosen is None and not runs_already)
+    return Path(get_ray_address_file(None)).exists()
+
+
+def slots_now(experiment: Experiment, layout: Layout, without: Iterable[str] = ()) -> int:
+    """How many slots of a layout there is room for at present, or can be.
+
+    Args:
+        without: ids of nodes that are not to be used.
+    """
+    import ray
+    from ray._private.state import state
+
+    left_out, worker = set(without), layout.resources_per_worker
+
+    def workers(has: Mapping[str, float]) -> int:
+        return min(int(has.get(kind, 0) / amount + 1e-9) for kind, amount in worker.items())
+
+    nodes = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in left_out]
+    present = sum(workers(node["Resources"]) for node in nodes)
+    startable = workers(state.get_max_resources_from_cluster_config() or {})
+    fits = max(present, startable) // layout.workers_per_trial
+    wanted = experiment.resources.slots
+    return min(fits, experiment.search.trials, fits if wanted == "auto" else wanted)
+
+
+def draining() -> dict[str, int]:
+    """Nodes that are about to go, by id: until when, in milliseconds since 1970, 0 if unknown."""
+    from ray._private.state import state
+
+    found: dict[str, int] = state.get_draining_nodes()
+    return found
 
 
 def capacity() -> dict[str, float]:

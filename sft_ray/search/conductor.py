@@ -114,15 +114,23 @@ class Conductor:
             self._end(planned, TrialState.PRUNED, message, reason=reason)
         return not message["finished"] and reason is None
 
-    def on_slot_lost(self, tune_id: str, reason: str) -> None:
-        """A slot died under a trial: run it again elsewhere, a few times."""
+    def on_slot_lost(self, tune_id: str, reason: str, *, excused: bool = False) -> None:
+        """A slot died under a trial: run it again elsewhere, a few times.
+
+        Args:
+            excused: the machine's end was the cause, which does not count against anybody.
+        """
         planned = self.planned.get(tune_id)
         if planned is None:
             return
         del self.planned[tune_id]
+        cause = reason.strip().splitlines()[-1]
+        if excused:
+            percent = self._last.get(planned.number, {}).get("percent", 0)
+            self._put_back(planned, f"moves    behind {percent} % ({cause})")
+            return
         self._log_error(planned, reason, "")
         self._failures_in_a_row += 1
-        cause = reason.strip().splitlines()[-1]
         if self.is_pausing:
             self._put_back(planned, f"lost its slot ({cause})")
         elif self.trials.restart(planned.number):
@@ -137,6 +145,14 @@ class Conductor:
         self.trials.put_back(planned.number)
         self.board.lose(planned.number)
         self.screen.event(f"{planned.label:<9} {said}")
+
+    def set_slots(self, slots: int) -> None:
+        """There is room for more, or for fewer: those beyond it get no other trial."""
+        self.slots = self.board.slots = slots
+
+    def forgive(self) -> None:
+        """The failures so far have a cause that is out of the way."""
+        self._failures_in_a_row = 0
 
     def on_end(self, tune_id: str) -> None:
         self.planned.pop(tune_id, None)

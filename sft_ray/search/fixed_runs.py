@@ -19,6 +19,7 @@ from sft_ray.screen import Screen
 from sft_ray.search.board import Board, EndedTrial
 from sft_ray.search.cluster import capacity, connected, plan_layout
 from sft_ray.search.conductor import Conductor
+from sft_ray.search.everywhere import check_storage_everywhere
 from sft_ray.search.trials import MAX_RESTARTS, PlannedTrial
 from sft_ray.training.preparation import Prepared
 
@@ -243,6 +244,7 @@ def run_fixed(
             search = prepared.experiment.search.model_copy(update={"trials": pending})
             experiment = prepared.experiment.model_copy(update={"search": search})
             layout = plan_layout(experiment, capacity())
+            check_storage_everywhere(store.anchored()[0])
             conductor = Conductor(trials, store, screen, prepared.objective, layout.slots)
             with live_view(screen, conductor.board):
                 run_on_slots(conductor, prepared, layout)

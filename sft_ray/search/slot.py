@@ -11,14 +11,16 @@ from typing import Any
 import ray
 import ray.train
 from ray import tune
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from sft_ray.search.mailbox import Mailbox
+from sft_ray.search.network import AddressedTorch
 from sft_ray.search.watch import IDLE, LOADING, MAILBOX, SLOT, WORKERS, Pulse
 
 JOIN_SECONDS = 8.0  # Tune kills the actor at 10
 # Any node has this resource of its head: it keeps slots off machines that come and go.
 HEAD = {"node:__internal_head__": 0.001}
+NODE_LABEL = "ray.io/node-id"
 
 
 def _serve(settings: dict[str, Any]) -> None:
@@ -48,6 +50,7 @@ class Slot(tune.Trainable):
         handle = ray.get_runtime_context().current_actor
         self._watch.enlist.remote(self._name, handle)
         self._pulse = Pulse(self._watch, self._name, SLOT, WORKERS, handle)
+        avoided = ray.get(self._watch.avoided.remote())
         # Without resources it lands in this actor's placement group, on the same node.
         self._mailbox = ray.remote(Mailbox).options(num_cpus=0).remote(workers)
         trainer = TorchTrainer(
@@ -58,11 +61,12 @@ class Slot(tune.Trainable):
                 "watch": self._watch,
                 "slot": self._name,
             },
-            torch_config=TorchConfig(backend="nccl" if resources.get("GPU") else "gloo"),
+            torch_config=AddressedTorch(backend="nccl" if resources.get("GPU") else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,
                 use_gpu=bool(resources.get("GPU")),
                 resources_per_worker=resources,
+                label_selector={NODE_LABEL: f"!in({','.join(avoided)})"} if avoided else None,
             ),
             run_config=ray.train.RunConfig(
                 name=f"slot-{self._name}",
@@ -90,7 +94,7 @@ class Slot(tune.Trainable):
     def step(self) -> dict[str, Any]:
         if self._free_since is None:
             if not self._wait(self._mailbox.ready.remote, (), WORKERS):
-                return {"message": json.dumps({"paused": True})}  # before it began
+                return self._paused({"paused": True})  # before it began
             self._free_since = time.monotonic()
         index = self._index
         self._pulse.enter(MAILBOX)
@@ -99,6 +103,8 @@ class Slot(tune.Trainable):
         if "broken" in message:
             self.cleanup()  # Tune does not ask for it after an error
             raise RuntimeError(message["broken"])
+        if "paused" in message:
+            return self._paused(message)
         self._index += 1
         # A trial that is stopped here leaves its slot free from now on; what follows until the
         # next one runs is the overhead of that one.
@@ -108,6 +114,14 @@ class Slot(tune.Trainable):
         # As text, because Tune flattens nested results.  Never `done`: the scheduler hears of every
         # message and stops the trial, Tune would not show it a last one.
         return {"message": json.dumps({**message, "slot_seconds": slot_seconds})}
+
+    def _paused(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The trial has left its state; a slot whose machines are to be left ends with it."""
+        reason = ray.get(self._watch.leave.remote(self._name))
+        if reason is not None:
+            self.cleanup()
+            raise RuntimeError(reason)
+        return {"message": json.dumps(message)}
 
     def _wait(self, ask: Any, arguments: tuple[Any, ...], activity: str) -> Any:
         """Poll the mailbox until it answers, as long as the workers' group lives.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from sft_ray.errors import TrialError
 from sft_ray.interrupt import Interruption, interruptible
 from sft_ray.run_store import ERROR_LOG, RunStore
 from sft_ray.screen import count
-from sft_ray.search.cluster import Layout
+from sft_ray.search.cluster import Layout, draining, slots_now
 from sft_ray.search.conductor import Conductor
+from sft_ray.search.everywhere import nodes
+from sft_ray.search.machines import Machines
 from sft_ray.search.slot import HEAD, Slot
 from sft_ray.search.watch import start_watch
 from sft_ray.training.preparation import Prepared
@@ -61,6 +64,15 @@ def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> No
     )
     # Tune prints the traceback of every lost slot; ours are in the run's error log.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    machines = Machines(
+        watch,
+        screen.event,
+        conductor.set_slots,
+        nodes,
+        draining,
+        lambda without: slots_now(experiment, layout, without),
+        layout.slots,
+    )
     screen.event(f"starting {count(layout.slots, 'slot')}: processes, model, data")
     try:
         with interruptible() as interruption:
@@ -68,7 +80,7 @@ def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> No
                 slot,
                 tune_config=tune.TuneConfig(
                     search_alg=TrialSearcher(conductor),
-                    scheduler=TrialScheduler(conductor, watch),
+                    scheduler=TrialScheduler(conductor, watch, machines),
                     num_samples=-1,
                     reuse_actors=True,
                 ),
@@ -77,7 +89,9 @@ def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> No
                     storage_path=settings["ray_storage"],
                     verbose=0,
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                    callbacks=[EverySecond(conductor, watch, interruption, experiment.watchdog)],
+                    callbacks=[
+                        EverySecond(conductor, watch, machines, interruption, experiment.watchdog)
+                    ],
                 ),
             ).fit()
     finally:
@@ -127,36 +141,61 @@ class TrialSearcher(Searcher):
 class TrialScheduler(FIFOScheduler):
     """Tune asks it at every mark whether the trial goes on."""
 
-    def __init__(self, conductor: Conductor, watch: Any) -> None:
+    def __init__(self, conductor: Conductor, watch: Any, machines: Machines) -> None:
         super().__init__()
-        self.conductor, self._watch = conductor, watch
+        self.conductor, self._watch, self._machines = conductor, watch, machines
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        go_on = self.conductor.on_message(trial.trial_id, json.loads(result["message"]))
+        message = json.loads(result["message"])
+        go_on = self.conductor.on_message(trial.trial_id, message)
+        if "failed" in message and not message.get("fault"):
+            self._blame(self._loss(trial.trial_id)[2])
+        elif "paused" not in message and not message.get("replayed"):
+            where = self._loss(trial.trial_id)[2] if self._machines.has_failures else ()
+            self._machines.succeeded(where)
         return FIFOScheduler.CONTINUE if go_on else FIFOScheduler.STOP
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        reason = self._cause(trial.trial_id)
+        reason, excused, where = self._loss(trial.trial_id)
         error = Path(trial.error_file)  # Tune's local copy; the stored one comes later
         if reason is None and error.exists():
             reason = error.read_text(encoding="utf-8")
-        self.conductor.on_slot_lost(trial.trial_id, reason or "the slot died")
+        # Where the machine was at fault, the trial was not.
+        excused = excused or self._blame(where)
+        self.conductor.on_slot_lost(trial.trial_id, reason or "the slot died", excused=excused)
 
-    def _cause(self, trial_id: str) -> str | None:
+    def _blame(self, nodes: Sequence[str]) -> bool:
+        """A trial failed on these machines; whether that was the fault of one of them."""
+        is_theirs = self._machines.failed(nodes)
+        if is_theirs:
+            self.conductor.forgive()
+        return is_theirs
+
+    def _loss(self, trial_id: str) -> tuple[str | None, bool, list[str]]:
+        """See `Watch.loss`."""
         try:
-            found: str | None = ray.get(self._watch.cause.remote(trial_id), timeout=CAUSE_SECONDS)
+            found: tuple[str | None, bool, list[str]] = ray.get(
+                self._watch.loss.remote(trial_id), timeout=CAUSE_SECONDS
+            )
         except ray.exceptions.RayError:  # it has troubles of its own
-            return None
+            return None, False, []
         return found
 
 
 class EverySecond(tune.Callback):
-    """What the driver does beside handing out trials: hears signals, has the watch look around."""
+    """What the driver does beside handing out trials: hears signals, has the watch look around,
+    looks after the machines."""
 
     def __init__(
-        self, conductor: Conductor, watch: Any, interruption: Interruption, limits: Watchdog
+        self,
+        conductor: Conductor,
+        watch: Any,
+        machines: Machines,
+        interruption: Interruption,
+        limits: Watchdog,
     ) -> None:
         self.conductor, self._watch, self._interruption = conductor, watch, interruption
+        self._machines = machines
         self._silence_seconds = limits.silence_seconds
         self._next_at, self._check, self._checked_at = 0.0, None, 0.0
 
@@ -171,6 +210,7 @@ class EverySecond(tune.Callback):
         if now < self._next_at:
             return
         self._next_at = now + 1
+        self._machines.look()
         if self.conductor.is_pausing:
             self._watch.pause.remote()
         if self._check is None or ray.wait([self._check], timeout=0)[0]:

@@ -38,6 +38,7 @@ from sft_ray.run_store import (
 from sft_ray.screen import Screen
 from sft_ray.search.cluster import capacity, capacity_here, connected, plan_layout
 from sft_ray.search.conductor import Conductor
+from sft_ray.search.everywhere import check_storage_everywhere
 from sft_ray.search.mending import damage_found, mend
 from sft_ray.search.narration import say_outcome, say_truth
 from sft_ray.search.preflight import prepare_experiment
@@ -88,6 +89,7 @@ def run_search(
         warm = warm_configurations(experiment, prepared.facts(), prepared.objective)
     with connected(address):
         layout = plan_layout(experiment, capacity())
+        check_storage_everywhere(store.anchored()[0])
         if fresh and store.is_there():
             screen.say(f"the old folder is now {store.set_aside()}")
         with store.locked() as notes:

@@ -34,6 +34,7 @@ class _Place:
     count: int
     changed_at: float
     heard_at: float
+    node: str = ""
 
 
 @dataclass
@@ -70,6 +71,9 @@ class Watch:
         self._kill, self._clock = kill, clock
         self._slots: dict[str, _SlotSeen] = {}
         self._causes: dict[str, str] = {}  # by trial id
+        self._excused: set[str] = set()  # trial ids whose slots ended for no fault of theirs
+        self._nodes: dict[str, dict[str, str]] = {}  # of ranks, by trial id
+        self._avoided: dict[str, str] = {}  # why, by node id
         self._is_pausing = False
         self._checked_at = clock()
 
@@ -86,30 +90,75 @@ class Watch:
         """A slot ends by itself."""
         self._slots.pop(slot, None)
 
-    def pulse(self, slot: str, who: str, activity: str, count: int) -> bool | None:
+    def pulse(self, slot: str, who: str, activity: str, count: int, node: str = "") -> bool | None:
         """Take in where a process is; whether it is to pause, None if its slot is not known.
 
         Args:
             who: the slot itself, or a rank of its workers.
             count: changes whenever the process gets on.
+            node: Ray's id of its machine.
         """
         if slot not in self._slots:
             return None
-        now, places = self._clock(), self._slots[slot].places
-        place = places.get(who)
+        now, seen = self._clock(), self._slots[slot]
+        place = seen.places.get(who)
         if place is None or (place.activity, place.count) != (activity, count):
-            places[who] = _Place(activity, count, now, now)
+            seen.places[who] = _Place(activity, count, now, now, node)
         else:
             place.heard_at = now
-        return self._is_pausing
+        if seen.trial_id is not None and who != SLOT:
+            self._nodes.setdefault(seen.trial_id, {})[who] = node
+        return self._is_pausing or self._to_leave(seen) is not None
 
     def pause(self) -> None:
         """Ask every trial to write its state and end."""
         self._is_pausing = True
 
+    def avoid(self, nodes: dict[str, str]) -> None:
+        """Have the trials on these machines pause, and no slot use them any more.
+
+        Args:
+            nodes: why, by node id.
+        """
+        self._avoided |= nodes
+
+    def avoided(self) -> list[str]:
+        """Ids of the machines that a new slot is not to use."""
+        return sorted(self._avoided)
+
+    def leave(self, slot: str) -> str | None:
+        """Why a slot whose trial has paused is to end, if it is: its workers cannot stay."""
+        seen = self._slots.get(slot)
+        reason = None if seen is None else self._to_leave(seen)
+        if seen is not None and reason is not None and seen.trial_id is not None:
+            self._causes[seen.trial_id] = reason
+            self._excused.add(seen.trial_id)
+        return reason
+
+    def _to_leave(self, seen: _SlotSeen) -> str | None:
+        found = (self._avoided.get(place.node) for who, place in seen.places.items() if who != SLOT)
+        return next((reason for reason in found if reason is not None), None)
+
+    def lost(self, nodes: dict[str, str]) -> None:
+        """Kill the slots with a worker on machines that are gone: its group waits in vain.
+
+        Args:
+            nodes: what to say, by node id.
+        """
+        for slot, seen in list(self._slots.items()):
+            there = [place.node for who, place in seen.places.items() if who != SLOT]
+            reason = next((nodes[node] for node in there if node in nodes), None)
+            if reason is not None:
+                self._end(slot, seen, reason, excused=True)
+
     def cause(self, trial_id: str) -> str | None:
         """Why the slot under a trial was killed, if it was here."""
         return self._causes.get(trial_id)
+
+    def loss(self, trial_id: str) -> tuple[str | None, bool, list[str]]:
+        """Cause, whether neither trial nor slot is to blame, and the machines, by node id."""
+        nodes = self._nodes.get(trial_id, {})
+        return self.cause(trial_id), trial_id in self._excused, sorted(set(nodes.values()))
 
     def check(self) -> None:
         """Kill the slots in which something hangs."""
@@ -123,10 +172,20 @@ class Watch:
                 place.heard_at += late
             cause = self._what_hangs(seen, now)
             if cause is not None:
-                if seen.trial_id is not None:
-                    self._causes[seen.trial_id] = cause
-                del self._slots[slot]
-                self._kill(seen.handle)
+                self._end(slot, seen, cause)
+                continue
+            cause = self._waits_in_vain(seen, now)
+            if cause is not None:  # where others have room, only this one is too many
+                others = any(len(s.places) > 1 for s in self._slots.values())
+                self._end(slot, seen, cause, excused=others)
+
+    def _end(self, slot: str, seen: _SlotSeen, cause: str, excused: bool = False) -> None:
+        if seen.trial_id is not None:
+            self._causes[seen.trial_id] = cause
+            if excused:
+                self._excused.add(seen.trial_id)
+        del self._slots[slot]
+        self._kill(seen.handle)
 
     def _what_hangs(self, seen: _SlotSeen, now: float) -> str | None:
         # Who is silent first: the others of its group wait for it.
@@ -138,6 +197,9 @@ class Watch:
             seconds = now - place.changed_at
             if seconds > self._longest.get(place.activity, self._stall):
                 return f"{who} has not got on for {seconds:.0f} s, in {place.activity}"
+        return None
+
+    def _waits_in_vain(self, seen: _SlotSeen, now: float) -> str | None:
         waiting = seen.places.get(SLOT)
         if waiting is not None and waiting.activity == WORKERS and len(seen.places) == 1:
             seconds = now - waiting.changed_at
@@ -169,6 +231,7 @@ class Pulse:
         self.is_to_pause = False
         self._watch, self._slot, self._who, self._handle = watch, slot, who, handle
         self._place = (activity, 0)
+        self._node = ray.get_runtime_context().get_node_id()
         self._ended = threading.Event()
         threading.Thread(target=self._send, daemon=True).start()
 
@@ -184,7 +247,9 @@ class Pulse:
     def _send(self) -> None:
         while not self._ended.is_set():
             try:
-                answer = ray.get(self._watch.pulse.remote(self._slot, self._who, *self._place))
+                answer = ray.get(
+                    self._watch.pulse.remote(self._slot, self._who, *self._place, self._node)
+                )
                 if answer is not None:
                     self.is_to_pause = answer
                 elif self._handle is not None:

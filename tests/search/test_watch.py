@@ -145,3 +145,37 @@ def test_a_slot_that_the_watch_does_not_know_hears_so(bench: Bench) -> None:
     assert bench.watch.pulse("unknown", SLOT, WORKERS, 0) is None
     bench.watch.enlist("unknown", "handle")
     assert bench.watch.pulse("unknown", SLOT, WORKERS, 0) is False
+
+
+def test_trials_on_a_machine_that_is_to_be_left_pause_and_their_slots_end(bench: Bench) -> None:
+    watch = bench.watch
+    for slot, nodes in (("a", ("n1", "n2")), ("b", ("n2", "n2"))):
+        for rank, node in enumerate(nodes):
+            assert watch.pulse(slot, f"rank {rank}", "training", 1, node) is False
+    assert watch.avoided() == []
+    watch.avoid({"n1": "10.0.0.1 is taken away"})
+    assert watch.avoided() == ["n1"]
+    assert watch.pulse("a", "rank 1", "training", 2, "n2") is True  # its peer is on n1
+    assert watch.pulse("b", "rank 1", "training", 2, "n2") is False
+    assert watch.leave("b") is None
+    assert watch.leave("a") == "10.0.0.1 is taken away"
+    assert watch.loss("trial a") == ("10.0.0.1 is taken away", True, ["n1", "n2"])
+    assert watch.loss("trial b") == (None, False, ["n2"])
+    assert bench.killed == []
+
+
+def test_slots_with_a_worker_on_a_machine_that_is_gone_end_at_once(bench: Bench) -> None:
+    bench.watch.pulse("a", "rank 0", "training", 1, "n1")
+    bench.watch.pulse("b", "rank 0", "training", 1, "n2")
+    bench.watch.lost({"n1": "10.0.0.1 is gone", "n3": "10.0.0.3 is gone"})
+    assert bench.killed == ["handle of a"]
+    assert bench.watch.loss("trial a") == ("10.0.0.1 is gone", True, ["n1"])
+
+
+def test_one_slot_too_many_is_not_to_blame_where_others_work(bench: Bench) -> None:
+    bench.watch.enlist("c", "handle of c")
+    bench.watch.works_on("c", "trial c")
+    bench.places["c", SLOT] = (WORKERS, 0)
+    bench.run(1803)
+    assert bench.killed == ["handle of c"]
+    assert bench.watch.loss("trial c")[1] is True
