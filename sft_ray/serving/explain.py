@@ -18,7 +18,6 @@ from sft_ray.errors import ConfigError
 from sft_ray.serving.predict import ROWS_AT_ONCE, Predictor
 from sft_ray.training import batches
 from sft_ray.training.data import encode_split
-from sft_ray.training.fit import model_outputs
 from sft_ray.training.metrics import Floats
 
 POINTS = (16, 32, 64, 128, 256)  # on the path; more until the gap is small
@@ -127,6 +126,7 @@ def _outputs_at(
     handle = model.get_input_embeddings().register_forward_hook(lambda *_: embeddings_PLD)
     try:
         expanded = {k: v.expand(len(embeddings_PLD), -1) for k, v in inputs.items()}
-        return model_outputs(model, expanded)
+        logits: torch.Tensor = model(**expanded).logits
+        return logits
     finally:
         handle.remove()
