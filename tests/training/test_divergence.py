@@ -126,6 +126,6 @@ def test_a_trial_that_breaks_down_ends_at_a_third(tiny_bert, toy, end_diverged) 
 def test_a_trial_that_learns_is_left_alone(tiny_bert, toy) -> None:
     pretrained = load_tiny(tiny_bert, toy)
     reports = run_fit(
-        pretrained, toy, learning_rate=2e-3, epochs=6, batch_size=16, end_diverged=True
+        pretrained, toy, learning_rate=5e-3, epochs=12, batch_size=16, end_diverged=True
     )
     assert reports[-1].finished

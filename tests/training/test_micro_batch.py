@@ -19,7 +19,7 @@ from sft_ray.training.micro_batch import (
     kept_bytes,
     largest_that_fits,
 )
-from tests.models import load_tiny, run_fit
+from tests.models import load_tiny, run_fit, tiny_model_folder
 
 MIB = 2**20
 
@@ -160,8 +160,8 @@ def test_a_trial_follows_the_memory_and_learns_the_same(tiny_bert, toy, monkeypa
         found[report.micro_batch] = report.train_loss
     sizes = list(found)
     assert len(sizes) == 3
-    assert sizes[0] == CPU_MICRO_BATCH
-    assert 1 < sizes[1] < CPU_MICRO_BATCH
+    assert sizes[0] == 32  # the whole batch: it needs no padding
+    assert 1 < sizes[1] < 32
     assert sizes[2] == 1
     assert list(found.values()) == pytest.approx([found[sizes[0]]] * 3, abs=1e-5)
 
@@ -179,15 +179,20 @@ def test_an_upper_bound_is_kept(tiny_bert, toy: Dataset, configured) -> None:
     (report,) = run_fit(pretrained, toy, **SETTINGS, micro_batch=configured, most_per_pass=4)
     assert report.micro_batch == 4
     (report,) = run_fit(pretrained, toy, **SETTINGS, micro_batch=configured, most_per_pass=500)
-    assert report.micro_batch == (CPU_MICRO_BATCH if configured == "auto" else 20)
+    assert report.micro_batch == (32 if configured == "auto" else 20)
+
+
+def test_layers_that_pad_take_small_parts(tmp_path, toy: Dataset) -> None:
+    pretrained = load_tiny(tiny_model_folder(tmp_path, "mpnet"), toy)
+    (report,) = run_fit(pretrained, toy, **SETTINGS)
+    assert report.micro_batch == CPU_MICRO_BATCH
+    assert 0 < report.padding_share < 0.5
 
 
 def test_the_probe_leaves_no_trace_in_the_trial(tiny_bert, toy: Dataset) -> None:
     pretrained = load_tiny(tiny_bert, toy)
     settings = {"rungs": (), "epochs": 1, "dropout": 0.3}
-    probed, told = (
-        run_fit(pretrained, toy, **settings, micro_batch=m)[0] for m in ("auto", CPU_MICRO_BATCH)
-    )
+    probed, told = (run_fit(pretrained, toy, **settings, micro_batch=m)[0] for m in ("auto", 32))
     assert probed.train_loss == told.train_loss
     assert probed.metrics == told.metrics
 

@@ -201,7 +201,7 @@ def _build(folder: str, dataset: Dataset, cache: str, slow: bool, rank: int, out
     torch.set_num_threads(1)
     batches.EVAL_TOKENS_PER_BATCH = 64
     setup = setup_of(Path(folder), dataset)
-    cached = replace(setup.trunk_cache, world=World(rank=rank, size=1))
+    cached = replace(setup.trunk_cache, world=World(rank=rank, size=3))
     honest = trunk_cache._write
 
     def write(path: Path, hidden_TH: torch.Tensor) -> None:
