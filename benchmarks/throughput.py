@@ -73,6 +73,7 @@ def trainer_step(setup: Setup, batch_size: int, padded: bool) -> Step:
     )
     trainer = transformers.Trainer(model=model, args=arguments)
     trainer.create_optimizer_and_scheduler(num_training_steps=10_000)
+    trainer.current_gradient_accumulation_steps = 1  # what its loop sets
     examples = setup.dataset.train
     collator = transformers.DataCollatorWithPadding(
         setup.tokenizer,
