@@ -80,8 +80,9 @@ def kept(root: Path) -> set[str]:
     return {path.parent.name for path in root.glob(f"*/*/{trunk_cache.COMPLETE}")}
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("family", "k"), [*((family, 2) for family in FAMILIES), ("bert", 1), ("bert", 3), ("mpnet", 3)]
+)
 def test_a_trial_on_cached_outputs_is_the_trial_without(
     family: str, k: int, toy: Dataset, tmp_path: Path, root: Path
 ) -> None:
