@@ -189,7 +189,7 @@ def load_model(seed: int, frozen_layers: int) -> Any:
     quiet_transformers()
     transformers.set_seed(seed)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        resolve_model(MODEL), num_labels=LABELS
+        resolve_model(MODEL), num_labels=LABELS, trust_remote_code=False
     )
     if frozen_layers:
         model.bert.embeddings.requires_grad_(False)
@@ -206,7 +206,9 @@ def trainer_arguments(data: Path, seed: int, folder: Path, save: str = "no") -> 
     from sft_ray.training.data import limited
     from sft_ray.training.model import resolve_model
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(MODEL))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        resolve_model(MODEL), trust_remote_code=False
+    )
     tables = {s: pq.read_table(data / f"trec-{s}.parquet") for s in ("train", "validation")}
     tables["train"] = limited(tables["train"], TRAINING_QUESTIONS, seed, "train")
     names = sorted(set(tables["train"].column("label").to_pylist()))

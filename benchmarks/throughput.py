@@ -60,7 +60,9 @@ def load(data: Path, name: str, batch_size: int) -> tuple[Setup, _Trial]:
 def trainer_step(setup: Setup, batch_size: int, padded: bool) -> Step:
     """A step of Trainer's own code on rows of our global batches."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        setup.pretrained.model.config._name_or_path, num_labels=len(setup.dataset.label_names)
+        setup.pretrained.model.config._name_or_path,
+        num_labels=len(setup.dataset.label_names),
+        trust_remote_code=False,
     )
     arguments = transformers.TrainingArguments(
         output_dir="/tmp/unused",

@@ -461,7 +461,11 @@ def report(
     Screen().say(f"written: {write_report(run, out=out, price=price)}")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sft-ray doctor", "sft-ray doctor --address auto --storage s3://my-bucket/sft_ray"
+    )
+)
 def doctor(
     address: Annotated[str | None, typer.Option(help="Ray cluster, for example auto.")] = None,
     storage: Annotated[

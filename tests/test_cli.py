@@ -306,6 +306,8 @@ def test_every_verb_shows_examples_that_parse(capsys: pytest.CaptureFixture[str]
         shown = capsys.readouterr().out.split("Examples:\n")[1]
         for line in shown.strip().splitlines():
             words = shlex.split(line.split("|")[-1].split("<")[0])
+            if words[0] == "curl":  # what asks a server
+                continue
             assert words[:2] == ["sft-ray", verb]
             with command.make_context(verb, words[2:]) as context:
                 assert not context.args, line

@@ -72,7 +72,7 @@ def test_attributions_are_complete_for_every_task(task: str, tmp_path: Path) -> 
 def test_the_keyword_of_a_trained_model_stands_out(
     tmp_path: Path, tiny_experiment: Experiment, monkeypatch, capsys
 ) -> None:
-    train = {"learning_rate": 5e-3, "epochs": 12, "batch_size": 16}
+    train = {"learning_rate": 3e-3, "epochs": 20, "batch_size": 16}
     tree = {**tiny_experiment.to_tree(), "train": train, "storage": str(tmp_path)}
     result = run_training(Experiment.from_tree(tree), quiet=True)
     assert result.best["validation"]["accuracy"] > 0.9
@@ -86,7 +86,8 @@ def test_the_keyword_of_a_trained_model_stands_out(
     assert len(lines) == len(texts)
     for answer in map(json.loads, lines):
         assert_complete(answer["explanation"])
-        strongest = max(answer["explanation"]["tokens"], key=lambda pair: pair[1])[0]
+        # A kind that the baseline gets already can only be talked out of: what counts is size.
+        strongest = max(answer["explanation"]["tokens"], key=lambda pair: abs(pair[1]))[0]
         assert keywords[strongest] == answer["label"]
 
 

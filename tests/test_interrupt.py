@@ -58,6 +58,7 @@ def train(experiment: Experiment, storage: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.cluster
 def test_a_training_that_is_interrupted_goes_on_from_the_step_it_stopped_at(
     experiment: Experiment, tmp_path: Path
 ) -> None:

@@ -31,7 +31,7 @@ def test_the_commands_of_the_readme_parse_and_name_what_exists(tmp_path: Path) -
     searches = [words[2:] for words in lines if words[:2] == ["sft-ray", "search"]]
     submits = [words[2:] for words in lines if words[:2] == ["python", "tune.py"]]
     submits += [words[words.index("--") + 1 :] for words in lines if words[:2] == ["ray", "submit"]]
-    assert len(searches) + len(submits) == 7
+    assert len(searches) + len(submits) == 6
     for file, *overrides in searches + submits:
         path = tmp_path / file if (tmp_path / file).exists() else ROOT / file
         options = [word for word in overrides if "=" in word]

@@ -39,7 +39,7 @@ from tests.search.test_study import RECIPE, experiment, run_all
 
 FIRST = ["state", "role", "reason", "value"]
 LAST = ["seed", "restarts", "schedule_percent", "epochs_run", "examples_per_second"]
-LAST += ["micro_batch", "trained_parameters", "memory_bytes"]
+LAST += ["micro_batch", "padding_share", "trained_parameters", "memory_bytes"]
 LAST += ["train_seconds", "eval_seconds", "overhead_seconds"]
 
 

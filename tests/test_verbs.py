@@ -272,7 +272,7 @@ def test_marks_of_an_attempt_that_ran_out_of_memory_are_not_kept(make, monkeypat
     honest = fit_module._Trial.take_step
 
     def refuse(trial: Any, indices: Any) -> Any:
-        if trial.step == 8 and trial.most_per_pass > 4:
+        if trial.step == 8 and trial.most_per_pass > 8:
             raise MemoryError
         return honest(trial, indices)
 

@@ -110,7 +110,7 @@ def say_plan(
         f"are assumed for starting{pruning}",
         "work": f"{_between(plan.worker_hours, _number)} worker hours",
     }
-    facts["frozen layers"] = _trunks(plan, prepared)
+    facts["frozen"] = _trunks(plan, prepared)
     if plan.dollars is not None:
         facts["price"] = _between(plan.dollars, lambda dollars: f"${dollars:,.2f}")
     facts["disk"] = f"up to {plan.disk_bytes / 1e6:,.0f} MB"

@@ -71,7 +71,7 @@ def export_onnx(model: str, out: str | None = None) -> Export:
     folder = Path(out) if out else _beside(model)
     if folder.exists():
         raise ConfigError(f"{folder} exists and is not overwritten; remove it or choose --out")
-    predictor = load_predictor(model, torch.device("cpu"))
+    predictor = load_predictor(model, torch.device("cpu"), as_trained=False)
     predictor = replace(predictor, dtype=torch.float32)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:

@@ -21,7 +21,7 @@ from sft_ray.training.encoding import Encoder
 from sft_ray.training.examples import Examples, LabelSet
 from sft_ray.training.forward import evaluate
 from sft_ray.training.metrics import Floats
-from sft_ray.training.model import quiet_transformers, resolve_model
+from sft_ray.training.model import let_pass, quiet_transformers, resolve_model
 from sft_ray.training.tasks import Task, find_task
 from sft_ray.training.world import World
 
@@ -94,8 +94,14 @@ class Predictor:
         return table
 
 
-def load_predictor(model: str, device: torch.device | None = None) -> Predictor:
+def load_predictor(
+    model: str, device: torch.device | None = None, *, as_trained: bool = True
+) -> Predictor:
     """Load a model folder (safetensors only), a hub id, or the winner of a run folder.
+
+    Args:
+        as_trained: let it compute without padding, as it did in training, bit by bit; else it is
+            the library's model untouched.
 
     Raises:
         ConfigError: there is no such model, or its head belongs to no task.
@@ -119,6 +125,8 @@ def load_predictor(model: str, device: torch.device | None = None) -> Predictor:
         raise ConfigError(
             f"model: {model!r} cannot be loaded: {reason}; give a model folder or a run folder"
         ) from None
+    if as_trained:
+        let_pass(loaded)
     tokenizer = load_tokenizer(folder)
     most = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     max_length = min(facts.get("max_length") or 512, tokenizer.model_max_length, most)

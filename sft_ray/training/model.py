@@ -183,6 +183,20 @@ def _check_weights(folder: Path) -> None:
             raise ConfigError(f"model: {file} is damaged: {error}") from None
 
 
+def let_pass(model: Any) -> None:
+    """Prepare a model of a known family for `passes.passing`; leave any other as it is."""
+    family = FAMILIES.get(model.config.model_type)
+    if family is not None:
+        base = model.base_model
+        prepare_model(
+            model,
+            [_module(base, path) for path in family.embeddings if _has(base, path)],
+            list(_module(base, family.layers)),
+            packs=family.packs,
+            gives_tuples=family.gives_tuples,
+        )
+
+
 class UsedRowsEmbedding(nn.Module):
     """The rows of an embedding that the data uses; takes the original token ids.
 
@@ -245,14 +259,7 @@ class Pretrained:
         self._draw_head(seed)
         self._frozen: list[nn.Module] = []
         self._dropouts = list(_dropouts(model))
-        base = model.base_model
-        prepare_model(
-            model,
-            [_module(base, path) for path in self.family.embeddings if _has(base, path)],
-            list(_module(base, self.family.layers)),
-            packs=self.family.packs,
-            gives_tuples=self.family.gives_tuples,
-        )
+        let_pass(model)
 
     @property
     def num_layers(self) -> int:

@@ -15,7 +15,11 @@ from sft_ray.run_store import damaged_files, open_run, write_results
 from sft_ray.search import tuner
 from sft_ray.search.tuner import run_search
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(200)]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.timeout(200),
+]
 
 
 def flipped(content: bytes) -> bytes:

@@ -158,6 +158,7 @@ def test_more_trials_extend_a_finished_search_and_nothing_runs_twice(
         run_search(with_search(experiment, trials=5, sampler="random"), quiet=True)
 
 
+@pytest.mark.cluster
 def test_a_trial_that_raises_fails_alone_and_a_dead_worker_costs_a_restart(
     experiment: Experiment, tmp_path: Path
 ) -> None:
@@ -245,6 +246,7 @@ def test_another_task_ends_with_its_own_kind_of_model_and_answers(
     assert not (run / "best" / "predictions.parquet").exists()
 
 
+@pytest.mark.cluster
 def test_a_killed_driver_loses_nothing_but_the_work_since_the_last_state(
     finished: tuple[Experiment, SearchResult, str], experiment: Experiment
 ) -> None:
@@ -316,6 +318,7 @@ def test_two_slots_share_a_search(experiment: Experiment) -> None:
     assert result.tree["environment"]["slots"] == 2
 
 
+@pytest.mark.cluster
 def test_a_configuration_that_diverges_is_at_fault_and_the_search_goes_on(
     experiment: Experiment,
 ) -> None:

@@ -307,6 +307,7 @@ FULL = {
     "epochs_run": 1.34,
     "examples_seen": 4321,
     "micro_batch": 8,
+    "padding_share": 0.25,
     "trained_parameters": 21_000_000,
     "memory_bytes": 3_000_000_000,
     "train_seconds": 12.5,
