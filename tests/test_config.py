@@ -1,8 +1,9 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sft_ray.config import Experiment, Train, apply_values
+from sft_ray.config import Experiment, Search, Train, apply_values
 from sft_ray.errors import ConfigError
 from sft_ray.yaml_text import dump_yaml, parse_yaml
 
@@ -202,3 +203,13 @@ def test_applied_values_replace_fields_of_train() -> None:
     values = {"train.epochs": 2, "train.regularization": {"kind": "l1", "strength": 1e-6}}
     train = apply_values(Train(), values)
     assert (train.epochs, train.regularization.kind, train.batch_size) == (2, "l1", 32)
+
+
+@pytest.mark.parametrize(
+    ("domain", "per_depth"),
+    [({"int": [0, 6]}, 3.0), ({"choice": [0, 2, "all"]}, 7.0), (None, 21)],
+)
+def test_trials_of_a_search_share_frozen_depths(domain: Any, per_depth: float) -> None:
+    space = {"train.learning_rate": {"log_uniform": [1e-5, 1e-3]}}
+    space |= {} if domain is None else {"train.frozen_layers": domain}
+    assert Search(space=space, trials=21).trials_per_depth == per_depth

@@ -27,6 +27,7 @@ from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.speed import Speed
 from sft_ray.single_trial import run_training
 from sft_ray.training.batches import Batch
+from sft_ray.training.trunk_cache import trunks_root
 from tests.models import task_rows, write_jsonl
 
 forward_module = importlib.import_module("sft_ray.training.forward")
@@ -288,6 +289,26 @@ def test_a_line_leads_through_the_depths_that_were_measured() -> None:
     depths = (0, 1, 4, 5, 6, "all")
     found = [speed.of_training(Train(frozen_layers=depth)) for depth in depths]
     assert found == [4, 3.5, 2, 1.5, 1, 1]
+
+
+def test_what_frozen_layers_compute_once_is_spared() -> None:
+    speed = Speed("CPU", {0: 4.0, 2: 3.0}, 1.0, {0: 0.0, 2: 0.9})
+    frozen, nothing = Train(frozen_layers=2), Train(frozen_layers=0)
+    assert speed.spared(frozen, passes=3) == pytest.approx(0.6)
+    assert speed.spared(frozen, passes=1) == speed.spared(nothing, passes=3) == 0
+    assert Speed("CPU", {2: 3.0}, 1.0).spared(frozen, passes=3) == 0
+
+
+def test_a_plan_measures_frozen_layers_and_leaves_no_cache(experiment: Experiment) -> None:
+    space = {"train.frozen_layers": {"int": [0, 2]}}
+    plan = run_plan(
+        changed(experiment, {"space": space, "trials": 12}), probe_seconds=1, quiet=True
+    )
+    assert list(plan.speed.trunk_seconds) == [1, 2, 0]
+    assert all(0 < plan.speed.trunk_seconds[k] < plan.speed.train_seconds[k] for k in (1, 2))
+    assert not trunks_root().exists()
+    none = changed(experiment, {"space": space}, resources={"slots": 1, "trunk_cache_gb": 0})
+    assert run_plan(none, probe_seconds=1, quiet=True).speed.trunk_seconds == {}
 
 
 def test_what_is_predicted_is_what_training_takes(

@@ -1,0 +1,134 @@
+"""Two workers with one thread each beside one worker with two threads, for every frozen depth.
+
+Both take the same global batches with our training step; the two workers meet over gloo as in a
+trial.  Layouts take turns, each turn in new processes; seconds are of the steps alone, behind some
+warm ones, with the cache of trunks filled.  A ratio of 1 says that two processes train as fast as
+one with two threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.throughput import MODEL
+from sft_ray.config import Experiment
+from sft_ray.search.preflight import prepare_experiment
+from sft_ray.training.fit import _Trial
+from sft_ray.training.setup import load_setup
+from sft_ray.training.world import World
+
+SEED, WARM_STEPS = 0, 3
+WANTED = {0: 0.75, 2: 0.9}  # at batch 32, from that depth on
+DEPTHS = (0, 1, 2, 3, 4, 5, 6)
+
+
+def worker(rank: int, size: int, options: dict[str, Any], meeting: str, out: str) -> None:
+    """Seconds per step for every depth; the first worker writes them."""
+    torch.set_num_threads(options["threads"] // size)
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    setup = load_setup(prepared_experiment(options), Path(options["dataset"]), World(rank, size))
+    found = {}
+    for k in DEPTHS:
+        train = Experiment.model_validate(tree_of(options)).train.model_copy(
+            update={"frozen_layers": k}
+        )
+        trial = _Trial(train, setup, "accuracy", SEED, None)
+        steps = trial.batches_from(0)
+        for _ in range(WARM_STEPS):
+            trial.take_step(next(steps))
+        began = time.perf_counter()
+        for _ in range(options["steps"]):
+            trial.take_step(next(steps))
+        found[k] = (time.perf_counter() - began) / options["steps"]
+    if rank == 0:
+        Path(out).write_text(json.dumps(found), encoding="utf-8")
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def tree_of(options: dict[str, Any]) -> dict[str, Any]:
+    data = Path(options["data"])
+    return {
+        "name": "parallel",
+        "model": MODEL,
+        "data": {
+            **{s: str(data / f"trec-{s}.parquet") for s in ("train", "validation")},
+            "max_length": 128,
+            "limit": {"train": 1000, "validation": 100},
+        },
+        "train": {"batch_size": options["batch_size"], "learning_rate": 1e-4, "epochs": 50},
+        "resources": {"trunk_cache_gb": 4},
+    }
+
+
+def prepared_experiment(options: dict[str, Any]) -> Experiment:
+    return prepare_experiment(Experiment.model_validate(tree_of(options))).experiment
+
+
+def seconds_per_step(size: int, options: dict[str, Any]) -> dict[int, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        torch.multiprocessing.spawn(
+            worker, (size, options, f"{folder}/meeting", str(out)), nprocs=size
+        )
+        found: dict[str, float] = json.loads(out.read_text(encoding="utf-8"))
+    return {int(k): seconds for k, seconds in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder of trec-*.parquet")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[32, 16])
+    arguments = parser.parse_args()
+    print("| batch | k | two workers, times as fast as one with two threads (wanted) |")
+    print("|---:|---:|---:|")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["SFT_RAY_CACHE"] = cache
+        for batch_size in arguments.batch_sizes:
+            options = {
+                "data": str(arguments.data),
+                "batch_size": batch_size,
+                "steps": arguments.steps,
+                "threads": 2,
+            }
+            experiment = Experiment.model_validate(tree_of(options))
+            options["dataset"] = str(prepare_experiment(experiment).dataset_folder)
+            ratios: dict[int, list[float]] = {k: [] for k in DEPTHS}
+            for _ in range(arguments.turns):
+                one, two = (seconds_per_step(size, options) for size in (1, 2))
+                for k in DEPTHS:
+                    ratios[k].append(one[k] / two[k])
+            for k in DEPTHS:
+                ratio = statistics.median(ratios[k])
+                wanted = max((d for d in WANTED if d <= k), default=None)
+                said = f" ({WANTED[wanted]})" if batch_size == 32 and wanted is not None else ""
+                print(f"| {batch_size} | {k} | {ratio:.2f}{said} |", flush=True)
+                if arguments.out:
+                    row = {
+                        "batch_size": batch_size,
+                        "k": k,
+                        "times_as_fast": ratio,
+                        "turns": arguments.turns,
+                        "date": datetime.now(UTC).date().isoformat(),
+                    }
+                    with arguments.out.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
