@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -65,7 +66,7 @@ def trainer_step(setup: Setup, batch_size: int, padded: bool) -> Step:
         trust_remote_code=False,
     )
     arguments = transformers.TrainingArguments(
-        output_dir="/tmp/unused",
+        output_dir=tempfile.gettempdir(),
         per_device_train_batch_size=batch_size,
         learning_rate=1e-4,
         use_cpu=True,
