@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from benchmarks.throughput import MODEL
 from sft_ray.config import Experiment
@@ -80,9 +81,7 @@ def prepared_experiment(options: dict[str, Any]) -> Experiment:
 def seconds_per_step(size: int, options: dict[str, Any]) -> dict[int, float]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        torch.multiprocessing.spawn(
-            worker, (size, options, f"{folder}/meeting", str(out)), nprocs=size
-        )
+        spawn(worker, (size, options, f"{folder}/meeting", str(out)), nprocs=size)  # type: ignore[no-untyped-call]
         found: dict[str, float] = json.loads(out.read_text(encoding="utf-8"))
     return {int(k): seconds for k, seconds in found.items()}
 
