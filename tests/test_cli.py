@@ -16,6 +16,7 @@ import typer
 
 from sft_ray.cli import app, main
 from tests.models import toy_rows, write_csv
+from tests.processes import processes_with
 
 SFT_RAY = [sys.executable, "-m", "sft_ray.cli"]
 
@@ -249,9 +250,9 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_finishes(
     assert "Traceback" not in text
     assert not (tmp_path / "runs" / "mine" / "results.json").exists()
     deadline = time.monotonic() + 30
-    while _processes_with(mark) and time.monotonic() < deadline:
+    while processes_with(mark) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not _processes_with(mark)
+    assert not processes_with(mark)
     assert (tmp_path / "runs" / "mine" / "trials" / "0" / "last" / "state.json").exists()
 
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
@@ -260,18 +261,6 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_finishes(
     assert "going on with 0 trials finished" in " ".join(done.stdout.split())
     assert (tmp_path / "runs" / "mine" / "best" / "model.safetensors").exists()
     assert (tmp_path / "runs" / "mine" / "results.json").exists()
-
-
-def _processes_with(mark: str) -> list[str]:
-    """Processes that inherited a mark in their environment, whatever session they are in."""
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark.encode() in environ.read_bytes():
-                found.append((environ.parent / "cmdline").read_text().replace("\0", " "))
-        except OSError:  # gone meanwhile
-            continue
-    return found
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

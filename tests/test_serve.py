@@ -33,6 +33,7 @@ from tests.models import (
     tiny_model_folder,
     toy_rows,
 )
+from tests.processes import processes_with
 
 pytest.importorskip("fastapi")
 TINY_LIMITS = Limits(body_bytes=2000, rows=8, characters=300)
@@ -252,14 +253,3 @@ def test_a_real_server_answers_until_ctrl_c(
         said = process.stdout.read()
     assert (process.returncode, said) == (0, "ended\n")
     assert not processes_with(mark)
-
-
-def processes_with(mark: str) -> list[str]:
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark.encode() in environ.read_bytes():
-                found.append((environ.parent / "cmdline").read_text().replace("\0", " "))
-        except OSError:  # gone meanwhile
-            continue
-    return found

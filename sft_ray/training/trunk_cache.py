@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +31,7 @@ from sft_ray.training.beat import Beat
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import Dataset, Examples
 from sft_ray.training.model import Pretrained
-from sft_ray.training.passes import Pass, trunk_output
+from sft_ray.training.passes import trunk_output
 from sft_ray.training.tasks import Task
 from sft_ray.training.world import World
 
@@ -237,8 +237,7 @@ class _Build:
             with_labels=False,
             trunk=below,
         )
-        layout, start = batch.one_pass.layout, batch.one_pass
-        one = Pass(layout, depth=start.depth, trunk_TH=start.trunk_TH, stop=self.depth)
+        one = replace(batch.one_pass, stop=self.depth)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             hidden_TH = trunk_output(cache.pretrained.model, batch.inputs, one)
         if self.most_tokens is not None:
