@@ -25,7 +25,7 @@ from torch.multiprocessing.spawn import spawn
 from benchmarks.throughput import MODEL
 from sft_ray.config import Experiment
 from sft_ray.search.preflight import prepare_experiment
-from sft_ray.training.fit import _Trial
+from sft_ray.training.fitting import _Trial
 from sft_ray.training.setup import load_setup
 from sft_ray.training.world import World
 

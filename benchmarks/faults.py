@@ -278,7 +278,7 @@ def plant(module):
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name != "sft_ray.training.fit":
+        if name != "sft_ray.training.fitting":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -291,7 +291,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Finder())
 """
-RANK = r"^ray::RayTrainWorker"
+RANK = r"^ray::(RayTrainWorker|Worker\b)"
 FAULTS = (
     Fault("kill driver", to_driver(signal.SIGKILL)),
     Fault("kill rank 0", to_process(RANK, signal.SIGKILL)),

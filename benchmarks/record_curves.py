@@ -65,7 +65,7 @@ def record(iteration: int, tree: dict[str, Any]) -> dict[str, Any]:
     """Train one configuration to its end."""
     import torch
 
-    from sft_ray.training.fit import Progress, fit
+    from sft_ray.training.fitting import Progress, fit
     from sft_ray.training.world import World
 
     warnings.simplefilter("ignore")

@@ -32,7 +32,7 @@ FLAT = 0.05  # of a curve's median, over 100 trials
 # Those that leave the driver alive, so that its curves are of one process.
 STRIKES = ("kill rank 0", "kill slot", "kill mailbox", "kill watch", "stop rank 1", "stop slot")
 KINDS = {
-    "workers": r"^ray::RayTrainWorker",
+    "workers": r"^ray::(RayTrainWorker|Worker\b)",
     "slots": r"^ray::(ResourceTrainable|Slot)",
     "mailboxes": r"^ray::(Mailbox|Watch)",
     "controllers": r"^ray::(TrainController|PlacementGroupCleaner)",

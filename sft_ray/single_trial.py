@@ -37,7 +37,7 @@ from sft_ray.run_store import (
 from sft_ray.screen import Screen, duration, short_params
 from sft_ray.training.beat import Beat
 from sft_ray.training.checkpoint import ResumeState, save_model, save_predictions
-from sft_ray.training.fit import Progress, fit
+from sft_ray.training.fitting import Progress, fit
 from sft_ray.training.last_state import LastState
 from sft_ray.training.micro_batch import StepOutOfMemoryError
 from sft_ray.training.preparation import Prepared, prepare_training

@@ -27,7 +27,8 @@ def install() -> None:
     """Wrap loading and the training step of this process."""
     import importlib
 
-    fit_module = importlib.import_module("sft_ray.training.fit")
+    from sft_ray.training import fitting as fit_module
+
     setup_module = importlib.import_module("sft_ray.training.setup")
     honest_load = setup_module.load_pretrained
 

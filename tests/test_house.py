@@ -70,7 +70,7 @@ def test_imports_run_downward_only(module: Path) -> None:
     [
         ("sft_ray", {"torch", "ray", "optuna", "transformers", "pydantic"}),
         ("sft_ray.config", {"torch", "ray", "optuna", "transformers", "pyarrow"}),
-        ("sft_ray.training.fit", {"ray", "optuna"}),
+        ("sft_ray.training.fitting", {"ray", "optuna"}),
         ("sft_ray.analysis.results", {"ray", "torch"}),
         ("sft_ray.search.study", {"ray"}),
         ("sft_ray.serving.serve", {"ray", "starlette"}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import sys
@@ -20,9 +19,9 @@ from sft_ray.errors import ConfigError, DataError, TrialError
 from sft_ray.serving.evaluate import run_evaluation
 from sft_ray.serving.predict import load_predictor, read_rows
 from sft_ray.single_trial import run_training
+from sft_ray.training import fitting as fit_module
 from tests.models import toy_rows, write_csv
 
-fit_module = importlib.import_module("sft_ray.training.fit")
 ARGUMENTS = {"learning_rate": 5e-3, "epochs": 2, "dropout": 0.1}
 
 

@@ -20,7 +20,7 @@ class Outcome:
         has_checkpoint: whether `trials/<n>/best` was written with the weights of `score`.
         padding_share: of the positions that the first worker's layers computed in training.
         trained_parameters: how many numbers were trained.
-        memory_bytes: most that the first worker's device held (see `training.fit`).
+        memory_bytes: most that the first worker's device held (see `training.fitting`).
     """
 
     reason: str | None = None

@@ -47,8 +47,8 @@ def connected(address: str | None) -> Iterator[None]:
     """A connection to Ray; one that was opened here is closed at the end.
 
     Without an address, Ray looks for `RAY_ADDRESS`, then for a cluster started on this machine,
-    then starts one of its own, whose dashboard listens on the loopback interface and whose other
-    services ask for a token.  The logs of that one are removed at the end, unless it is an error.
+    then starts one of its own, without a dashboard, whose services ask for a token.  The logs of
+    that one are removed at the end, unless it is an error.
 
     Raises:
         ResourceError: the cluster cannot be reached.
@@ -66,7 +66,10 @@ def connected(address: str | None) -> Iterator[None]:
             _keep_token_private()
         with _for_new_processes() if starts else nullcontext():
             ray.init(
-                address="local" if starts else address, log_to_driver=False, logging_level="ERROR"
+                address="local" if starts else address,
+                include_dashboard=False if starts else None,
+                log_to_driver=False,
+                logging_level="ERROR",
             )
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -134,9 +137,14 @@ def _keep_token_private() -> None:
         path.chmod(0o600)
 
 
-def _import_ray() -> Any:
+def set_ray_environment() -> None:
+    """Set for this process, and for those it starts, what a user has not set otherwise."""
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def _import_ray() -> Any:
+    set_ray_environment()
     import ray
 
     return ray

@@ -1,4 +1,4 @@
-"""A slot: a Tune trainable that keeps one long-lived Ray Train group for many trials."""
+"""A slot: a Tune trainable that keeps its workers alive for many trials."""
 
 from __future__ import annotations
 
@@ -9,30 +9,15 @@ import uuid
 from typing import Any
 
 import ray
-import ray.train
-from ray import tune
-from ray.train.torch import TorchTrainer
+from ray import cloudpickle, tune
 
 from sft_ray.search.mailbox import Mailbox
-from sft_ray.search.network import AddressedTorch
-from sft_ray.search.watch import IDLE, LOADING, MAILBOX, SLOT, WORKERS, Pulse
+from sft_ray.search.watch import IDLE, MAILBOX, SLOT, WORKERS, Pulse
+from sft_ray.search.workers import run_workers
 
 JOIN_SECONDS = 8.0  # Tune kills the actor at 10
 # Any node has this resource of its head: it keeps slots off machines that come and go.
 HEAD = {"node:__internal_head__": 0.001}
-NODE_LABEL = "ray.io/node-id"
-
-
-def _serve(settings: dict[str, Any]) -> None:
-    """The train function; the worker's heavy imports stay out of the slot's own process."""
-    rank = ray.train.get_context().get_world_rank()
-    pulse = Pulse(settings["watch"], settings["slot"], f"rank {rank}", LOADING)
-    try:
-        from sft_ray.search.worker import run_worker
-
-        run_worker(settings, pulse)
-    finally:
-        pulse.end()
 
 
 class Slot(tune.Trainable):
@@ -47,40 +32,29 @@ class Slot(tune.Trainable):
         self._returned_at: float | None = None
         self._error: BaseException | None = None
         self._watch, self._name = settings["watch"], uuid.uuid4().hex[:12]
-        handle = ray.get_runtime_context().current_actor
+        # As bytes: whoever reads the handle imports Tune.
+        handle = cloudpickle.dumps(ray.get_runtime_context().current_actor)
         self._watch.enlist.remote(self._name, handle)
         self._pulse = Pulse(self._watch, self._name, SLOT, WORKERS, handle)
         avoided = ray.get(self._watch.avoided.remote())
         # Without resources it lands in this actor's placement group, on the same node.
         self._mailbox = ray.remote(Mailbox).options(num_cpus=0).remote(workers)
-        trainer = TorchTrainer(
-            _serve,
-            train_loop_config={
-                **settings["worker"],
-                "mailbox": self._mailbox,
-                "watch": self._watch,
-                "slot": self._name,
-            },
-            torch_config=AddressedTorch(backend="nccl" if resources.get("GPU") else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=workers,
-                use_gpu=bool(resources.get("GPU")),
-                resources_per_worker=resources,
-                label_selector={NODE_LABEL: f"!in({','.join(avoided)})"} if avoided else None,
-            ),
-            run_config=ray.train.RunConfig(
-                name=f"slot-{self._name}",
-                storage_path=settings["ray_storage"],
-                failure_config=ray.train.FailureConfig(max_failures=-1),
-            ),
+        worker = settings["worker"] | {
+            "mailbox": self._mailbox,
+            "watch": self._watch,
+            "slot": self._name,
+        }
+        self._thread = threading.Thread(
+            target=self._run,
+            args=(worker, resources, workers, avoided, settings["ray_storage"]),
+            daemon=True,
         )
-        self._thread = threading.Thread(target=self._run, args=(trainer,), daemon=True)
         self._thread.start()
         self.reset_config(config)
 
-    def _run(self, trainer: TorchTrainer) -> None:
+    def _run(self, *arguments: Any) -> None:
         try:
-            trainer.fit()
+            run_workers(*arguments)
         except BaseException as error:
             self._error = error
 
@@ -124,7 +98,7 @@ class Slot(tune.Trainable):
         return {"message": json.dumps(message)}
 
     def _wait(self, ask: Any, arguments: tuple[Any, ...], activity: str) -> Any:
-        """Poll the mailbox until it answers, as long as the workers' group lives.
+        """Poll the mailbox until it answers, as long as there are workers or will be.
 
         Workers that are not there yet are not waited for once a pause is asked for.
         """
@@ -138,10 +112,10 @@ class Slot(tune.Trainable):
             else:
                 self._pulse.enter(activity)
             if not self._thread.is_alive():
-                raise RuntimeError(f"the slot's worker group ended: {self._error}")
+                raise RuntimeError(f"the slot's workers ended: {self._error}")
 
     def cleanup(self) -> None:
-        """Send the workers home and wait until Train has given their resources back."""
+        """Send the workers home and wait until their resources are free."""
         self._pulse.end()
         self._watch.forget.remote(self._name)
         if self._thread.is_alive():

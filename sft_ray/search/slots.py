@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
@@ -59,6 +60,9 @@ def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> No
             "objective": prepared.objective,
         },
     }
+    # Tune would give its actors the driver's cloud keys and a few settings of its own, as a runtime
+    # environment: keys that end up in Ray's logs, and two starts of every process.
+    class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE = {}, set()
     slot = tune.with_resources(
         tune.with_parameters(Slot, settings=settings), tune.PlacementGroupFactory([HEAD])
     )

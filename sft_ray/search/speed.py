@@ -14,7 +14,7 @@ from sft_ray.config import Train
 from sft_ray.errors import ResourceError
 from sft_ray.search.cluster import Layout
 from sft_ray.training import batches
-from sft_ray.training.fit import _Trial
+from sft_ray.training.fitting import _Trial
 from sft_ray.training.forward import evaluate
 from sft_ray.training.micro_batch import NothingFitsError
 from sft_ray.training.passes import trunk_output

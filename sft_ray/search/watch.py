@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray import cloudpickle
 
 from sft_ray.config import Watchdog
 
@@ -39,7 +40,7 @@ class _Place:
 
 @dataclass
 class _SlotSeen:
-    handle: Any
+    handle: bytes
     trial_id: str | None = None
     places: dict[str, _Place] = field(default_factory=dict)  # by who
 
@@ -49,14 +50,14 @@ class Watch:
 
     Args:
         limits: how long what may take.
-        kill: ends a slot, given its handle.
+        kill: ends a slot, given its pickled handle.
         clock: seconds.
     """
 
     def __init__(
         self,
         limits: Watchdog,
-        kill: Callable[[Any], None] = ray.kill,
+        kill: Callable[[bytes], None] = lambda handle: ray.kill(cloudpickle.loads(handle)),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._silence = limits.silence_seconds
@@ -77,7 +78,7 @@ class Watch:
         self._is_pausing = False
         self._checked_at = clock()
 
-    def enlist(self, slot: str, handle: Any) -> None:
+    def enlist(self, slot: str, handle: bytes) -> None:
         """A slot has come up."""
         self._slots[slot] = _SlotSeen(handle)
 
@@ -221,13 +222,15 @@ class Pulse:
     """Tells the watch every second where this process is, from a thread of its own.
 
     Args:
-        handle: of the slot, from the slot itself.
+        handle: of the slot, pickled, from the slot itself.
 
     Attributes:
         is_to_pause: whether the trial is to write its state and end.
     """
 
-    def __init__(self, watch: Any, slot: str, who: str, activity: str, handle: Any = None) -> None:
+    def __init__(
+        self, watch: Any, slot: str, who: str, activity: str, handle: bytes | None = None
+    ) -> None:
         self.is_to_pause = False
         self._watch, self._slot, self._who, self._handle = watch, slot, who, handle
         self._place = (activity, 0)

@@ -1,4 +1,4 @@
-"""What a Ray Train worker runs: load once, then trial after trial.
+"""What a worker of a slot runs: load once, then trial after trial.
 
 Every rank asks the mailbox for itself, so nobody waits inside a collective between trials.
 """
@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
-import ray.train.torch
 import torch
 
 from sft_ray.config import Experiment, Train
@@ -26,7 +24,7 @@ from sft_ray.search.watch import MAILBOX, STORAGE, Pulse
 from sft_ray.training.beat import TRAINING
 from sft_ray.training.checkpoint import ResumeState, save_model, save_predictions
 from sft_ray.training.data import prepare, prepare_here
-from sft_ray.training.fit import Best, Progress, fit
+from sft_ray.training.fitting import Best, Progress, fit
 from sft_ray.training.last_state import LastState
 from sft_ray.training.micro_batch import StepOutOfMemoryError
 from sft_ray.training.model import resolve_model
@@ -46,23 +44,23 @@ class Loaded:
     pulse: Pulse
 
 
-def run_worker(settings: dict[str, Any], pulse: Pulse) -> None:
-    """The train function of a slot: serve assignments until the mailbox says to go home.
+def run_worker(settings: dict[str, Any], rank: int, size: int, device: str, pulse: Pulse) -> None:
+    """Serve a slot's assignments until the mailbox says to go home.
 
-    Settings: `experiment` (tree), `run` (storage and name of its folder), `dataset_folder`,
-    `objective`, `mailbox` (actor handle).
+    Args:
+        settings: `experiment` (tree), `run` (storage and name of its folder), `dataset_folder`,
+            `objective`, `mailbox` (actor handle).
+        rank: of this worker among the `size` of the slot; above 1 they have a process group.
+        device: that it trains on.
     """
     warnings.simplefilter("ignore")
     logging.getLogger("ray").setLevel(logging.ERROR)
     mailbox = settings["mailbox"]
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    ray.get(mailbox.register.remote(rank))
     try:
-        loaded = load(settings, rank, context.get_world_size(), pulse)
+        loaded = load(settings, World(rank, size, torch.device(device)), pulse)
     except Exception:
         ray.get(mailbox.break_down.remote(traceback.format_exc()))
-        return  # a raise would have Train start the group again
+        return  # a raise would have the workers start again
     # What lives for ever need not be looked at by every collection between trials.
     gc.collect()
     gc.freeze()
@@ -88,11 +86,10 @@ def run_worker(settings: dict[str, Any], pulse: Pulse) -> None:
             torch.cuda.empty_cache()
 
 
-def load(settings: dict[str, Any], rank: int, size: int, pulse: Pulse) -> Loaded:
+def load(settings: dict[str, Any], world: World, pulse: Pulse) -> Loaded:
     """Model, data and tokenizer of the experiment; encodes the data if this node lacks it."""
     experiment = Experiment.model_validate(settings["experiment"])
     torch.set_num_threads(max(1, math.floor(experiment.resources.cpus_per_worker)))
-    world = World(rank, size, ray.train.torch.get_device())
 
     def encode() -> Path:
         task, model_folder = find_task(experiment.task), resolve_model(experiment.model)

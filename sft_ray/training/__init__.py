@@ -1,15 +1,15 @@
-"""Fine-tuning in pure torch and transformers; usable without Ray.
+"""Fine-tuning in pure torch and transformers; usable without Ray."""
 
-`fit` is the function, whatever was imported before: importing the module of that name would
-otherwise hide it.
-"""
+import importlib
+from typing import TYPE_CHECKING
 
-from sft_ray.training.data import open_dataset, prepare
-from sft_ray.training.fit import Progress, fit
-from sft_ray.training.forward import evaluate
-from sft_ray.training.setup import Setup, load_setup
-from sft_ray.training.tasks import TASKS, find_task
-from sft_ray.training.world import World
+if TYPE_CHECKING:
+    from sft_ray.training.data import open_dataset, prepare
+    from sft_ray.training.fitting import Progress, fit
+    from sft_ray.training.forward import evaluate
+    from sft_ray.training.setup import Setup, load_setup
+    from sft_ray.training.tasks import TASKS, find_task
+    from sft_ray.training.world import World
 
 __all__ = [
     "TASKS",
@@ -23,3 +23,19 @@ __all__ = [
     "open_dataset",
     "prepare",
 ]
+_HOMES = {
+    "data": ("open_dataset", "prepare"),
+    "fitting": ("Progress", "fit"),
+    "forward": ("evaluate",),
+    "setup": ("Setup", "load_setup"),
+    "tasks": ("TASKS", "find_task"),
+    "world": ("World",),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import on first use: a search's driver trains nothing, and models take seconds to import."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,7 +25,6 @@ from torch import nn
 from sft_ray.errors import ConfigError
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import LabelSet
-from sft_ray.training.passes import prepare_model
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.tasks import Task
 
@@ -185,6 +184,9 @@ def _check_weights(folder: Path) -> None:
 
 def let_pass(model: Any) -> None:
     """Prepare a model of a known family for `passes.passing`; leave any other as it is."""
+    # Brings torch's compiler: two seconds that who only looks at models need not spend.
+    from sft_ray.training.passes import prepare_model
+
     family = FAMILIES.get(model.config.model_type)
     if family is not None:
         base = model.base_model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,12 +25,12 @@ from sft_ray.search.planning import run_plan
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.speed import Speed
 from sft_ray.single_trial import run_training
+from sft_ray.training import fitting as fit_module
+from sft_ray.training import forward as forward_module
 from sft_ray.training.batches import Batch
 from sft_ray.training.trunk_cache import trunks_root
 from tests.models import task_rows, write_jsonl
 
-forward_module = importlib.import_module("sft_ray.training.forward")
-fit_module = importlib.import_module("sft_ray.training.fit")  # the package's `fit` is the function
 TRAIN_SECONDS, EVAL_SECONDS = 0.01, 0.001  # per example, where nothing is measured
 NUM_TRAIN, NUM_VALIDATION = 280, 80  # of the tiny experiment
 RATES = {"train.learning_rate": {"log_uniform": [1.0e-4, 1.0e-2]}}

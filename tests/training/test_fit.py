@@ -14,7 +14,7 @@ import torch
 from sft_ray.config import Regularization
 from sft_ray.training import metrics
 from sft_ray.training.examples import Dataset
-from sft_ray.training.fit import Progress
+from sft_ray.training.fitting import Progress
 from sft_ray.training.forward import evaluate
 from sft_ray.training.model import Pretrained
 from sft_ray.training.world import World

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from functools import partial
 from pathlib import Path
@@ -11,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from sft_ray.training import fitting as fit_module
 from sft_ray.training.examples import Dataset
 from sft_ray.training.model import Pretrained
 from sft_ray.training.tasks import TASKS
 from sft_ray.training.world import resolve_precision
 from tests.models import CPU, load_tiny, run_fit, task_dataset
 
-# The package's attribute of that name is the function.
-fit_module = importlib.import_module("sft_ray.training.fit")
 SETTINGS = {"epochs": 1, "batch_size": 32, "learning_rate": 1e-3, "dropout": 0.0}
 
 

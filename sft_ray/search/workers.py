@@ -1,0 +1,124 @@
+"""The workers of a slot: several are a group of Ray Train, one alone is an actor.
+
+What Ray Train does for a group (process group, ranks, death of one restarts all) a single worker
+does not need, and each group brings five processes of its own that import for some ten seconds of
+CPU together.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+
+from sft_ray.search.cluster import set_ray_environment
+from sft_ray.search.watch import LOADING, Pulse
+
+NODE_LABEL = "ray.io/node-id"
+RESTART_SECONDS = 0.5  # between the death of a worker and the next one
+
+
+def run_workers(
+    settings: dict[str, Any],
+    resources: dict[str, float],
+    workers: int,
+    avoided: list[str],
+    ray_storage: str,
+) -> None:
+    """Run a slot's workers until they go home; those that die are started again.
+
+    Args:
+        settings: see `sft_ray.search.worker.run_worker`.
+        resources: of each worker.
+        avoided: ids of nodes that are not to be used.
+        ray_storage: folder for Ray Train's own files.
+    """
+    # Not on the avoided nodes, in Ray's notation.
+    selector = {NODE_LABEL: f"!in({','.join(avoided)})"} if avoided else None
+    if workers == 1:
+        _run_one(settings, resources, selector)
+    else:
+        _run_group(settings, resources, workers, selector, ray_storage)
+
+
+class Worker:
+    """The only worker of a slot."""
+
+    def serve(self, settings: dict[str, Any], on_gpu: bool) -> None:
+        """Run trial after trial, on the one GPU that this process sees or on CPUs."""
+        _serve(settings, rank=0, size=1, device="cuda" if on_gpu else "cpu")
+
+
+def _run_one(
+    settings: dict[str, Any], resources: dict[str, float], selector: dict[str, str] | None
+) -> None:
+    worker_class = ray.remote(Worker).options(
+        num_cpus=resources["CPU"],
+        num_gpus=resources.get("GPU"),
+        scheduling_strategy="DEFAULT",  # not in the slot's own placement group
+        label_selector=selector,
+    )
+    while True:
+        worker = worker_class.remote()
+        try:
+            ray.get(worker.serve.remote(settings, bool(resources.get("GPU"))))
+            return
+        except ray.exceptions.RayError:  # it died or raised: the next one has a clean process
+            time.sleep(RESTART_SECONDS)
+        finally:
+            ray.kill(worker)
+
+
+def _run_group(
+    settings: dict[str, Any],
+    resources: dict[str, float],
+    workers: int,
+    selector: dict[str, str] | None,
+    ray_storage: str,
+) -> None:
+    set_ray_environment()
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from sft_ray.search.network import AddressedTorch
+
+    on_gpu = bool(resources.get("GPU"))
+    TorchTrainer(
+        _serve_in_group,
+        train_loop_config=settings,
+        torch_config=AddressedTorch(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=on_gpu,
+            resources_per_worker=resources,
+            label_selector=selector,
+        ),
+        run_config=RunConfig(
+            name=f"slot-{settings['slot']}",
+            storage_path=ray_storage,
+            failure_config=FailureConfig(max_failures=-1),
+        ),
+    ).fit()
+
+
+def _serve_in_group(settings: dict[str, Any]) -> None:
+    """The train function of Ray Train."""
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    context = get_context()
+    device = str(get_device())
+    _serve(settings, context.get_world_rank(), context.get_world_size(), device)
+
+
+def _serve(settings: dict[str, Any], rank: int, size: int, device: str) -> None:
+    """Say that this worker is there before the heavy imports, which may fail."""
+    pulse = Pulse(settings["watch"], settings["slot"], f"rank {rank}", LOADING)
+    try:
+        ray.get(settings["mailbox"].register.remote(rank))
+        from sft_ray.search.worker import run_worker
+
+        run_worker(settings, rank, size, device, pulse)
+    finally:
+        pulse.end()
