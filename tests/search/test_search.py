@@ -158,20 +158,26 @@ def test_more_trials_extend_a_finished_search_and_nothing_runs_twice(
         run_search(with_search(experiment, trials=5, sampler="random"), quiet=True)
 
 
+def with_workers(experiment: Experiment, workers: int) -> Experiment:
+    resources = experiment.resources.model_copy(update={"workers_per_trial": workers})
+    return experiment.model_copy(update={"resources": resources})
+
+
 @pytest.mark.cluster
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_trial_that_raises_fails_alone_and_a_dead_worker_costs_a_restart(
-    experiment: Experiment, tmp_path: Path
+    experiment: Experiment, tmp_path: Path, workers: int
 ) -> None:
     rates = [1.5e-3, 2.5e-3, 3.5e-3]
     experiment = with_search(
-        experiment,
+        with_workers(experiment, workers),
         default_recipe=False,
         pruner="none",
         trials=3,
         enqueue=[{"train.learning_rate": rate, "train.epochs": 2} for rate in rates],
     )
-    raising = faults.order("a", learning_rate=rates[0], step=12, rank=1, action="raise")
-    dying = faults.order("b", learning_rate=rates[1], step=14, rank=1, action="die")
+    raising = faults.order("a", learning_rate=rates[0], step=12, rank=workers - 1, action="raise")
+    dying = faults.order("b", learning_rate=rates[1], step=14, rank=workers - 1, action="die")
     (Path(experiment.storage) / "tiny").mkdir(parents=True)
     result = run_search(experiment, quiet=True, fresh=True)
     assert (Path(experiment.storage) / "tiny.old-1").is_dir()
@@ -188,13 +194,14 @@ def test_a_trial_that_raises_fails_alone_and_a_dead_worker_costs_a_restart(
 
 
 @pytest.mark.cluster
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_restarted_trial_goes_on_from_its_last_state_as_if_nothing_had_happened(
-    experiment: Experiment,
+    experiment: Experiment, workers: int
 ) -> None:
     # Each configuration runs twice; its fault strikes the first time only.
     rates = [1.7e-3, 1.7e-3, 2.7e-3, 2.7e-3]
     tree = with_search(
-        experiment,
+        with_workers(experiment, workers),
         default_recipe=False,
         pruner="none",
         trials=4,
@@ -203,7 +210,7 @@ def test_a_restarted_trial_goes_on_from_its_last_state_as_if_nothing_had_happene
     ).to_tree()
     tree["train"]["micro_batch"] = 16
     tree["checkpoint"]["every_minutes"] = 1e-6
-    dying = faults.order("a", learning_rate=rates[0], step=10, rank=1, action="die")
+    dying = faults.order("a", learning_rate=rates[0], step=10, rank=workers - 1, action="die")
     short = faults.order("b", learning_rate=rates[2], step=10, rank=0, action="run out of memory")
     result = run_search(Experiment.from_tree(tree), quiet=True)
     assert not dying.exists()
