@@ -1,7 +1,7 @@
-"""A search, its confirmation and the ablation of frozen depth on real data, with MiniLM on a CPU.
+"""A search, its confirmation, the ablation of frozen depth and the report, with MiniLM on a CPU.
 
-Leaves run folders below --storage, goes on there when started again, and writes tables and figures,
-without a word of the data, to --out.
+Leaves run folders below --storage, goes on there when started again, and writes tables, figures and
+the report, without a word of the data, to --out.
 
 --data names a folder of `<name>-train.parquet`, `-validation` and `-test` files.
 """
@@ -16,10 +16,11 @@ from typing import Any
 
 from benchmarks.against_trainer import CASES
 from benchmarks.real_data import experiment
+from sft_ray.analysis.report.page import write_report
 from sft_ray.analysis.results import SearchResult
 from sft_ray.run_store import CONFIRMATION
 
-DATASETS = ("trec", "mrpc")
+DATASETS = ("trec", "mrpc", "sst2")
 SEEDS = 5
 ABLATION = Path(__file__).parents[1] / "experiments" / "ablations" / "frozen_layers.yaml"
 TABLES = ("table.md", "table.csv", "table.tex", "figure.svg", "figure.png")
@@ -86,6 +87,7 @@ def publish(location: Path, dataset: str, out: Path) -> None:
     for name in TABLES:
         shutil.copyfile(location / "ablations" / "frozen_layers" / name, target / name)
     (target / "confirm.md").write_text(confirmation_table(location) + "\n", encoding="utf-8")
+    write_report(str(location), out=str(target / "report.html"), texts=False)
     result = SearchResult.load(str(location))
     result.frame().drop(columns="reason").to_csv(target / "trials.csv")
 

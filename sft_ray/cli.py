@@ -445,6 +445,7 @@ def results(
     epilog=examples(
         "sft-ray report runs/my",
         "sft-ray report runs/my --out my.html --price 1.2",
+        "sft-ray report runs/my --out for_others.html --no-texts",
     )
 )
 def report(
@@ -453,12 +454,15 @@ def report(
         str | None, typer.Option(help="File to write.  Default: report.html in the run folder.")
     ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Dollars per worker and hour.")] = None,
+    texts: Annotated[
+        bool, typer.Option(help="Show the hardest examples, which are sentences of the data.")
+    ] = True,
 ) -> None:
     """Write one HTML page about a run: outcome, pictures, tables, cost; needs no network."""
     from sft_ray.analysis.report.page import write_report
     from sft_ray.screen import Screen
 
-    Screen().say(f"written: {write_report(run, out=out, price=price)}")
+    Screen().say(f"written: {write_report(run, out=out, price=price, texts=texts)}")
 
 
 @app.command(

@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 
 from sft_ray.analysis.ablation import Arm, from_tree, summarize, to_tree
 from sft_ray.analysis.outcome import Outcome
+from sft_ray.analysis.report.answers import answers
 from sft_ray.analysis.report.page import render, write_report
 from sft_ray.analysis.report.run import Run
 from sft_ray.analysis.results import SearchResult, row_of
@@ -285,6 +286,21 @@ def test_out_names_another_file(odd: RunStore, tmp_path: Path) -> None:
     for path in (target, written):
         assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
     written.unlink()
+
+
+def test_a_page_for_others_holds_no_sentence_of_the_data(odd: RunStore, tmp_path: Path) -> None:
+    run = Run.load(odd.location)
+    found = answers(run)
+    assert found is not None
+    sentences = {text for one in found.hardest for text in one.shown.values()}
+    assert all(text in Page(render(run)).text for text in sentences)
+    target = tmp_path / "others.html"
+    with pytest.raises(SystemExit) as end:
+        main(["report", odd.location, "--out", str(target), "--no-texts"])
+    assert not end.value.code
+    page = Page(target.read_text(encoding="utf-8"))
+    assert page.sections == SECTIONS
+    assert not any(text in page.text for text in sentences)
 
 
 # -- in a browser --------------------------------------------------------------------------------

@@ -17,19 +17,22 @@ from sft_ray.run_store import REPORT
 HERE = Path(__file__).parent
 
 
-def write_report(location: str, *, out: str | None = None, price: float | None = None) -> str:
+def write_report(
+    location: str, *, out: str | None = None, price: float | None = None, texts: bool = True
+) -> str:
     """Write the report of a run, finished or not; return where it is.
 
     Args:
         location: path or URI of the run folder.
         out: file to write; default: `report.html` in the run folder.
         price: dollars for one worker and hour.
+        texts: show sentences of the data.
 
     Raises:
         SftError: there is no run, a file of it is damaged, or the page cannot be written.
     """
     run = Run.load(location)
-    text = render(run, price)
+    text = render(run, price, texts)
     try:
         if out is None:
             run.store.write_text(REPORT, text)
@@ -41,7 +44,7 @@ def write_report(location: str, *, out: str | None = None, price: float | None =
     return out
 
 
-def render(run: Run, price: float | None = None) -> str:
+def render(run: Run, price: float | None = None, texts: bool = True) -> str:
     """The whole page."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
@@ -57,12 +60,12 @@ def render(run: Run, price: float | None = None) -> str:
         facts=[experiment.task, experiment.model, data, f"seed {experiment.seed}"],
         version=run.environment.get("sft_ray", ""),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
-        sections=_sections(run, price),
+        sections=_sections(run, price, texts),
     )
     return page.lstrip()  # what the macros leave
 
 
-def _sections(run: Run, price: float | None) -> list[Section]:
+def _sections(run: Run, price: float | None, texts: bool) -> list[Section]:
     """In the order of a reader's questions; those that have nothing to say are left out."""
     spent = facts.spending(run)
     all_of_them = [
@@ -73,7 +76,7 @@ def _sections(run: Run, price: float | None) -> list[Section]:
         Section("pareto", "Pareto set", course.pareto(run)),
         Section("confirm", "Confirmation on fresh seeds", seeds.confirmation(run)),
         Section("ablations", "Ablations", seeds.ablations(run)),
-        Section("mistakes", "The winner's mistakes", mistakes.mistakes(run)),
+        Section("mistakes", "The winner's mistakes", mistakes.mistakes(run, texts)),
         Section("trials", "Trials", course.trials(run)),
         Section("errors", "Early ends and errors", ending.failures(run)),
         Section("cost", "Cost", ending.cost(run, spent, price)),

@@ -16,8 +16,8 @@ MOST_CLASSES = 25  # rows before the rest is folded away
 MOST_LETTERS = 300  # of an example's text
 
 
-def mistakes(run: Run) -> list[Block]:
-    """What the winner confuses, and its hardest examples."""
+def mistakes(run: Run, texts: bool = True) -> list[Block]:
+    """What the winner confuses, and, with `texts`, its hardest examples."""
     blocks: list[Block] = []
     found = answers(run)
     if found is None:
@@ -31,7 +31,7 @@ def mistakes(run: Run) -> list[Block]:
         blocks.append(_scatter(found.points))
     if found.classes:
         blocks += _class_table(found.classes)
-    if found.hardest:
+    if texts and found.hardest:
         blocks.append(_hardest(found))
     return blocks
 
