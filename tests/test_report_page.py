@@ -134,7 +134,12 @@ def odd_run(folder: Path) -> RunStore:
     tree["environment"] = {"platform": ODD, "packages": {ODD: "1"}}
     store.write_json(RESULTS, tree)
     answers = [
-        {"text": ODD, "label": label, "predicted_label": ODD, "predicted_probability": 0.5}
+        {
+            "text": f"a sentence {ODD}",
+            "label": label,
+            "predicted_label": ODD,
+            "predicted_probability": 0.5,
+        }
         for label in ("a", ODD)
     ]
     pq.write_table(pa.Table.from_pylist(answers), Path(store.location) / PREDICTIONS)
