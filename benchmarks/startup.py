@@ -27,7 +27,7 @@ from typing import Any
 
 SYSTEMS = ("ours", "group", "pattern")
 WANTED = {"first step": 15.0, "turnaround": 0.3}  # seconds
-TRIALS, ROWS, EPOCHS, BATCH = 6, 256, 1, 32
+TRIALS, ROWS, EPOCHS, BATCH = 3, 256, 1, 32
 QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.yaml"
 
 # Our workers import it: Python runs it at the start of every process.
