@@ -9,6 +9,7 @@ Decoupled weight decay is the optimiser's and no penalty here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +24,38 @@ def is_penalized(parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2
 
 
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """R(theta) of one kind of penalty.
+
+    Attributes:
+        value: of a weight, or of its distance from theta_0 where the kind is anchored.
+        gradients: of many of them.
+        anchored: whether theta_0 is the pretrained value instead of 0.
+    """
+
+    value: Callable[[torch.Tensor], torch.Tensor]
+    gradients: Callable[[Tensors], Tensors]
+    anchored: bool = False
+
+
+# Named in `config.Regularization`.
+KINDS = {
+    "l1": Kind(lambda weight: weight.abs().sum(), torch._foreach_sign),
+    "l2": Kind(lambda weight: weight.square().sum() / 2, tuple),
+    "l2_sp": Kind(lambda distance: distance.square().sum() / 2, tuple, anchored=True),
+}
+
+
 @dataclass(frozen=True)
 class Penalty:
     """A penalty bound to the weights it acts on.
 
     Attributes:
-        anchors: theta_0 of each weight, for l2_sp only.
+        anchors: theta_0 of each weight, for anchored kinds only.
     """
 
     kind: str
@@ -43,12 +70,7 @@ class Penalty:
             return
         gradients = [w.grad for w in self.weights if w.grad is not None]
         assert len(gradients) == len(self.weights), "a trained weight has no gradient"
-        if self.kind == "l1":
-            directions = torch._foreach_sign(self.weights)
-        elif self.kind == "l2":
-            directions = tuple(self.weights)
-        else:
-            directions = torch._foreach_sub(self.weights, self.anchors)
+        directions = KINDS[self.kind].gradients(self._penalized())
         torch._foreach_add_(gradients, directions, alpha=self.strength)
 
     @torch.no_grad()
@@ -56,22 +78,23 @@ class Penalty:
         """lambda R(theta)."""
         if not self.weights:
             return 0.0
-        if self.kind == "l1":
-            return self.strength * sum(float(w.abs().sum()) for w in self.weights)
-        differences = (
-            self.weights if self.kind == "l2" else torch._foreach_sub(self.weights, self.anchors)
-        )
-        return self.strength * sum(float(d.square().sum()) / 2 for d in differences)
+        value = KINDS[self.kind].value
+        return self.strength * sum(float(value(one)) for one in self._penalized())
+
+    def _penalized(self) -> Tensors:
+        if KINDS[self.kind].anchored:
+            return torch._foreach_sub(self.weights, self.anchors)
+        return tuple(self.weights)
 
 
 def bind_penalty(regularization: Regularization, pretrained: Pretrained) -> Penalty:
     """The penalty over the weights that this trial trains; empty for none and weight_decay."""
     kind, strength = regularization.kind, regularization.strength
-    if kind in ("none", "weight_decay") or not strength:
+    if kind not in KINDS or not strength:
         return Penalty(kind, 0.0, [], [])
     named = {n: p for n, p in pretrained.trainable().items() if is_penalized(p)}
     anchors = []
-    if kind == "l2_sp":
+    if KINDS[kind].anchored:
         unlearned = pretrained.from_scratch | pretrained.reinitialized
         anchors = [
             torch.zeros_like(p) if n in unlearned else pretrained.pristine[n]
