@@ -5,16 +5,18 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft_ray import space as spaces
-from sft_ray.analysis.ablation import ArmSummary
 from sft_ray.analysis.importance import RELIABLE_FROM
 from sft_ray.analysis.results import SearchResult
 from sft_ray.screen import Screen, count, duration, short_params
 from sft_ray.search.cluster import Layout
 from sft_ray.search.study import SearchStudy
 from sft_ray.training.preparation import Prepared
+
+if TYPE_CHECKING:
+    from sft_ray.analysis.ablation import ArmSummary  # brings scipy.stats
 
 
 def say_truth(
