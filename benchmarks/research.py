@@ -45,8 +45,9 @@ def run(dataset: str, options: argparse.Namespace) -> Path:
     limit = {"train": options.rows, "validation": options.validation_rows}
     data = found.data.model_copy(update={"limit": found.data.limit.model_copy(update=limit)})
     location = Path(run_search(found.model_copy(update={"data": data})).location)
-    ablation = Ablation.load(str(ABLATION), [f"base={location}", f"seeds={SEEDS}"])
-    run_ablations([ablation])
+    if options.ablation:
+        ablation = Ablation.load(str(ABLATION), [f"base={location}", f"seeds={SEEDS}"])
+        run_ablations([ablation])
     return location
 
 
@@ -84,8 +85,9 @@ def publish(location: Path, dataset: str, out: Path) -> None:
     """Copy what holds figures only."""
     target = out / dataset
     target.mkdir(parents=True, exist_ok=True)
-    for name in TABLES:
-        shutil.copyfile(location / "ablations" / "frozen_layers" / name, target / name)
+    tables = location / "ablations" / "frozen_layers"
+    for name in TABLES if tables.is_dir() else ():
+        shutil.copyfile(tables / name, target / name)
     (target / "confirm.md").write_text(confirmation_table(location) + "\n", encoding="utf-8")
     write_report(str(location), out=str(target / "report.html"), texts=False)
     result = SearchResult.load(str(location))
@@ -101,6 +103,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=600, help="of training")
     parser.add_argument("--validation-rows", type=int, default=300)
     parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--no-ablation", dest="ablation", action="store_false")
     parser.add_argument("--slots", type=int, default=2, help="of one CPU each")
     options = parser.parse_args()
     for dataset in options.datasets:
