@@ -5,6 +5,7 @@ that FAULT_FOLDER names; it strikes once, on the given rank, at the given step o
 given learning rate.  While NO_LOADING exists no worker can load its model.
 """
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -62,6 +63,8 @@ def strike(learning_rate: float, step: int, rank: int) -> None:
             raise ValueError("injected: the loss function has a bug")
         if fault["action"] == "run out of memory":
             raise MemoryError("injected")
+        if fault["action"] == "run out of disk":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "injected")
         os._exit(1)
 
 

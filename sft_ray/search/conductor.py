@@ -28,6 +28,7 @@ class Conductor:
     Attributes:
         stopped: why nothing can go on, if so.
         is_pausing: whether running trials are to write their states and no other may start.
+        disk_problem: what the owner of a worker's disk has to mend before the search goes on.
         board: the state of all trials, for a live view.
     """
 
@@ -45,6 +46,7 @@ class Conductor:
         self.board = trials.open_board(objective, slots)
         self.stopped: str | None = None
         self.is_pausing = False
+        self.disk_problem: str | None = None
         self.ready_at: float | None = None
         self.planned: dict[str, PlannedTrial] = {}  # by Tune's trial id
         self._last: dict[int, dict[str, Any]] = {}  # last message by our number
@@ -77,6 +79,8 @@ class Conductor:
         planned = self.planned[tune_id]
         number = planned.number
         if "paused" in message:
+            if "disk" in message:
+                self.disk_problem, self.is_pausing = message["disk"], True
             percent = self._last.get(number, {}).get("percent", 0)
             self._put_back(planned, f"paused   behind {percent} %")
             return False

@@ -119,6 +119,13 @@ class Mailbox:
             self._messages.append({"failed": reason, "traceback": traceback})
             await self._notify()
 
+    async def post_disk_problem(self, generation: int, problem: str) -> None:
+        """What the trial would write cannot be written: others would fare no better."""
+        if generation == self._generation and self._assignment is not None:
+            self._assignment = None
+            self._messages.append({"paused": True, "disk": problem})
+            await self._notify()
+
     async def out_of_memory(self, generation: int, micro_batch: int) -> None:
         """A step did not fit: hand the trial out again with half, or call it at fault."""
         if generation != self._generation or self._assignment is None:

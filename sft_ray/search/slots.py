@@ -20,7 +20,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from sft_ray.config import Watchdog
-from sft_ray.errors import TrialError
+from sft_ray.errors import ResourceError, TrialError
 from sft_ray.interrupt import Interruption, interruptible
 from sft_ray.run_store import ERROR_LOG, RunStore
 from sft_ray.screen import count
@@ -40,6 +40,7 @@ def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> No
 
     Raises:
         TrialError: nothing can go on; what was finished is kept.
+        ResourceError: a worker's disk is full or cannot be written; what was finished is kept.
         KeyboardInterrupt: interrupted; what was finished is kept, and the states of what was not.
     """
     experiment, store, screen = prepared.experiment, conductor.store, conductor.screen
@@ -101,6 +102,8 @@ def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> No
     finally:
         ray.kill(watch)
         ray_storage.delete()
+    if conductor.disk_problem is not None:
+        raise ResourceError(conductor.disk_problem)
     if conductor.stopped is not None:
         raise TrialError(
             f"stopped after {conductor.stopped}; the causes are in {store.path_of(ERROR_LOG)}; "

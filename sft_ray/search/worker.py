@@ -19,6 +19,7 @@ import ray
 import torch
 
 from sft_ray.config import Experiment, Train
+from sft_ray.errors import disk_problem
 from sft_ray.run_store import PREDICTIONS, RunStore
 from sft_ray.search.watch import MAILBOX, STORAGE, Pulse
 from sft_ray.training.beat import TRAINING
@@ -77,7 +78,9 @@ def run_worker(settings: dict[str, Any], rank: int, size: int, device: str, puls
             raise
         except Exception as error:
             # The other ranks sit in a collective: only a restart of the group frees them.
-            if not is_lost_peer(error):
+            if problem := disk_problem(error):
+                ray.get(mailbox.post_disk_problem.remote(generation, problem))
+            elif not is_lost_peer(error):
                 reason = f"{type(error).__name__}: {error}"
                 ray.get(mailbox.post_failure.remote(generation, reason, traceback.format_exc()))
             raise

@@ -314,6 +314,30 @@ def test_a_killed_driver_loses_nothing_but_the_work_since_the_last_state(
 
 
 @pytest.mark.cluster
+def test_a_full_disk_of_a_worker_stops_the_search_and_costs_no_trial(
+    experiment: Experiment,
+) -> None:
+    rates = [1.6e-3, 2.6e-3, 3.6e-3]
+    search = with_search(
+        with_workers(experiment, 1),
+        default_recipe=False,
+        pruner="none",
+        trials=3,
+        enqueue=[{"train.learning_rate": rate, "train.epochs": 2} for rate in rates],
+    )
+    full = faults.order("a", learning_rate=rates[1], step=14, rank=0, action="run out of disk")
+    with pytest.raises(ResourceError, match=r"injected: No space left.*the same command goes on"):
+        run_search(search, quiet=True)
+    assert not full.exists()
+    run = Path(search.storage) / search.name
+    assert not (run / "results.json").exists()
+    result = run_search(search, quiet=True)
+    assert [t["number"] for t in result.trials] == [0, 1, 2]
+    assert {t["state"] for t in result.trials} == {"COMPLETE"}
+    assert [t["params"]["train.learning_rate"] for t in result.trials] == rates
+
+
+@pytest.mark.cluster
 def test_two_slots_share_a_search(experiment: Experiment) -> None:
     tree = with_search(experiment, trials=5).to_tree()
     tree["resources"] = {"workers_per_trial": 1, "slots": 2}
