@@ -46,7 +46,6 @@ from tests import s3
 from tests.models import tiny_model_folder, toy_rows, write_csv
 
 NAME = "search"
-WORKERS = 2
 TRIALS = 10
 # Of one search from its start to its end, restarts included; what takes longer hangs.
 HANG_SECONDS = 900
@@ -348,7 +347,7 @@ def write_experiment(folder: Path, **changes: Any) -> Path:
             },
             "trials": TRIALS,
         },
-        "resources": {"workers_per_trial": WORKERS, "slots": 1},
+        "resources": {"workers_per_trial": 2, "slots": 1},
         "checkpoint": {"every_minutes": 0.02},
         "watchdog": {"silence_seconds": SILENCE_SECONDS, "stall_minutes": 2},
         "storage": str(folder / "unset"),
@@ -565,12 +564,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--n", type=int, default=5 * len(KILLS), help="injections, over all faults")
     parser.add_argument("--faults", nargs="*", choices=[f.name for f in FAULTS], default=KILLS)
+    parser.add_argument(
+        "--workers", type=int, default=2, help="of a trial; each has its own folder"
+    )
     options = parser.parse_args()
     chosen = [fault for fault in FAULTS if fault.name in options.faults]
     options.folder.mkdir(parents=True, exist_ok=True)
     experiment = options.folder / "experiment.yaml"
     if not experiment.exists():
-        write_experiment(options.folder)
+        write_experiment(options.folder, resources={"workers_per_trial": options.workers})
     calm = options.folder / "calm"
     if not (calm / NAME / RESULTS).exists():
         code = start(experiment, calm, options.folder / "calm.log").wait()
@@ -581,13 +583,14 @@ def main() -> None:
     rows = []
     if options.out.exists():
         rows = [json.loads(line) for line in options.out.read_text().splitlines()]
-    done = {(row["fault"], row["seed"]) for row in rows}
+    done = {(r["fault"], r["seed"]) for r in rows if r.get("workers", 2) == options.workers}
     for number in range(options.n):
         fault, seed = chosen[number % len(chosen)], number // len(chosen)
         if (fault.name, seed) in done:
             continue
         folder = options.folder / "now"
         row = suffer(fault, seed, experiment, folder, expected, marks)
+        row["workers"] = options.workers
         rows.append(row)
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
