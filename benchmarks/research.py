@@ -89,7 +89,9 @@ def publish(location: Path, dataset: str, out: Path) -> None:
     for name in TABLES if tables.is_dir() else ():
         shutil.copyfile(tables / name, target / name)
     (target / "confirm.md").write_text(confirmation_table(location) + "\n", encoding="utf-8")
-    write_report(str(location), out=str(target / "report.html"), texts=False)
+    page = Path(write_report(str(location), out=str(target / "report.html"), texts=False))
+    here = page.read_text(encoding="utf-8").replace(f"{location.parent.absolute().parent}/", "")
+    page.write_text(here, encoding="utf-8")  # paths of this machine say nothing to others
     result = SearchResult.load(str(location))
     result.frame().drop(columns="reason").to_csv(target / "trials.csv")
 
