@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from sft_ray.config import Regularization
+from sft_ray.training import regularize
 from sft_ray.training.batches import collate
 from sft_ray.training.examples import Dataset
 from sft_ray.training.forward import forward_loss
@@ -182,3 +183,19 @@ def test_vocabulary_rows_outside_the_data_are_written_back_unchanged(
     assert {TOKEN_ID[word] for word in NEVER_IN_TOY_ROWS} <= set(unused)
     assert torch.equal(after[unused], before[unused])
     assert all(not torch.equal(after[row], before[row]) for row in used)
+
+
+def test_a_new_kind_is_one_row(moved: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
+    cubic = regularize.Kind(
+        lambda weight: weight.abs().pow(3).sum() / 3,
+        lambda weights: tuple(weight * weight.abs() for weight in weights),
+    )
+    monkeypatch.setitem(regularize.KINDS, "l3", cubic)
+    penalty = bind_penalty(Regularization.model_construct(kind="l3", strength=STRENGTH), moved)
+    for weight in penalty.weights:
+        weight.grad = torch.zeros_like(weight)
+    penalty.add_gradient()
+    total = STRENGTH * sum(weight.abs().pow(3).sum() / 3 for weight in penalty.weights)
+    assert penalty.value() == pytest.approx(total.item())
+    found = torch.autograd.grad(total, penalty.weights)
+    torch.testing.assert_close([w.grad for w in penalty.weights], list(found))

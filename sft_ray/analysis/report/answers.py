@@ -113,13 +113,13 @@ class _Judged:
 
 
 def answers(run: Run) -> Answers | None:
-    """Of a finished run's `predictions.parquet`; None if there is none.
+    """Of a finished run's `predictions.parquet`; None if there is none, or for a task of your own.
 
     Raises:
         ConfigError: the file is damaged.
     """
     content = run.store.read_bytes(PREDICTIONS)
-    if content is None:
+    if content is None or run.experiment.task not in MEASURES:
         return None
     config = run.store.read_json(f"{BEST}/config.json") or {}
     with reading(run.store.path_of(PREDICTIONS)):
