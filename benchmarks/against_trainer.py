@@ -44,9 +44,10 @@ from sft_ray.training.data import (
 )
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import Dataset, Examples
-from sft_ray.training.fitting import Progress, _Trial, fit
+from sft_ray.training.fitting import _Trial, fit
 from sft_ray.training.forward import evaluate
 from sft_ray.training.model import load_pretrained, resolve_model
+from sft_ray.training.progress import Progress
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.setup import Setup
 from sft_ray.training.sources import read_splits

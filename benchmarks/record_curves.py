@@ -65,7 +65,8 @@ def record(iteration: int, tree: dict[str, Any]) -> dict[str, Any]:
     """Train one configuration to its end."""
     import torch
 
-    from sft_ray.training.fitting import Progress, fit
+    from sft_ray.training.fitting import fit
+    from sft_ray.training.progress import Progress
     from sft_ray.training.world import World
 
     warnings.simplefilter("ignore")

@@ -27,8 +27,9 @@ from benchmarks.throughput import MODEL
 from sft_ray.config import Experiment, Train
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.training.batches import collate
-from sft_ray.training.fitting import Progress, fit
+from sft_ray.training.fitting import fit
 from sft_ray.training.passes import Pass, trunk_output
+from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup, load_setup
 from sft_ray.training.trunk_cache import _read, _write
 from sft_ray.training.world import World

@@ -37,10 +37,11 @@ from sft_ray.run_store import (
 from sft_ray.screen import Screen, duration, short_params
 from sft_ray.training.beat import Beat
 from sft_ray.training.checkpoint import ResumeState, save_model, save_predictions
-from sft_ray.training.fitting import Progress, fit
+from sft_ray.training.fitting import fit
 from sft_ray.training.last_state import LastState
 from sft_ray.training.micro_batch import StepOutOfMemoryError
 from sft_ray.training.preparation import Prepared, prepare_training
+from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup, load_setup
 from sft_ray.training.world import World
 

@@ -9,8 +9,9 @@ import torch
 from sft_ray.config import Experiment, Train
 from sft_ray.search.cluster import plan_layout
 from sft_ray.training.examples import Dataset
-from sft_ray.training.fitting import Progress, fit
+from sft_ray.training.fitting import fit
 from sft_ray.training.model import load_pretrained
+from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup
 from sft_ray.training.world import World, resolve_precision
 from tests.models import PAD, TASK, toy_dataset

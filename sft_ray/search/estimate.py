@@ -12,8 +12,8 @@ from sft_ray.search.cluster import Layout
 from sft_ray.search.draws import DrawnTrial
 from sft_ray.search.speed import Speed
 from sft_ray.training.batches import steps_per_epoch
-from sft_ray.training.fitting import Mark, schedule_marks
 from sft_ray.training.preparation import Prepared
+from sft_ray.training.progress import Mark, schedule_marks
 
 STARTUP_SECONDS = 20.0  # assumed: Ray, processes, model and data, once per search
 RESUME_STATE_MODELS = 4  # weights, two moments of Adam, best weights

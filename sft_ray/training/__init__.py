@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sft_ray.training.data import open_dataset, prepare
-    from sft_ray.training.fitting import Progress, fit
+    from sft_ray.training.fitting import fit
     from sft_ray.training.forward import evaluate
+    from sft_ray.training.progress import Progress
     from sft_ray.training.setup import Setup, load_setup
     from sft_ray.training.tasks import TASKS, find_task
     from sft_ray.training.world import World
@@ -25,8 +26,9 @@ __all__ = [
 ]
 _HOMES = {
     "data": ("open_dataset", "prepare"),
-    "fitting": ("Progress", "fit"),
+    "fitting": ("fit",),
     "forward": ("evaluate",),
+    "progress": ("Progress",),
     "setup": ("Setup", "load_setup"),
     "tasks": ("TASKS", "find_task"),
     "world": ("World",),

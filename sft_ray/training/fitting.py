@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,133 +22,24 @@ from sft_ray.training.checkpoint import ResumeState
 from sft_ray.training.divergence import DivergenceWatch, constant_loss
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.forward import evaluate, forward_loss, loss_options
-from sft_ray.training.metrics import Floats
 from sft_ray.training.micro_batch import Probe
 from sft_ray.training.optim import build_optimizer, build_schedule
+from sft_ray.training.progress import (
+    Best,
+    Mark,
+    Progress,
+    Report,
+    never_began,
+    schedule_marks,
+)
 from sft_ray.training.regularize import bind_penalty
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.setup import Setup
 from sft_ray.training.trunk_cache import Split, TrunkCache
 from sft_ray.training.world import World, resolve_precision
 
-
-@dataclass(frozen=True)
-class Mark:
-    """A point of a trial's own schedule at which it is evaluated and reported."""
-
-    percent: int
-    step: int
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best evaluation so far.
-
-    Attributes:
-        weights: the trained weights it was made with (CPU).
-        outputs: of the whole validation split.
-    """
-
-    percent: int
-    score: float
-    metrics: dict[str, float]
-    weights: dict[str, torch.Tensor] = field(repr=False)
-    outputs: Floats = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What is known at a mark.  Times and counts run from the start of the trial.
-
-    Attributes:
-        index: number of the mark, from 0.
-        metrics: of the validation split; empty after a fault and on ranks above 0.
-        best: of this trial, this mark included; None after a first-mark fault and on ranks
-            above 0.
-        train_loss: mean task loss since the previous mark, nats per example or labelled token.
-        penalty: lambda R(theta) at this mark.
-        micro_batch: most examples that one worker puts through the model at once.
-        padding_share: of the positions that this worker's layers computed in training.
-        trained_parameters: how many numbers are trained.
-        memory_bytes: most that this worker's device has held so far (`_Trial.memory_bytes`).
-        fault: why the configuration cannot go on, if so.
-        resume_state: a call that copies what the trial needs to go on from here; rank 0 only.
-    """
-
-    index: int
-    percent: int
-    step: int
-    num_steps: int
-    epochs_run: float
-    metrics: dict[str, float]
-    best: Best | None
-    train_loss: float
-    penalty: float
-    examples_seen: int
-    train_seconds: float
-    eval_seconds: float
-    micro_batch: int
-    padding_share: float
-    trained_parameters: int
-    memory_bytes: int
-    fault: str | None = None
-    resume_state: Callable[[], ResumeState] | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def finished(self) -> bool:
-        return self.percent == 100 and self.fault is None
-
-    def facts(self) -> dict[str, Any]:
-        """Every field that is a plain value."""
-        skipped = ("best", "resume_state")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skipped}
-
-    def message(self, saved_percent: int | None, restarts: int = 0) -> dict[str, Any]:
-        """What is known at this mark as plain values that JSON can say.
-
-        Args:
-            saved_percent: mark whose weights lie in the run folder.
-            restarts: of the trial so far.
-        """
-        # After a fault the last loss and penalty need not be finite.
-        plain = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in self.facts().items()
-        }
-        best = self.best
-        return {
-            **plain,
-            "finished": self.finished,
-            "score": None if best is None else best.score,
-            "score_percent": None if best is None else best.percent,
-            "best_metrics": {} if best is None else best.metrics,
-            "has_checkpoint": best is not None and best.percent == saved_percent,
-            "restarts": restarts,
-        }
-
-
-Report = Callable[[Progress], bool]
 # Steps between two agreements of several workers on a pause: each of them is a collective.
 STEPS_PER_AGREEMENT = 8
-
-
-def schedule_marks(rungs: list[int], epochs: int, steps_per_epoch: int) -> list[Mark]:
-    """The sorted unique percents of rungs and epoch ends of a schedule.
-
-    An epoch end within 1 of a rung is that rung; a rung that falls on step 0 is the first step.
-    """
-    num_steps = epochs * steps_per_epoch
-    step_at = {rung: max(1, round(rung * num_steps / 100)) for rung in rungs}
-    for epoch in range(1, epochs + 1):
-        exact = 100 * epoch / epochs
-        near = [rung for rung in rungs if abs(exact - rung) <= 1]
-        if not near or epoch == epochs:
-            step_at[round(exact)] = epoch * steps_per_epoch
-    for rung in rungs:  # the nearest of several epoch ends
-        epoch = round(rung * epochs / 100)
-        if 1 <= epoch < epochs and abs(100 * epoch / epochs - rung) <= 1:
-            step_at[rung] = epoch * steps_per_epoch
-    return [Mark(percent, step_at[percent]) for percent in sorted(step_at)]
 
 
 def fit(
@@ -199,7 +89,7 @@ def fit(
     try:
         trial = _Trial(train, setup, objective, seed, most_per_pass, end_diverged, beat)
     except micro_batch.NothingFitsError as error:
-        report(_never_began(str(error)))
+        report(never_began(str(error)))
         return None
     first_mark = 0 if resume is None else trial.restore(resume)
     steps = trial.batches_from(trial.step)
@@ -588,28 +478,6 @@ class _Trial:
         weights = self.pretrained.model.parameters()
         resident = micro_batch.bytes_of([*weights, *self.trainable, *kept])
         return resident + self.most_per_pass * self.probed.bytes_per_example
-
-
-def _never_began(fault: str) -> Progress:
-    return Progress(
-        index=0,
-        percent=0,
-        step=0,
-        num_steps=0,
-        epochs_run=0.0,
-        metrics={},
-        best=None,
-        train_loss=0.0,
-        penalty=0.0,
-        examples_seen=0,
-        train_seconds=0.0,
-        eval_seconds=0.0,
-        micro_batch=0,
-        padding_share=0.0,
-        trained_parameters=0,
-        memory_bytes=0,
-        fault=fault,
-    )
 
 
 class _Clock:

@@ -18,9 +18,9 @@ from sft_ray.training.checkpoint import save_predictions
 from sft_ray.training.data import load_tokenizer
 from sft_ray.training.encoding import Encoder
 from sft_ray.training.examples import Dataset
-from sft_ray.training.fitting import Best
 from sft_ray.training.forward import evaluate, model_outputs
 from sft_ray.training.model import Pretrained
+from sft_ray.training.progress import Best
 from sft_ray.training.setup import Setup
 from sft_ray.training.tasks import TASKS, Task
 from sft_ray.training.world import World

@@ -14,9 +14,9 @@ import torch
 from sft_ray.config import Regularization
 from sft_ray.training import metrics
 from sft_ray.training.examples import Dataset
-from sft_ray.training.fitting import Progress
 from sft_ray.training.forward import evaluate
 from sft_ray.training.model import Pretrained
+from sft_ray.training.progress import Progress
 from sft_ray.training.world import World
 from tests.models import PAD, TASK, load_tiny, run_fit, tiny_model_folder
 

@@ -16,8 +16,8 @@ from transformers import (
 
 from sft_ray.config import Regularization, Train
 from sft_ray.training.examples import Dataset
-from sft_ray.training.fitting import Mark, schedule_marks
 from sft_ray.training.optim import build_optimizer, build_schedule
+from sft_ray.training.progress import Mark, schedule_marks
 from tests.models import load_tiny
 
 RUNGS = [10, 33]

@@ -17,8 +17,8 @@ from sft_ray.config import Data
 from sft_ray.errors import DataError
 from sft_ray.training.data import open_dataset, prepare
 from sft_ray.training.examples import IGNORED, Dataset, Examples
-from sft_ray.training.fitting import Progress
 from sft_ray.training.metrics import answer_f1
+from sft_ray.training.progress import Progress
 from sft_ray.training.tasks import TASKS
 from tests.models import (
     KEYWORDS,
