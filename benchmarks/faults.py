@@ -226,7 +226,7 @@ def second_driver(scene: Scene) -> bool:
         other.wait()
         code = None
     said = (scene.folder / "second.txt").read_text(errors="replace")
-    if code == 0 and "is finished; its outcome" in said:
+    if code == 0 and " starts " not in said:
         return False  # the first one was over before
     if code != 2 or "another search is running" not in said:
         raise SystemExit(f"the second driver ended with {code}: {said[-500:]}")
