@@ -104,17 +104,25 @@ class RunStore(FileStore):
         """Whether another driver holds the run that this one held."""
         return self._lock.taken_over
 
+    def check_free(self) -> None:
+        """Tell early what `locked` would tell.
+
+        Raises:
+            ResourceError: a driver works on the run.
+        """
+        if self.is_locked():
+            raise ResourceError(
+                f"{self.location}: another search is running in this folder; wait for it or stop "
+                "it, or choose another name=…"
+            )
+
     def set_aside(self) -> str:
         """Rename the run folder so that a fresh one can take its name; return the new name.
 
         Raises:
             ResourceError: a driver works on it.
         """
-        if self.is_locked():
-            raise ResourceError(
-                f"{self.location}: another search is running in this folder; stop it first, or "
-                "choose another name=…"
-            )
+        self.check_free()
         number = 1
         while RunStore(self.storage, f"{self.name}.old-{number}").is_there():
             number += 1

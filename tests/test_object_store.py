@@ -217,7 +217,9 @@ def test_a_second_driver_is_refused_and_the_lease_is_given_back(
             RunStore(store.storage, "x").locked(),
         ):
             pass
-        with pytest.raises(ResourceError, match="is running in this folder; stop it first"):
+        with pytest.raises(
+            ResourceError, match="is running in this folder; wait for it or stop it"
+        ):
             store.set_aside()
     assert not store.is_locked()
     assert not store.exists("lease.json")

