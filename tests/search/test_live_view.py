@@ -271,6 +271,8 @@ class Terminal:
             cwd=HERE,
             env={**shared, "TERM": "xterm-256color", "PYTHONPATH": str(HERE), **environment},
             start_new_session=True,
+            # A suite that a shell runs in the background is deaf to it, and so are its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(follower)
         self.seen = ""
