@@ -107,7 +107,8 @@ def say_outcome(
     confirm = f"sft-ray confirm {shlex.quote(result.location)}"
     others = [f"{confirm}    # how good it is on fresh seeds and on test"]
     if source is not None:
-        others.append(f"sft-ray search {source} search.trials={2 * len(states)}")
+        words = [word for word in shlex.split(source) if not word.startswith("search.trials=")]
+        others.append(f"sft-ray search {shlex.join(words)} search.trials={2 * len(states)}")
     prepared.say_next(screen, best["checkpoint"], *others)
 
 
