@@ -38,6 +38,7 @@ from typing import Any
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
+from benchmarks.planting import PLANTER
 from sft_ray.analysis.results import SearchResult
 from sft_ray.run_store import JOURNAL, METRICS, RESULTS, RunStore
 from sft_ray.serving.verify import run_verification
@@ -239,7 +240,7 @@ def _unmount(place: Path) -> None:
 
 # Planted in every Python process of a search.
 SITECUSTOMIZE = """
-import importlib.abc, importlib.util, os, sys, time
+import os, time
 from pathlib import Path
 
 ORDERS, honest_time = Path(__file__).parent, time.time
@@ -276,21 +277,6 @@ def plant(module):
             time.sleep(1e6)
         return honest_step(trial, indices)
     module._Trial.take_step = take_step
-
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name != "sft_ray.training.fitting":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        honest_exec = spec.loader.exec_module
-        def exec_module(module):
-            honest_exec(module)
-            plant(module)
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Finder())
 """
 RANK = r"^ray::(RayTrainWorker|Worker\b)"
 FAULTS = (
@@ -452,7 +438,7 @@ def suffer(
     """One search with one fault; what became of it."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "orders").mkdir(parents=True)
-    (folder / "orders" / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    (folder / "orders" / "sitecustomize.py").write_text(SITECUSTOMIZE + PLANTER)
     with storage_for(fault, folder) as (storage, seen, proxy):
         draw = random.Random(f"{fault.name} {seed}")
         scene = Scene(0, draw, experiment, storage, folder, proxy)

@@ -85,10 +85,19 @@ class RunLock:
             return False
         return False
 
+    def check_free(self) -> None:
+        """Tell early what `held` would tell.
+
+        Raises:
+            ResourceError: a driver works on the run.
+        """
+        if self.is_held():
+            raise self._busy("in this folder")
+
     def _busy(self, where: str) -> ResourceError:
         return ResourceError(
-            f"{self._store.location}: another search is running {where}; wait for it, or choose "
-            "another name=…"
+            f"{self._store.location}: another search is running {where}; wait for it or stop it, "
+            "or choose another name=…"
         )
 
     def _lease(self) -> dict[str, Any] | None:

@@ -105,16 +105,8 @@ class RunStore(FileStore):
         return self._lock.taken_over
 
     def check_free(self) -> None:
-        """Tell early what `locked` would tell.
-
-        Raises:
-            ResourceError: a driver works on the run.
-        """
-        if self.is_locked():
-            raise ResourceError(
-                f"{self.location}: another search is running in this folder; wait for it or stop "
-                "it, or choose another name=…"
-            )
+        """See `RunLock.check_free`."""
+        self._lock.check_free()
 
     def set_aside(self) -> str:
         """Rename the run folder so that a fresh one can take its name; return the new name.
