@@ -25,19 +25,21 @@ __all__ = [
     "prepare",
 ]
 _HOMES = {
-    "data": ("open_dataset", "prepare"),
-    "fitting": ("fit",),
-    "forward": ("evaluate",),
-    "progress": ("Progress",),
-    "setup": ("Setup", "load_setup"),
-    "tasks": ("TASKS", "find_task"),
-    "world": ("World",),
+    "TASKS": "tasks",
+    "Progress": "progress",
+    "Setup": "setup",
+    "World": "world",
+    "evaluate": "forward",
+    "find_task": "tasks",
+    "fit": "fitting",
+    "load_setup": "setup",
+    "open_dataset": "data",
+    "prepare": "data",
 }
 
 
 def __getattr__(name: str) -> object:
     """Import on first use: a search's driver trains nothing, and models take seconds to import."""
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
