@@ -28,6 +28,7 @@ from sft_ray.search.cluster import Layout, draining, slots_now
 from sft_ray.search.conductor import Conductor
 from sft_ray.search.everywhere import nodes
 from sft_ray.search.machines import Machines
+from sft_ray.search.placement import free_what_the_dead_hold
 from sft_ray.search.slot import HEAD, Slot
 from sft_ray.search.watch import start_watch
 from sft_ray.training.preparation import Prepared
@@ -191,7 +192,7 @@ class TrialScheduler(FIFOScheduler):
 
 class EverySecond(tune.Callback):
     """What the driver does beside handing out trials: hears signals, has the watch look around,
-    looks after the machines."""
+    looks after the machines and the room that dead slots hold."""
 
     def __init__(
         self,
@@ -218,6 +219,7 @@ class EverySecond(tune.Callback):
             return
         self._next_at = now + 1
         self._machines.look()
+        free_what_the_dead_hold()
         if self.conductor.is_pausing:
             self._watch.pause.remote()
         if self._check is None or ray.wait([self._check], timeout=0)[0]:

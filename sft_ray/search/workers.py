@@ -79,12 +79,11 @@ def _run_group(
 ) -> None:
     set_ray_environment()
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
-    from sft_ray.search.network import AddressedTorch
+    from sft_ray.search.train_group import AddressedTorch, GroupTrainer
 
     on_gpu = bool(resources.get("GPU"))
-    TorchTrainer(
+    GroupTrainer(
         _serve_in_group,
         train_loop_config=settings,
         torch_config=AddressedTorch(backend="nccl" if on_gpu else "gloo"),

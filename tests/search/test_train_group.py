@@ -1,6 +1,6 @@
 """The interface that gloo is told to use."""
 
-from sft_ray.search.network import AddressedBackend, AddressedTorch, interface_of
+from sft_ray.search.train_group import AddressedBackend, AddressedTorch, interface_of
 
 
 def test_an_address_has_its_interface() -> None:

@@ -1,4 +1,4 @@
-"""Has ranks on several machines find each other: gloo binds to the address that Ray knows."""
+"""What is different about our groups of Ray Train: where gloo binds, who frees their room."""
 
 from __future__ import annotations
 
@@ -6,8 +6,20 @@ import os
 from typing import Any
 
 import psutil
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+
+class GroupTrainer(TorchTrainer):
+    """Without the process that frees the group's room, see `free_what_the_dead_hold`."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [
+            callback
+            for callback in super()._create_default_callbacks()
+            if not isinstance(callback, PlacementGroupCleanerCallback)
+        ]
 
 
 class AddressedBackend(_TorchBackend):
