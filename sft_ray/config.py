@@ -89,6 +89,14 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Column = Annotated[str, Field(min_length=1)] | list[str] | None
 
 
+TrackingTool = Literal["tensorboard", "mlflow", "wandb"]
+
+
+def as_list(value: Any) -> Any:
+    """One word stands for a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
 class Section(BaseModel):
     """Base of every part of the tree: unknown keys, silent conversions, NaN and inf are refused."""
 
@@ -400,6 +408,7 @@ class Experiment(Section):
     watchdog: Watchdog = Watchdog()
     checkpoint: Checkpoint = Checkpoint()
     resources: Resources = Resources()
+    tracking: Annotated[list[TrackingTool], BeforeValidator(as_list)] = []
     storage: Annotated[Location, Field(validate_default=True)] = "${SFT_RAY_STORAGE:-runs}"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
 

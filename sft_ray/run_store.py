@@ -259,7 +259,7 @@ def check_folder_rule(
     new = _flat(experiment.to_tree())
     keys = (old.keys() | new.keys()) - {"name", "storage"}  # a run folder may be moved
     # These decide no number of the run.
-    keys = {key for key in keys if key.partition(".")[0] not in ("confirm", "watchdog")}
+    keys = {key for key in keys if key.partition(".")[0] not in ("confirm", "watchdog", "tracking")}
     changed = {key for key in keys if old.get(key) != new.get(key)}
     differences = [
         f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"

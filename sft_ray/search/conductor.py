@@ -13,6 +13,7 @@ from sft_ray.analysis.outcome import Outcome
 from sft_ray.file_store import NEXT
 from sft_ray.run_store import ERROR_LOG, METRICS, TRIAL, RunStore
 from sft_ray.screen import Screen
+from sft_ray.search.tracking import Tracker
 from sft_ray.search.trials import PlannedTrial, Trials
 
 MAX_FAILURES_IN_A_ROW = 3
@@ -24,6 +25,7 @@ class Conductor:
     Args:
         slots: most trials at a time.
         after_change: called when a trial has begun, and when its end has been taken in.
+        tracker: tells other tools.
 
     Attributes:
         stopped: why nothing can go on, if so.
@@ -40,10 +42,12 @@ class Conductor:
         objective: str,
         slots: int,
         after_change: Callable[[], None] = lambda: None,
+        tracker: Tracker | None = None,
     ) -> None:
         self.trials, self.store, self.screen = trials, store, screen
         self.objective, self.slots, self._after_change = objective, slots, after_change
         self.board = trials.open_board(objective, slots)
+        self._tracker = tracker or Tracker((), store, screen.event)
         self.stopped: str | None = None
         self.is_pausing = False
         self.disk_problem: str | None = None
@@ -53,6 +57,10 @@ class Conductor:
         self._lines: dict[int, list[str]] = {}  # of metrics.jsonl
         self._failures_in_a_row = 0
         self._with_models: set[str] | None = None  # folders of trials that may hold a model
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes down all that it is given, and the run folder is the state."""
+        return {}
 
     @property
     def has_ended(self) -> bool:
@@ -69,6 +77,7 @@ class Conductor:
             if self._with_models is not None:
                 self._with_models.add(planned.folder)
             self.board.start(planned)
+            self._tracker.start(planned)
             self.screen.event(f"{planned.label:<9} starts   {planned.said}")
         return planned
 
@@ -104,6 +113,7 @@ class Conductor:
             return False
         score = message["metrics"][self.objective]
         self.board.mark(number, message["percent"], score, message["train_loss"])
+        self._tracker.mark(number, message)
         reason = self.trials.mark(number, message["percent"], score, message["slot_seconds"])
         if message.get("replayed"):
             return True
@@ -190,6 +200,7 @@ class Conductor:
         )
         self.trials.finish(planned.number, state, outcome)
         self.board.end(planned.number, state.name, outcome.score, outcome.slot_seconds)
+        self._tracker.end(planned.number, has_failed=state == TrialState.FAIL)
         row = self.trials.row(planned.number)
         self.store.write_json(f"{planned.folder}/{TRIAL}", row)
         self.store.delete_folder(f"{planned.folder}/last")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from sft_ray.search.board import Board, EndedTrial
 from sft_ray.search.cluster import capacity, connected, plan_layout
 from sft_ray.search.conductor import Conductor
 from sft_ray.search.everywhere import check_storage_everywhere
+from sft_ray.search.tracking import Tracker
 from sft_ray.search.trials import MAX_RESTARTS, PlannedTrial
 from sft_ray.training.preparation import Prepared
 
@@ -245,7 +247,10 @@ def run_fixed(
             experiment = prepared.experiment.model_copy(update={"search": search})
             layout = plan_layout(experiment, capacity())
             check_storage_everywhere(store.anchored()[0])
-            conductor = Conductor(trials, store, screen, prepared.objective, layout.slots)
-            with live_view(screen, conductor.board):
+            tracker = Tracker(experiment.tracking, store, screen.event)
+            conductor = Conductor(
+                trials, store, screen, prepared.objective, layout.slots, tracker=tracker
+            )
+            with closing(tracker), live_view(screen, conductor.board):
                 run_on_slots(conductor, prepared, layout)
     return trials.finished_rows

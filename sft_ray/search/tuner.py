@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -43,6 +44,7 @@ from sft_ray.search.mending import damage_found, mend
 from sft_ray.search.narration import say_outcome, say_truth
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.study import SearchStudy, open_storage
+from sft_ray.search.tracking import Tracker
 from sft_ray.search.warm_start import warm_configurations
 from sft_ray.training.preparation import Prepared
 
@@ -91,6 +93,7 @@ def run_search(
     with connected(address):
         layout = plan_layout(experiment, capacity())
         check_storage_everywhere(store.anchored()[0])
+        tracker = Tracker(experiment.tracking, store, screen.event)
         if fresh and store.is_there():
             screen.say(f"the old folder is now {store.set_aside()}")
         with store.locked() as notes:
@@ -126,9 +129,10 @@ def run_search(
                     prepared.objective,
                     layout.slots,
                     lambda: store.push_journal(now=False),
+                    tracker,
                 )
                 try:
-                    with live_view(screen, conductor.board):
+                    with closing(tracker), live_view(screen, conductor.board):
                         run_on_slots(conductor, prepared, layout)
                 finally:
                     if not store.is_taken_over:
