@@ -244,7 +244,8 @@ def test_a_dropped_connection_a_killed_driver_and_a_lost_host_cost_little(desk: 
 
 
 def test_a_host_joins_and_drains(desk: Desk) -> None:
-    process = desk.submit(*LASTING, "name=growing", "resources.workers_per_trial=1")
+    long = ["train.epochs=24", "resources.workers_per_trial=1"]
+    process = desk.submit(*LASTING, *long, "name=growing")
     desk.wait(lambda: "%" in desk.said.split("starting")[-1] if "starting" in desk.said else False)
     lost = desk.machines[2]
     if lost.process is None:
