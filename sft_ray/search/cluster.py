@@ -48,8 +48,8 @@ def connected(address: str | None) -> Iterator[None]:
     """A connection to Ray; one that was opened here is closed at the end.
 
     Without an address, Ray looks for `RAY_ADDRESS`, then for a cluster started on this machine,
-    then starts one of its own, without a dashboard, whose services ask for a token.  The logs of
-    that one are removed at the end, unless it is an error.
+    then starts one of its own, without a dashboard, whose services keep to the loopback interface
+    and ask for a token.  The logs of that one are removed at the end, unless it is an error.
 
     Raises:
         ResourceError: the cluster cannot be reached.
@@ -98,22 +98,26 @@ def _for_new_processes() -> Iterator[None]:
     Sessions of their own: a closed terminal, or a signal to the driver's group, would end them
     before the running trials have written their states.  They still die with the driver.  And the
     address of their own Ray: parts of Ray Train ask for it and give up where several Rays run on a
-    machine, and what a lost slot held would never be free again.
+    machine, and what a lost slot held would never be free again.  And only the loopback interface
+    to listen on, by the switch with which Ray does so on a Mac.
     """
-    from ray._private import services
+    from ray._private import ray_constants, services
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     popen, names = services.ConsolePopen, {"RAY_GCS_SERVER_PORT": str(port)}
     names["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+    names[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     before = {name: os.environ.get(name) for name in names}
+    is_wide, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     services.ConsolePopen = partial(popen, start_new_session=True)
     os.environ.update(names)
     try:
         yield
     finally:
         services.ConsolePopen = popen
+        ray_constants.ENABLE_RAY_CLUSTER = is_wide
         for name, value in before.items():
             os.environ.pop(name)
             if value is not None:

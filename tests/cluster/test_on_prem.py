@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sft_ray.yaml_text import dump_yaml, parse_yaml
-from tests.cluster.hosts import OUTSIDE, Host, hosts, ssh, what_is_missing
+from tests.cluster.hosts import OUTSIDE, Host, hosts, ssh, wait_for_ssh, what_is_missing
 from tests.s3 import BUCKET, CREDENTIALS, names_below, s3_server
 
 ROOT = Path(__file__).parents[2]
@@ -143,6 +144,12 @@ class Desk:
     def on_head(self, command: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
         return ssh(self.head, self.key, command, check=check)
 
+    def revive(self, host: Host) -> None:
+        """Another machine at the address of one that is gone."""
+        host.remove()
+        host.start()
+        wait_for_ssh(host, self.key)
+
     def driver_pid(self) -> int:
         """Of the one job that runs."""
         command = "from ray.job_submission import JobSubmissionClient as C"
@@ -249,11 +256,7 @@ def test_a_host_joins_and_drains(desk: Desk) -> None:
     desk.wait(lambda: "%" in desk.said.split("starting")[-1] if "starting" in desk.said else False)
     lost = desk.machines[2]
     if lost.process is None:
-        lost.remove()
-        lost.start()
-        from tests.cluster.hosts import wait_for_ssh
-
-        wait_for_ssh(lost, desk.key)
+        desk.revive(lost)
     join = f"ray start --address={desk.head.ip}:6379 --num-cpus=1 --node-ip-address={lost.ip}"
     assert ssh(lost, desk.key, join, check=False).returncode == 0
     desk.wait(lambda: f"{lost.ip} joins" in desk.said, 120)
@@ -264,6 +267,32 @@ def test_a_host_joins_and_drains(desk: Desk) -> None:
     desk.wait(lambda: f"{desk.machines[1].ip} is taken away" in desk.said, 60)
     assert process.wait(1500) == 0, desk.said
     assert {trial["state"] for trial in results(desk, "growing")["trials"]} == {"COMPLETE"}
+
+
+def test_a_new_head_goes_on_where_the_lost_one_stopped(desk: Desk) -> None:
+    words = [*LASTING, "name=headless"]
+    process, run = desk.submit(*words), shared(desk, "headless")
+    desk.wait(lambda: list(run.glob("trials/*/last/state.json")))
+    desk.head.kill()
+    with suppress(subprocess.TimeoutExpired):  # ssh may wait long for a machine that is silent
+        process.wait(20)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (run / "results.json").exists()
+
+    for host in desk.machines:  # Ray on the others does not outlive its head for long
+        desk.revive(host)
+    done = desk.ray("up", "cluster.yaml", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    desk.wait(lambda: desk.alive() == 3, 300)
+    process = desk.submit(*words)
+    assert process.wait(1500) == 0, desk.said
+    assert "going on with" in desk.said
+    trials = results(desk, "headless")["trials"]
+    assert [trial["number"] for trial in trials] == [0, 1, 2]
+    assert {trial["state"] for trial in trials} == {"COMPLETE"}
+    assert sum(trial["restarts"] for trial in trials) == 0  # a lost head is nobody's fault
 
 
 def test_a_wrong_token_is_refused(desk: Desk) -> None:
