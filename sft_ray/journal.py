@@ -17,8 +17,10 @@ from sft_ray.errors import ConfigError
 from sft_ray.file_store import FileStore
 
 JOURNAL = "study.journal"
-MOST_SECONDS = 30.0  # between two last-good copies on a disk
-SHARE = 0.01  # of the time that they may take, if they are to come more often
+MOST_SECONDS = 30.0  # between two copies, if there is news
+SHARE = 0.01  # of the time that last-good copies on a disk may take, if they are to come more often
+# Of the time that an object store may take: what ends between two copies is lost with the machine.
+SHARE_OF_STORE = 0.2
 
 
 class Journal:
@@ -30,7 +32,7 @@ class Journal:
 
     def __init__(self, store: FileStore) -> None:
         self._store = store
-        self._kept_at, self._cost = 0.0, 0.0
+        self._kept_at, self._cost, self._kept_bytes = 0.0, 0.0, -1
         if store.local_root is not None:
             self.live = store.local_root / JOURNAL
         else:
@@ -107,20 +109,21 @@ class Journal:
         """Store the live study, and a last-good copy of it.
 
         Args:
-            now: on a disk, keep the copy even if there is one of the last seconds.
+            now: even if the last copy is of the last seconds, or has everything.
         """
         if not self.live.exists():
             return
         began = time.monotonic()
-        if self._store.local_root is not None:
-            pause = min(MOST_SECONDS, self._cost / SHARE)
-            if not now and began - self._kept_at < pause:
+        if not now:
+            share = SHARE if self._store.local_root is not None else SHARE_OF_STORE
+            has_all = self.live.stat().st_size == self._kept_bytes  # it only ever grows
+            if has_all or began - self._kept_at < min(MOST_SECONDS, self._cost / share):
                 return
         content = self.live.read_bytes()
         if self._store.local_root is None:
             self._store.write_bytes(JOURNAL, content)
         self._store.write_good(JOURNAL, content)
-        self._kept_at = time.monotonic()
+        self._kept_at, self._kept_bytes = time.monotonic(), len(content)
         self._cost = self._kept_at - began
 
 

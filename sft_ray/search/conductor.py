@@ -24,7 +24,8 @@ class Conductor:
 
     Args:
         slots: most trials at a time.
-        after_change: called when a trial has begun, and when its end has been taken in.
+        after_change: called when a trial has begun, when its end has been taken in, and when
+            `keep` is.
         tracker: tells other tools.
 
     Attributes:
@@ -173,6 +174,11 @@ class Conductor:
         if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
             self.stopped = f"{self._failures_in_a_row} failures in a row"
 
+    def keep(self) -> None:
+        """To be called now and then: what the last change has left to be stored."""
+        if not self._is_taken_over():
+            self._after_change()
+
     def startup_seconds(self, since: float) -> float | None:
         """From `since` until the first slot was ready for its first trial."""
         return None if self.ready_at is None else self.ready_at - since
@@ -202,8 +208,12 @@ class Conductor:
         self.board.end(planned.number, state.name, outcome.score, outcome.slot_seconds)
         self._tracker.end(planned.number, has_failed=state == TrialState.FAIL)
         row = self.trials.row(planned.number)
+        if self.store.local_root is None:
+            self._store_metrics(planned)
         self.store.write_json(f"{planned.folder}/{TRIAL}", row)
         self.store.delete_folder(f"{planned.folder}/last")
+        self._last.pop(planned.number, None)
+        self._lines.pop(planned.number, None)
         self._after_change()
         self._delete_outdated()
         self._say_end(planned, state, outcome, is_best)
@@ -243,8 +253,14 @@ class Conductor:
         if message["index"] == 0:  # from the start, also after a restart
             self._lines[planned.number] = []
         self._lines[planned.number].append(json.dumps(message))
-        lines = "\n".join(self._lines[planned.number])
-        self.store.write_text(f"{planned.folder}/{METRICS}", f"{lines}\n")
+        # An object store gets them at the end: whoever takes the trial up is told every mark anew.
+        if self.store.local_root is not None:
+            self._store_metrics(planned)
+
+    def _store_metrics(self, planned: PlannedTrial) -> None:
+        if lines := self._lines.get(planned.number):
+            text = "\n".join(lines)
+            self.store.write_text(f"{planned.folder}/{METRICS}", f"{text}\n")
 
     def _log_error(self, planned: PlannedTrial, reason: str, traceback: str) -> None:
         self.store.append_text(ERROR_LOG, f"{planned.label}: {reason}\n{traceback}\n")

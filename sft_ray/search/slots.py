@@ -192,7 +192,7 @@ class TrialScheduler(FIFOScheduler):
 
 class EverySecond(tune.Callback):
     """What the driver does beside handing out trials: hears signals, has the watch look around,
-    looks after the machines and the room that dead slots hold."""
+    looks after the machines, the room that dead slots hold, and the stored study."""
 
     def __init__(
         self,
@@ -220,6 +220,7 @@ class EverySecond(tune.Callback):
         self._next_at = now + 1
         self._machines.look()
         free_what_the_dead_hold()
+        self.conductor.keep()
         if self.conductor.is_pausing:
             self._watch.pause.remote()
         if self._check is None or ray.wait([self._check], timeout=0)[0]:

@@ -135,3 +135,40 @@ def test_a_copy_that_is_damaged_itself_is_not_used(tmp_path: Path) -> None:
     store.push_journal(now=False)  # just written
     store.push_journal()
     assert store.read_good(JOURNAL) == b'{"a":1}\n{"b":2}\n'
+
+
+def test_an_object_store_is_asked_for_a_share_of_the_time_and_gets_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("sft_ray.journal.time.monotonic", lambda: clock[0])
+    store = RunStore(f"file://{tmp_path}", "x")
+    written: list[bytes] = []
+    honest = store.write_bytes
+
+    def slow(path: str, content: bytes) -> None:
+        clock[0] += 1  # 2 s with the last-good copy
+        written.append(content)
+        honest(path, content)
+
+    monkeypatch.setattr(store, "write_bytes", slow)
+    store.journal.parent.mkdir(parents=True, exist_ok=True)
+    store.journal.write_bytes(b'{"a":1}\n')
+    store.push_journal()
+    for _ in range(50):  # nothing is new
+        clock[0] += 1
+        store.push_journal(now=False)
+    assert len(written) == 2
+    pushed_at = []
+    for second in range(60):
+        with store.journal.open("ab") as file:
+            file.write(b'{"b":2}\n')
+        before = len(written)
+        store.push_journal(now=False)
+        if len(written) > before:
+            pushed_at.append(second)
+        clock[0] += 1
+    assert 5 <= len(pushed_at) <= 8  # 2 s of every ten
+    clock[0] += 30
+    store.push_journal(now=False)
+    assert store.read_bytes(JOURNAL) == store.journal.read_bytes()
