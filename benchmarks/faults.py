@@ -1,18 +1,19 @@
 """Kills parts of running searches at random moments, and counts what is lost.
 
-One search is run undisturbed; then each fault strikes searches of the same experiment and seed, at
-moments drawn from a seed.  A search that its fault has ended is started again by the same command,
-as a user would.  Afterwards its trials must be those of the undisturbed search, each exactly once,
-and its best model must score what was reported.  Where a fault is a trial's own (it raises, is out
-of memory, turns NaN) the trials behind it may differ, and each number must be there once.
+One search is run undisturbed; then faults strike searches of the same experiment and seed, one or
+several each (--per-search), at moments drawn from a seed.  A search that a fault has ended is
+started again by the same command, as a user would.  Afterwards its trials must be those of the
+undisturbed search, each exactly once, and its best model must score what was reported.  Where a
+fault is a trial's own (it raises, is out of memory, turns NaN) the trials behind it may differ, and
+each number must be there once.
 
 Faults of disks need root: the run folder lies on a small tmpfs of its own.  Faults of storage need
 moto: a proxy in front of its S3 server fails, dawdles or hangs up.  Faults inside of a trial are
 planted by a `sitecustomize` in the PYTHONPATH of the search; a clock that jumps is Python's
 `time.time` in all of its processes, as the kernel's belongs to the whole machine.
 
-One JSON line per search goes to --out; those that are there are not repeated.  Exit code 1 if
-anything was lost, doubled or hung.
+One JSON line per fault goes to --out, with what its search has lost and doubled; faults that are
+there are not repeated.  Exit code 1 if anything was lost, doubled or hung.
 """
 
 from __future__ import annotations
@@ -432,29 +433,67 @@ def storage_for(fault: Fault, folder: Path) -> Iterator[tuple[str, str, Any]]:
         yield str(folder), str(folder), None
 
 
+@dataclass
+class Strike:
+    """One fault, and when it strikes.
+
+    Attributes:
+        seed: of the moment.
+        mark: how far the search is then, in lines of all metrics files.
+        delay: seconds behind that.
+        at: when it struck; None until then.
+        marks: that there were at that moment.
+        starts: of the driver, up to that moment.
+        recovery_seconds: until the next mark; None until then.
+    """
+
+    fault: Fault
+    seed: int
+    mark: int
+    delay: float
+    at: float | None = None
+    marks: int = 0
+    starts: int = 1
+    recovery_seconds: float | None = None
+
+
+def drawn(fault: Fault, seed: int, marks: int) -> Strike:
+    """A fault at a moment of a search that has `marks` marks in all."""
+    draw = random.Random(f"{fault.name} {seed}")
+    mark, delay = draw.randrange(marks), draw.uniform(0.0, 0.5)
+    return Strike(fault, seed, marks - 1 if fault.at_end else mark, delay)
+
+
+def in_one_search(strikes: Sequence[Strike], most: int) -> Iterator[list[Strike]]:
+    """Strikes that share a storage, mixed, at most so many at a time."""
+    for place in dict.fromkeys(strike.fault.place for strike in strikes):
+        mine = [strike for strike in strikes if strike.fault.place == place]
+        if most > 1:
+            random.Random(0).shuffle(mine)
+        for first in range(0, len(mine), most):
+            yield sorted(mine[first : first + most], key=lambda strike: strike.mark)
+
+
 def suffer(
-    fault: Fault, seed: int, experiment: Path, folder: Path, expected: Sequence[Any], marks: int
-) -> dict[str, Any]:
-    """One search with one fault; what became of it."""
+    strikes: Sequence[Strike], experiment: Path, folder: Path, expected: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """One search under faults; what became of it, a row for each of them."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "orders").mkdir(parents=True)
     (folder / "orders" / "sitecustomize.py").write_text(SITECUSTOMIZE + PLANTER)
-    with storage_for(fault, folder) as (storage, seen, proxy):
-        draw = random.Random(f"{fault.name} {seed}")
+    with storage_for(strikes[0].fault, folder) as (storage, seen, proxy):
+        draw = random.Random(f"{strikes[0].fault.name} {strikes[0].seed}")
         scene = Scene(0, draw, experiment, storage, folder, proxy)
         try:
-            return _suffer(fault, seed, scene, RunStore(seen, NAME), expected, marks)
+            return _suffer(strikes, scene, RunStore(seen, NAME), expected)
         finally:
             scene.end_fault()
 
 
 def _suffer(
-    fault: Fault, seed: int, scene: Scene, run: RunStore, expected: Sequence[Any], marks: int
-) -> dict[str, Any]:
-    draw, log = scene.draw, scene.folder / "log.txt"
-    moment, extra = draw.randrange(marks), draw.uniform(0.0, 0.5)
-    if fault.at_end:
-        moment = marks - 1
+    strikes: Sequence[Strike], scene: Scene, run: RunStore, expected: Sequence[Any]
+) -> list[dict[str, Any]]:
+    log = scene.folder / "log.txt"
 
     def begin() -> subprocess.Popen[bytes]:
         started = start(scene.experiment, scene.storage, log, scene.orders)
@@ -463,17 +502,23 @@ def _suffer(
 
     began = time.monotonic()
     driver = begin()
-    struck_at: float | None = None
-    recovered_after: float | None = None
-    starts, behind = 1, 0
-    outcome = "hung"
+    starts, outcome = 1, "hung"
     while time.monotonic() - began < HANG_SECONDS:
-        if struck_at is None and run.exists(JOURNAL) and marks_so_far(run) >= moment:
-            time.sleep(extra)
-            if fault.strike(scene):
-                struck_at, behind = time.monotonic(), marks_so_far(run)
-        if struck_at is not None and recovered_after is None and marks_so_far(run) > behind:
-            recovered_after = time.monotonic() - struck_at
+        there = marks_so_far(run) if run.exists(JOURNAL) else -1
+        for strike in strikes:
+            if strike.at is None:
+                continue
+            if strike.recovery_seconds is None and there > strike.marks:
+                strike.recovery_seconds = time.monotonic() - strike.at
+        due = [strike for strike in strikes if strike.at is None and there >= strike.mark]
+        if due and scene.heal is None:  # what lasts is over before the next one
+            time.sleep(due[0].delay)
+            if due[0].fault.strike(scene):
+                due[0].at, due[0].marks, due[0].starts = (
+                    time.monotonic(),
+                    marks_so_far(run),
+                    starts,
+                )
         code = driver.poll()
         if scene.heal is not None and (code is not None or time.monotonic() > scene.heal_at):
             scene.end_fault()
@@ -481,10 +526,10 @@ def _suffer(
             time.sleep(0.02 if scene.proxy is None else 0.5)
             continue
         if code == 0 and run.exists(RESULTS):
-            outcome = "survived" if starts == 1 else "resumed"
+            outcome = "ended"
             break
         starts += 1
-        if starts > 4:
+        if starts > 3 + len(strikes):
             outcome = "does not go on"
             break
         driver = begin()
@@ -494,25 +539,41 @@ def _suffer(
         driver.wait()
     found = trials_of(run) if run.exists(RESULTS) else []
     numbers = [row[0] for row in found]
-    if fault.is_of_a_trial:
+    if any(strike.fault.is_of_a_trial for strike in strikes):
         lost = sum(row[0] not in numbers for row in expected)
     else:
         lost = sum(row not in found for row in expected)
-    return {
-        "fault": fault.name,
-        "seed": seed,
-        "struck": struck_at is not None,
-        "at_mark": moment,
-        "outcome": outcome,
-        "starts": starts,
+    search = {
         "lost": lost,
         "doubled": doubled_in(run) + len(numbers) - len(set(numbers)),
         "rescored": bool(found) and run_verification(run.location).ok,
         "left_behind": left,
-        "recovery_seconds": recovered_after,
         "seconds": time.monotonic() - began,
         "date": datetime.now(UTC).date().isoformat(),
+        "search": " + ".join(f"{strike.fault.name} {strike.seed}" for strike in strikes),
     }
+    struck = sorted((s for s in strikes if s.at is not None), key=lambda s: s.at or 0.0)
+    starts_behind = [strike.starts for strike in struck[1:]] + [starts]
+    rows = []
+    for strike in strikes:
+        end = outcome
+        if outcome == "ended":
+            # What ended a driver is the fault that struck last before.
+            ended = strike in struck and starts_behind[struck.index(strike)] > strike.starts
+            end = "resumed" if ended else "survived"
+        rows.append(
+            {
+                "fault": strike.fault.name,
+                "seed": strike.seed,
+                "struck": strike.at is not None,
+                "at_mark": strike.mark,
+                "outcome": end,
+                "starts": starts,
+                "recovery_seconds": strike.recovery_seconds,
+                **search,
+            }
+        )
+    return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -553,6 +614,9 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=5 * len(KILLS), help="injections, over all faults")
     parser.add_argument("--faults", nargs="*", choices=[f.name for f in FAULTS], default=KILLS)
     parser.add_argument(
+        "--per-search", type=int, default=1, metavar="N", help="faults that strike one search"
+    )
+    parser.add_argument(
         "--workers", type=int, default=2, help="of a trial; each has its own folder"
     )
     options = parser.parse_args()
@@ -572,19 +636,21 @@ def main() -> None:
     if options.out.exists():
         rows = [json.loads(line) for line in options.out.read_text().splitlines()]
     done = {(r["fault"], r["seed"]) for r in rows if r.get("workers", 2) == options.workers}
-    for number in range(options.n):
-        fault, seed = chosen[number % len(chosen)], number // len(chosen)
-        if (fault.name, seed) in done:
-            continue
+    wanted = [(chosen[i % len(chosen)], i // len(chosen)) for i in range(options.n)]
+    strikes = [drawn(f, seed, marks) for f, seed in wanted if (f.name, seed) not in done]
+    for together in in_one_search(strikes, options.per_search):
         folder = options.folder / "now"
-        row = suffer(fault, seed, experiment, folder, expected, marks)
-        row["workers"] = options.workers
-        rows.append(row)
+        new = [
+            {**row, "workers": options.workers}
+            for row in suffer(together, experiment, folder, expected)
+        ]
+        rows += new
         with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-        if not is_flawless(row):
-            folder.rename(options.folder / f"flawed-{fault.name.replace(' ', '-')}-{seed}")
+            file.writelines(json.dumps(row) + "\n" for row in new)
+        for row in new:
+            print(json.dumps(row), flush=True)
+        if not all(is_flawless(row) for row in new):
+            folder.rename(options.folder / f"flawed-{new[0]['search'].replace(' ', '-')}")
     print(table(rows))
     sys.exit(0 if all(is_flawless(row) for row in rows) else 1)
 
