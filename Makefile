@@ -12,8 +12,12 @@ search: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest
 
-# Slow tests on a real Ray cluster, which `make test` leaves out.
+# Slow tests on a real Ray cluster, which `make test` leaves out.  Hosts of their own need root, sshd
+# and rsync, which Debian and its kin get here; elsewhere those tests skip, and say why.
 test-cluster: $(INSTALLED)
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && \
+		! { command -v rsync && test -x /usr/sbin/sshd; } > /dev/null; then \
+		apt-get update -qq; apt-get install -yqq openssh-server rsync || true; fi
 	$(BIN)/pytest -m cluster
 
 # Kills parts of running searches at random moments; goes on where it was stopped.
