@@ -196,7 +196,14 @@ def let_pass(model: Any) -> None:
             list(_module(base, family.layers)),
             packs=family.packs,
             gives_tuples=family.gives_tuples,
+            reads_first=reads_first_token(model),
         )
+
+
+def reads_first_token(model: Any) -> bool:
+    """Whether a model's head reads the first token of a text and no other."""
+    pooling = getattr(model.config, "classifier_pooling", "cls")
+    return type(model).__name__.endswith("ForSequenceClassification") and pooling == "cls"
 
 
 class UsedRowsEmbedding(nn.Module):

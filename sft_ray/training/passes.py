@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,12 +35,14 @@ class Pass:
         trunk_TH: output of the first `depth` layers, [tokens, width]; None begins at the
             embeddings.
         stop: layers after which to stop; None runs all.
+        all_TH: what the last layer may look at while it is asked for first tokens only.
     """
 
     layout: Layout
     depth: int = 0
     trunk_TH: torch.Tensor | None = None  # noqa: N815
     stop: int | None = None
+    all_TH: torch.Tensor | None = None  # noqa: N815
 
 
 _now: ContextVar[Pass | None] = ContextVar("pass", default=None)
@@ -71,6 +73,7 @@ def prepare_model(
     *,
     packs: bool,
     gives_tuples: bool,
+    reads_first: bool,
 ) -> None:
     """Let a model look at `passing`; its parameters and their names stay as they are.
 
@@ -79,12 +82,15 @@ def prepare_model(
         packs: whether its layers take tokens without padding: they do if only attention looks
             at more than one token, and asks the library's registry how.
         gives_tuples: whether its layers answer with more than the hidden states.
+        reads_first: whether its head reads the first token of every sequence and no other.  Then
+            the last layer, where tokens are packed, computes the others' keys and values only.
     """
     for module in embeddings:
         module.forward = _Embeddings(_own_forward(module))
     for index, layer in enumerate(layers):
         is_last = index + 1 == len(layers)
-        layer.forward = _Layer(_own_forward(layer), index, is_last, packs, gives_tuples)
+        narrows = is_last and packs and reads_first
+        layer.forward = _Layer(_own_forward(layer), index, is_last, packs, gives_tuples, narrows)
     if packs:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
@@ -126,9 +132,10 @@ class _Layer:
         is_last: bool,
         packs: bool,
         gives_tuples: bool,
+        narrows: bool,
     ) -> None:
         self._real, self._index, self._is_last = real, index, is_last
-        self._packs, self._gives_tuples = packs, gives_tuples
+        self._packs, self._gives_tuples, self._narrows = packs, gives_tuples, narrows
 
     def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         now = _now.get()
@@ -138,6 +145,11 @@ class _Layer:
             return self._left_out(now, hidden)
         if self._index == now.depth:
             hidden = self._first(now, hidden)
+        if self._narrows and now.stop is None:
+            # Queries, and all behind attention, of the first tokens; see `_attention`.
+            with passing(replace(now, all_TH=hidden)):
+                first_tokens = hidden.index_select(1, now.layout.starts)
+                return self._real(first_tokens, *args, **kwargs).transpose(0, 1)
         found = self._real(hidden, *args, **kwargs)
         hidden, *others = found if self._gives_tuples else (found,)
         if self._index + 1 == now.stop:
@@ -174,4 +186,11 @@ def _attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    return attend(now.layout, query, key, value, dropout, scaling), None
+    narrow = now.all_TH is not None
+    if narrow:
+        names = ("key", "value") if hasattr(module, "key") else ("k_lin", "v_lin")
+        key, value = (
+            getattr(module, name)(now.all_TH).unflatten(-1, (-1, key.shape[-1])).transpose(1, 2)
+            for name in names
+        )
+    return attend(now.layout, query, key, value, dropout, scaling, first_tokens=narrow), None

@@ -66,7 +66,6 @@ def load_setup(
     trunk_cache = TrunkCache(
         pretrained,
         dataset,
-        task,
         world,
         tokenizer.pad_token_id,
         budget_bytes=None if gigabytes == "auto" else int(gigabytes * 1e9),

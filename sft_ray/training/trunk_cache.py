@@ -30,9 +30,8 @@ from sft_ray.training.batches import Trunk
 from sft_ray.training.beat import Beat
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import Dataset, Examples
-from sft_ray.training.model import Pretrained
+from sft_ray.training.model import Pretrained, reads_first_token
 from sft_ray.training.passes import trunk_output
-from sft_ray.training.tasks import Task
 from sft_ray.training.world import World
 
 FORMAT = 1  # change when the files change their meaning
@@ -105,7 +104,6 @@ class TrunkCache:
 
     pretrained: Pretrained
     dataset: Dataset
-    task: Task
     world: World
     pad_token: int
     budget_bytes: int | None = None
@@ -166,9 +164,7 @@ class _Build:
         self.chunks = list(batches.evaluation_shares(self.examples.lengths, 0, 1))
         model = cache.pretrained.model
         is_top = depth == cache.pretrained.num_layers
-        # What classifies whole texts looks at the first token alone.
-        pools_first = getattr(model.config, "classifier_pooling", "cls") == "cls"
-        self.most_tokens = 1 if is_top and not cache.task.per_token and pools_first else None
+        self.most_tokens = 1 if is_top and reads_first_token(model) else None
         kept = batches.kept_lengths(self.examples.lengths, self.most_tokens)
         self.num_bytes = int(kept.sum()) * model.config.hidden_size * model.dtype.itemsize
 

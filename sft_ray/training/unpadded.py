@@ -25,6 +25,7 @@ class Group:
     Attributes:
         first: of their tokens in the packed batch.
         last: one past their last token.
+        sequence: the first of them in the batch.
         shape: (sequences, length of the longest).
         places: of the tokens among all positions of the padded group, [tokens]; None if it has no
             padding.
@@ -33,6 +34,7 @@ class Group:
 
     first: int
     last: int
+    sequence: int
     shape: tuple[int, int]
     places: torch.Tensor | None
     mask: torch.Tensor | None
@@ -45,6 +47,11 @@ class Group:
             positions = tokens_THD.new_zeros(size * length, *tokens_THD.shape[1:])
             tokens_THD = positions.index_copy(0, self.places, tokens_THD)
         return tokens_THD.reshape(size, length, *tokens_THD.shape[1:]).transpose(1, 2)
+
+    def of_first_tokens(self, packed: torch.Tensor) -> torch.Tensor:
+        """[1, heads, all sequences, width] -> [sequences, heads, 1, width] of this group."""
+        end = self.sequence + self.shape[0]
+        return packed[0, :, self.sequence : end].transpose(0, 1).unsqueeze(2)
 
     def unpad(self, padded: torch.Tensor) -> torch.Tensor:
         """[sequences, heads, length, width] -> [tokens of this group, heads, width]."""
@@ -59,11 +66,13 @@ class Layout:
     Attributes:
         shape: (sequences, length of the longest).
         places: of the tokens among all positions of the padded batch, [tokens].
+        starts: of the sequences in the packed batch, [sequences].
         groups: of neighbours; cheapest if the batch is sorted by length.
     """
 
     shape: tuple[int, int]
     places: torch.Tensor
+    starts: torch.Tensor
     groups: tuple[Group, ...]
 
     @classmethod
@@ -78,14 +87,15 @@ class Layout:
             first, last = int(ends[start]), int(ends[start + len(part)])
             shape = (len(part), int(part.max()))
             if last - first == shape[0] * shape[1]:
-                groups.append(Group(first, last, shape, None, None))
+                groups.append(Group(first, last, start, shape, None, None))
             else:
                 mask_BL = _tokens(part)
                 places = _to_device(np.flatnonzero(mask_BL), device)
                 mask = _to_device(mask_BL[:, None, None, :], device)
-                groups.append(Group(first, last, shape, places, mask))
+                groups.append(Group(first, last, start, shape, places, mask))
         places = _to_device(np.flatnonzero(_tokens(lengths)), device)
-        return cls((len(lengths), int(lengths.max())), places, tuple(groups))
+        starts = _to_device(ends[:-1], device)
+        return cls((len(lengths), int(lengths.max())), places, starts, tuple(groups))
 
     def sizes(self) -> tuple[int, int]:
         """Tokens, and positions if all are padded to the longest."""
@@ -109,19 +119,26 @@ def attend(
     value: torch.Tensor,
     dropout: float,
     scaling: float | None,
+    *,
+    first_tokens: bool = False,
 ) -> torch.Tensor:
-    """Attention of every sequence to itself; [1, heads, tokens, width] -> [1, tokens, heads, …]."""
+    """Attention of every sequence to itself; [1, heads, tokens, width] -> [1, tokens, heads, …].
+
+    Args:
+        first_tokens: whether queries are given, and answers wanted, of the first token of every
+            sequence only.
+    """
     parts = []
     for group in layout.groups:
         found = F.scaled_dot_product_attention(
-            group.pad(query),
+            group.of_first_tokens(query) if first_tokens else group.pad(query),
             group.pad(key),
             group.pad(value),
             attn_mask=group.mask,
             dropout_p=dropout,
             scale=scaling,
         )
-        parts.append(group.unpad(found))
+        parts.append(found.squeeze(2) if first_tokens else group.unpad(found))
     return torch.cat(parts).unsqueeze(0)
 
 

@@ -84,7 +84,9 @@ def test_the_upper_half_on_the_output_of_the_lower_is_the_whole(
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_layers_see_tokens_and_no_padding(name: str, few: Dataset, tmp_path: Path) -> None:
+def test_layers_see_tokens_without_padding_and_the_last_one_those_that_are_read(
+    name: str, few: Dataset, tmp_path: Path
+) -> None:
     pretrained = load_tiny(tiny_model_folder(tmp_path / name, name, 2), few)
     seen = []
     for module in pretrained.model.modules():
@@ -95,7 +97,7 @@ def test_layers_see_tokens_and_no_padding(name: str, few: Dataset, tmp_path: Pat
         model_outputs(pretrained.model, batch)
     tokens = int(batch.inputs["attention_mask"].sum())
     assert batch.inputs["attention_mask"].numel() > tokens
-    assert seen == [(1, tokens)] * 2
+    assert seen == [(1, tokens), (1, len(batch.labels))]
 
 
 def test_a_layout_packs_and_unpacks_what_it_was_given() -> None:

@@ -56,7 +56,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def setup_of(folder: Path, dataset: Dataset, *, uses: float = 1.0, budget: int | None = None):
     pretrained = load_tiny(folder, dataset)
     tokenizer = tiny_tokenizer(folder)
-    cache = TrunkCache(pretrained, dataset, TASK, World(), PAD, budget, uses)
+    cache = TrunkCache(pretrained, dataset, World(), PAD, budget, uses)
     return Setup(TASK, dataset, pretrained, tokenizer, World(), trunk_cache=cache)
 
 
