@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+# Instructions that multiply bf16 faster than fp32, as torch and the makers call them.
+BF16_CAPABILITIES = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16"}
+
 
 @dataclass(frozen=True)
 class World:
@@ -63,7 +66,7 @@ def resolve_precision(precision: str, device: torch.device) -> tuple[torch.dtype
     """The number format of matrix products, and the reason for it.
 
     `auto` takes bf16 where the hardware multiplies it natively; elsewhere on CPUs bf16 is slower
-    than fp32.
+    than fp32.  Weights, optimiser state and sums stay in fp32.
     """
     if precision == "bf16":
         return torch.bfloat16, "as configured"
@@ -75,6 +78,8 @@ def resolve_precision(precision: str, device: torch.device) -> tuple[torch.dtype
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU multiplies bf16 natively"
         return torch.float32, "the GPU has no native bf16"
-    if torch.cpu.get_capabilities().get("amx_bf16"):
-        return torch.bfloat16, "the CPU has AMX"
-    return torch.float32, "the CPU has no AMX"
+    capabilities = torch.cpu.get_capabilities()
+    for name, said in BF16_CAPABILITIES.items():
+        if capabilities.get(name):
+            return torch.bfloat16, f"the CPU has {said}"
+    return torch.float32, f"the CPU has neither {' nor '.join(BF16_CAPABILITIES.values())}"

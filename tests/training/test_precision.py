@@ -171,8 +171,10 @@ def test_a_configured_precision_is_taken_as_it_is(precision: str, dtype: torch.d
     assert reason.startswith("as configured")
 
 
-@pytest.mark.parametrize("has_amx", [True, False])
-def test_auto_takes_what_the_processor_multiplies_natively(monkeypatch, has_amx: bool) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx})
-    found, _ = resolve_precision("auto", CPU)
-    assert found == (torch.bfloat16 if has_amx else torch.float32)
+@pytest.mark.parametrize("capability", ["amx_bf16", "avx512_bf16", None])
+def test_auto_takes_what_the_processor_multiplies_natively(monkeypatch, capability) -> None:
+    known = {"amx_bf16": False, "avx512_bf16": False, "avx512_f": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**known, capability: True})
+    found, reason = resolve_precision("auto", CPU)
+    assert found == (torch.bfloat16 if capability else torch.float32)
+    assert ("neither" in reason) == (capability is None)
