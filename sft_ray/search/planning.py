@@ -99,6 +99,7 @@ def say_plan(
         "layout": f"{count(layout.slots, 'slot')} x "
         f"{count(layout.workers_per_trial, 'worker')} x "
         f"{count(layout.cpus_per_worker, 'CPU')}{gpus}",
+        **({"slots": _why_slots(layout, speed.gain_of_two)} if speed.gain_of_two else {}),
         "search by": search_rules(prepared),
         "budget": budget(prepared),
         "trials": f"{plan.trials}{confirm if plan.confirm_runs else ''}",
@@ -118,6 +119,15 @@ def say_plan(
     screen.facts(facts)
     for note in _notes(plan, prepared, begun):
         screen.facts({"note": note})
+
+
+def _why_slots(layout: Layout, gain_of_two: float) -> str:
+    """Many slots of few workers, or few of many: what was measured, and what it speaks for."""
+    measured = f"a worker with twice the CPUs trains {gain_of_two:.1f} times as fast"
+    if gain_of_two < 2:
+        return f"{measured}, two slots train 2 trials in that time: many slots finish more trials"
+    twice = 2 * layout.workers_per_trial
+    return f"{measured}: resources.workers_per_trial={twice} may finish as many trials, sooner each"
 
 
 def _trunks(plan: Plan, prepared: Prepared) -> str:

@@ -38,12 +38,15 @@ class Speed:
         eval_seconds: per evaluated example of one worker.
         trunk_seconds: frozen layers -> of either for what these compute; spared where their output
             is known.  Empty if it is not kept.
+        gain_of_two: how many times as fast a worker with twice the CPUs trains, the most that two
+            workers could do for a trial; None where it decides nothing.
     """
 
     device: str
     train_seconds: dict[int, float]
     eval_seconds: float
     trunk_seconds: dict[int, float] = field(default_factory=dict)
+    gain_of_two: float | None = None
 
     def of_training(self, train: Train) -> float:
         """Seconds per example, everything computed, on a line between the depths measured."""
@@ -94,13 +97,20 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
             if depth and keeps_trunks:
                 below = _trunk(setup, train, depth)
                 trunk_seconds[depth] = _seconds_per_example(below, world, share / 4)
+        gain_of_two = None
+        if not on_gpu and layout.slots > 1:
+            torch.set_num_threads(max(2, int(2 * layout.cpus_per_worker)))
+            gain_of_two = train_seconds[depth] / _seconds_per_example(step, world, share)
+            torch.set_num_threads(max(1, int(layout.cpus_per_worker)))
         look = _evaluation(setup, prepared.experiment.train.precision)
         eval_seconds = _seconds_per_example(look, world, seconds * EVAL_SHARE)
     finally:
         torch.set_num_threads(threads)
     if trunk_seconds:
         trunk_seconds[0] = 0.0
-    return Speed("GPU" if on_gpu else "CPU", train_seconds, eval_seconds, trunk_seconds)
+    return Speed(
+        "GPU" if on_gpu else "CPU", train_seconds, eval_seconds, trunk_seconds, gain_of_two
+    )
 
 
 def _keeps_trunks(setup: Setup) -> bool:

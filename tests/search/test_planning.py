@@ -415,3 +415,24 @@ def test_a_plan_reads_as_a_page_that_ends_with_the_command(
         "the trials will have GPUs",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize(("gain", "said"), [(1.4, "finish more trials"), (2.1, "=2 may finish")])
+def test_a_plan_says_why_so_many_slots(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys, gain: float, said: str
+) -> None:
+    speed = Speed("CPU", {0: TRAIN_SECONDS}, EVAL_SECONDS, gain_of_two=gain)
+    monkeypatch.setattr(planning, "measure", lambda *_: speed)
+    run_plan(changed(experiment, resources={"workers_per_trial": 1}))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"trains {gain} times as fast" in shown
+    assert said in shown
+
+
+def test_twice_the_cpus_are_measured_where_slots_share_a_machine(experiment: Experiment) -> None:
+    one, many = (
+        plan_of(experiment, resources={"workers_per_trial": 1, "slots": slots}) for slots in (1, 2)
+    )
+    assert one.speed.gain_of_two is None
+    assert many.speed.gain_of_two is not None
+    assert many.speed.gain_of_two > 0
