@@ -40,7 +40,6 @@ from sft_ray.analysis.outcome import Outcome
 from sft_ray.config import Experiment
 from sft_ray.recipes import BY_MODEL_TYPE, Recipe, default_recipe, recipe_of
 from sft_ray.search import samplers
-from sft_ray.search.pruners import RungPruner
 from sft_ray.search.study import SearchStudy
 from sft_ray.space import default_space
 
@@ -165,7 +164,6 @@ class Policy:
         priors: those of the default space.
         search: other keys of the experiment's `search`.
         absolute_rungs: epochs at which trials are compared, instead of shares of the schedule.
-        tolerance: of the rung pruner.
         good_share: of the trials that TPE takes as good.
     """
 
@@ -173,29 +171,28 @@ class Policy:
     priors: bool = True
     search: dict[str, Any] = field(default_factory=dict)
     absolute_rungs: tuple[float, ...] = ()
-    tolerance: float = 1.0
     good_share: float | None = None
 
 
 PLAIN = {"default_recipe": False}
+EARLY = {"rungs": [10, 33], "reduction_factor": 3}
 NO_PRUNER = {**PLAIN, "pruner": "none"}
 POLICIES = {
     "default": Policy(),
     "no_recipe": Policy(search=PLAIN),
     "no_prior": Policy(priors=False),
     "no_rungs": Policy(search={"pruner": "none"}),
-    "no_tolerance": Policy(tolerance=0.0),
     "optunas_tenth": Policy(good_share=0.1),
-    "neither": Policy(tolerance=0.0, good_share=0.1),
+    "early_rungs": Policy(search=EARLY),
+    "rungs_33_66": Policy(search={"rungs": [33, 66]}),
+    "reduction_3": Policy(search={"reduction_factor": 3}),
     "random_hf": Policy(HF_RANGE, False, {**NO_PRUNER, "sampler": "random"}),
     "random_rungs_hf": Policy(HF_RANGE, False, {**PLAIN, "sampler": "random"}),
     "tpe_hf": Policy(HF_RANGE, False, NO_PRUNER),
     "tpe_rungs_hf": Policy(HF_RANGE, False, PLAIN),
     "tpe_rungs_wide": Policy(WIDE_RANGE, False, PLAIN),
-    "reduction_2": Policy(search={"reduction_factor": 2}),
-    "reduction_4": Policy(search={"reduction_factor": 4}),
     "asha_hf": Policy(
-        HF_RANGE, False, {**PLAIN, "sampler": "random"}, absolute_rungs=(0.25, 1.0), tolerance=0.0
+        HF_RANGE, False, {**PLAIN, **EARLY, "sampler": "random"}, absolute_rungs=(0.25, 1.0)
     ),
 }
 EVERY_SLOTS = ("default", "random_hf", "tpe_rungs_hf", "asha_hf")  # the others with one slot
@@ -267,8 +264,6 @@ def replay(policy: Policy, pool: Pool, slots: int, seed: int) -> Repeat:
         recipe=default_recipe(pool.num_parameters),
         direction="maximize",
     )
-    if isinstance(study.pruner, RungPruner):
-        study.pruner.tolerance = policy.tolerance
     top1, top5 = pool.top(0.01), pool.top(0.05)
     unused = np.ones(len(pool.final), dtype=bool)
     hits: dict[str, float] = {}

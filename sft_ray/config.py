@@ -270,8 +270,8 @@ class Search(Section):
     pruner: Literal["successive_halving", "median", "hyperband", "patient", "none"] = (
         "successive_halving"
     )
-    rungs: list[Annotated[int, Field(ge=1, le=99)]] = [10, 33]  # percent of a trial's schedule
-    reduction_factor: Annotated[int, Field(ge=2, le=100)] = 3
+    rungs: list[Annotated[int, Field(ge=1, le=99)]] = [33]  # percent of a trial's schedule
+    reduction_factor: Annotated[int, Field(ge=2, le=100)] = 2
     default_recipe: bool = True
     enqueue: list[dict[str, Any]] = []
     warm_start: list[Location] = []  # run folders whose best configurations run early

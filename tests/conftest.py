@@ -67,6 +67,8 @@ def tiny_experiment(tiny_model: Path, toy_csv: Path) -> Experiment:
                     "train.frozen_layers": {"int": [0, 2]},
                 },
                 "trials": 4,
+                "rungs": [10, 33],
+                "reduction_factor": 3,
             },
             "resources": {"workers_per_trial": 2, "slots": 1},
         }

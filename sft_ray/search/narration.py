@@ -59,9 +59,7 @@ def search_rules(prepared: Prepared) -> str:
     rungs = " and ".join(f"{rung} %" for rung in search.rungs)
     asked = f"at {rungs} of its own schedule a trial"
     if search.pruner == "successive_halving":
-        rule = (
-            f"{asked} goes on if it is among the best 1/{search.reduction_factor} or about as good"
-        )
+        rule = f"{asked} goes on if it is among the best 1/{search.reduction_factor}"
     else:
         rule = f"{asked} is judged by {search.pruner}"
     return f"{search.sampler}; {rule}; evaluated there and at every epoch's end"

@@ -20,18 +20,12 @@ class RungPruner(optuna.pruners.BasePruner):
     """Asynchronous successive halving at rungs of each trial's own schedule (Li et al. 2020).
 
     At a rung a trial goes on if it is among the best 1/reduction_factor of all trials that have
-    reached it so far, itself included, or falls behind the last of them by no more than they lie
-    apart.  Once most suggestions are good, ranks at an early rung are noise, and halving among
-    equals would throw the best away; trials that are clearly worse end all the same.  The first
-    trial at a rung always goes on.
-
-    Args:
-        tolerance: how far behind, in widths of the survivors; 0 is plain successive halving.
+    reached it so far, itself included; equals of the last of them go on too, and so does the first
+    trial at a rung.
     """
 
-    def __init__(self, rungs: Sequence[int], reduction_factor: int, tolerance: float = 1.0) -> None:
+    def __init__(self, rungs: Sequence[int], reduction_factor: int) -> None:
         self.rungs, self.reduction_factor = tuple(rungs), reduction_factor
-        self.tolerance = tolerance
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         step = trial.last_step
@@ -42,8 +36,7 @@ class RungPruner(optuna.pruners.BasePruner):
         values = [t.intermediate_values[step] for t in trials if step in t.intermediate_values]
         ranked = sorted((sign * value for value in values), reverse=True)
         last = ranked[max(1, len(ranked) // self.reduction_factor) - 1]
-        apart = ranked[0] - last
-        return bool(sign * trial.intermediate_values[step] < last - self.tolerance * apart)
+        return bool(sign * trial.intermediate_values[step] < last)
 
 
 def build_pruner(search: Search) -> optuna.pruners.BasePruner:
