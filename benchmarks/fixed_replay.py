@@ -2,10 +2,10 @@
 
 `ours`: a search over two slots of one worker.  `trainer`: `Trainer.hyperparameter_search` with its
 Ray backend and dynamic padding, two trials at once; `trainer_bf16` is the same in bf16, the number
-format that ours takes by itself where the processor multiplies it natively.  `pattern`: Ray's documented Tune function that
-builds a `TorchTrainer` of two workers per trial, the same Trainer inside.  Each is the best layout
-of that system over two cores.  Nothing is pruned; accuracy is that of the final weights on the
-validation split.
+format that ours takes by itself where the processor multiplies it natively.  `pattern`: Ray's
+documented Tune function that builds a `TorchTrainer` of two workers per trial, the same Trainer
+inside.  Each is the best layout of that system over two cores.  Nothing is pruned; accuracy is that
+of the final weights on the validation split.
 
 Systems take turns, each in a process of its own with empty caches; one JSON line per run goes to
 --out, and runs whose line is there are not repeated.
