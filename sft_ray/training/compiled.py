@@ -8,7 +8,9 @@ activations, of which a step has those of several micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -16,9 +18,8 @@ from torch import nn
 
 from sft_ray.training.micro_batch import is_out_of_memory
 
-# Of one shape: layers with and without gradients, each value of dropout, each number format.
-# What comes beyond runs uncompiled.
-MOST_VARIANTS = 64
+# Of all shapes, number formats and values of dropout together; a search over dropout has many.
+MOST_COMPILED = 2048
 
 
 def is_compiled(chosen: bool | Literal["auto"], packs: bool) -> bool:
@@ -34,7 +35,8 @@ class CompiledLayers:
     """Runs the layers of one model, the library's own code, compiled once per shape.
 
     All layers of a kind share what was compiled.  If anything in it fails, all layers run
-    uncompiled from then on: no compiler on the machine, a torch that is too old.
+    uncompiled from then on: no compiler on the machine, a torch that is too old, more than
+    `MOST_COMPILED` to compile.
 
     Args:
         backend: what compiles, by torch's name for it or as a function.
@@ -54,8 +56,7 @@ class CompiledLayers:
         real = type(layer).forward
         if self.works:
             try:
-                # The backward pass is compiled with the forward pass, where failing is harmless.
-                with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+                with _settings():
                     return self._compiled(real, shape)(layer, *args, **kwargs)
             except Exception as error:  # a compiler fails in many ways
                 if is_out_of_memory(error):
@@ -66,12 +67,23 @@ class CompiledLayers:
     def _compiled(self, real: Callable[..., Any], shape: tuple[int, ...]) -> Callable[..., Any]:
         key = (real, shape)
         if key not in self._of_shape:
+            alone: Any = {"isolate_recompiles": True}  # finds what fits without trying all shapes
             self._of_shape[key] = torch.compile(
-                real,
-                backend=self._backend,
-                dynamic=False,
-                fullgraph=True,
-                recompile_limit=MOST_VARIANTS,
-                isolate_recompiles=True,
+                real, backend=self._backend, dynamic=False, fullgraph=True, **alone
             )
         return self._of_shape[key]
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """What torch shall keep to while it compiles."""
+    # The backward pass is compiled with the forward pass, where failing is harmless.
+    ahead = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+    dynamo = torch._dynamo.config.patch(
+        optimize_ddp=False,  # a layer is small enough for workers to average it whole
+        recompile_limit=MOST_COMPILED,
+        accumulated_recompile_limit=MOST_COMPILED,
+    )
+    # The compiler warns of what it does itself.
+    with ahead, dynamo, warnings.catch_warnings(action="ignore"):
+        yield

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from sft_ray.training.encoding import IntArray
 
 SEQUENCES_PER_GROUP = 8
-LENGTH_STEP = 16  # of the longest, where shapes are to repeat
-STEPS_PER_OCTAVE = 8  # of the number of tokens; fills up by less than 1 / 8
+# Where shapes are to repeat, of the tokens and of the longest: numbers between two powers of two.
+TOKEN_STEPS = 8  # fill up by less than 1 / 8
+LENGTH_STEPS, LEAST_LENGTH = 2, 16  # only attention sees them, and is small beside the layer
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ class Layout:
     @classmethod
     def _filled(cls, lengths: IntArray, device: torch.device, fill_to: int) -> Layout:
         size, longest, tokens = len(lengths), int(lengths.max()), int(lengths.sum())
-        shape = (max(size, fill_to), longest + -longest % LENGTH_STEP)
-        filler = min(filled(tokens), shape[0] * shape[1]) - tokens
+        shape = (max(size, fill_to), filled(longest, LENGTH_STEPS, LEAST_LENGTH))
+        filler = min(filled(tokens, TOKEN_STEPS), shape[0] * shape[1]) - tokens
         mask_BL = np.arange(shape[1])[None, :] < np.pad(lengths, (0, shape[0] - size))[:, None]
         # What fills up lies where attention pads anyway.
         free = np.flatnonzero(~mask_BL)[:filler]
@@ -153,10 +154,10 @@ class Layout:
         return packed_TH[: len(self.places)]
 
 
-def filled(tokens: int) -> int:
-    """As many tokens or more, one of few numbers."""
-    step = max(1, 2 ** (tokens.bit_length() - 1) // STEPS_PER_OCTAVE)
-    return tokens + -tokens % step
+def filled(number: int, steps: int, least: int = 1) -> int:
+    """The next of few numbers: so many between two powers of two, no closer than `least`."""
+    step = max(least, 2 ** (number.bit_length() - 1) // steps)
+    return number + -number % step
 
 
 def attend(
