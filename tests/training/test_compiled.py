@@ -40,7 +40,7 @@ TRAIN = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3, "dropout": 0.0}
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Dataset:
-    return toy_dataset(tmp_path_factory.mktemp("few"), tiny_bert, train=40, validation=16)
+    return toy_dataset(tmp_path_factory.mktemp("few"), tiny_bert, train=32, validation=16)
 
 
 @pytest.fixture(scope="module", params=PACKED)
@@ -159,7 +159,7 @@ def test_trials_share_what_was_compiled_and_train_as_without(bert: Path, few: Da
     pretrained.compiled = CompiledLayers(counting)
     first = run_fit(pretrained, few, compile=True, **TRAIN)
     assert losses(first) == pytest.approx(losses(plain), abs=1e-5)
-    assert 0 < plain[-1].padding_share + first[-1].padding_share < 1 / TOKEN_STEPS
+    assert plain[-1].padding_share == 0 < first[-1].padding_share < 1 / TOKEN_STEPS
     shapes = counting.count / 2  # the last layer, which looks at first tokens only, has its own
     assert 1 <= shapes <= 3
     again = run_fit(pretrained, few, compile=True, **{**TRAIN, "learning_rate": 1e-4})
@@ -181,12 +181,12 @@ def test_nothing_is_compiled_unless_asked_and_then_by_all_layers(
 
 def test_labels_per_token_micro_batches_and_bf16_train_the_same(bert: Path, tmp_path: Path) -> None:
     task = TASKS["token-classification"]
-    dataset = task_dataset(tmp_path, task.name, bert, train=24, validation=8)
+    dataset = task_dataset(tmp_path, task.name, bert, train=16, validation=8)
     found = []
     for compile_ in (False, True):
         pretrained = load_tiny(bert, dataset, task=task)
         pretrained.compiled = CompiledLayers("aot_eager")
-        settings = {**TRAIN, "compile": compile_, "micro_batch": 6, "precision": "bf16"}
+        settings = {**TRAIN, "compile": compile_, "micro_batch": 9, "precision": "bf16"}
         found.append(losses(run_fit(pretrained, dataset, task=task, **settings)))
         assert pretrained.compiled.works
     assert found[1] == pytest.approx(found[0], abs=1e-2)
