@@ -2,8 +2,9 @@
 
 Compiled code fits one shape, so batches are filled up to shapes that come again (see
 `unpadded.Layout`).  What was compiled lives as long as the model: later trials, whose weights are
-copied in place, run it as it is.  CUDA graphs are left out: they would keep each other's
-activations, of which a step has those of several micro-batches.
+copied in place, run it as it is.  Only the passes of training are compiled, not evaluation.  CUDA
+graphs are left out: whether they are safe where a step has several micro-batches, whose activations
+live at once with those of other layers, has not been tried on a GPU.
 """
 
 from __future__ import annotations
@@ -77,9 +78,13 @@ class CompiledLayers:
 @contextmanager
 def _settings() -> Iterator[None]:
     """What torch shall keep to while it compiles."""
+    # Imported here: they bring the compiler, which few trials ask for.
+    from torch._dynamo import config as dynamo_config
+    from torch._functorch import config as functorch_config
+
     # The backward pass is compiled with the forward pass, where failing is harmless.
-    ahead = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
-    dynamo = torch._dynamo.config.patch(
+    ahead = functorch_config.patch(force_non_lazy_backward_lowering=True)
+    dynamo = dynamo_config.patch(
         optimize_ddp=False,  # a layer is small enough for workers to average it whole
         recompile_limit=MOST_COMPILED,
         accumulated_recompile_limit=MOST_COMPILED,
