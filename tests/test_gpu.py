@@ -46,6 +46,7 @@ def train_losses(device: str, model: Path, dataset: Dataset, **train: object) ->
         seed=17,
         report=report,
     )
+    assert pretrained.compiled.works  # else its layers ran as they are
     return found
 
 
@@ -81,6 +82,22 @@ def test_the_losses_do_not_depend_on_the_micro_batch(tiny_model: Path, tmp_path:
     assert whole == pytest.approx(
         train_losses("cuda", tiny_model, dataset, precision="fp32"), abs=1e-4
     )
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("micro_batch", ["auto", 4])
+def test_compiled_layers_train_as_uncompiled_ones_in_fp32(
+    tiny_model: Path, tmp_path: Path, micro_batch: int | str
+) -> None:
+    dataset = toy_dataset(tmp_path, tiny_model, train=64, validation=16)
+    settings = {"precision": "fp32", "epochs": 2, "micro_batch": micro_batch}
+    compiled, plain = (
+        train_losses("cuda", tiny_model, dataset, compile=chosen, **settings)
+        for chosen in (True, False)
+    )
+    assert compiled == pytest.approx(plain, abs=1e-4)
 
 
 @needs_gpu

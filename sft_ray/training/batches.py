@@ -130,6 +130,7 @@ def collate(
     device: torch.device,
     with_labels: bool = True,
     trunk: Trunk | None = None,
+    fill_to: int | None = None,
 ) -> Batch:
     """Pad and move one share; an empty share becomes one example of weight 0.
 
@@ -137,6 +138,7 @@ def collate(
 
     Args:
         trunk: where the pass begins, if not at the embeddings.
+        fill_to: see `Layout.of`.
     """
     weights = torch.ones(max(len(indices), 1))
     if len(indices) == 0:
@@ -164,7 +166,7 @@ def collate(
             tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
 
-    one_pass = Pass(Layout.of(lengths, device))
+    one_pass = Pass(Layout.of(lengths, device, fill_to=fill_to))
     if trunk is not None:
         items = indices if examples.items is None else examples.items[indices]
         trunk_TH = to_device(trunk.rows(items, lengths))

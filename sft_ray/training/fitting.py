@@ -19,6 +19,7 @@ from sft_ray.training import batches, micro_batch
 from sft_ray.training.batches import Trunk
 from sft_ray.training.beat import TRAINING, Beat, no_beat
 from sft_ray.training.checkpoint import ResumeState
+from sft_ray.training.compiled import is_compiled
 from sft_ray.training.divergence import DivergenceWatch, constant_loss
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.forward import evaluate, forward_loss, loss_options
@@ -141,6 +142,7 @@ class _Trial:
             reinit_layers=train.reinit_layers,
             seed=seed,
         )
+        self.compiles = is_compiled(train.compile, self.pretrained.family.packs)
         self.probed = self.probe(setup.micro_batches)
         self.most_per_pass = self.choose_micro_batch(self.probed, most_per_pass)
         if self.world.device.type == "cuda":  # what the probe tried is not the trial's
@@ -238,16 +240,24 @@ class _Trial:
 
         `count` is what the whole global batch is divided by.
         """
+        trunk = self.trunks["train"]
+        has_layers = trunk is None or trunk.depth < self.pretrained.num_layers
+        compiles = self.compiles and has_layers
         batch = batches.collate(
             self.dataset.train,
             part,
             pad_token=self.pad_token,
             device=self.world.device,
-            trunk=self.trunks["train"],
+            trunk=trunk,
+            fill_to=self.most_per_pass if compiles else None,
         )
+        if compiles:
+            one_pass = replace(batch.one_pass, compiled=self.pretrained.compiled)
+            batch = replace(batch, one_pass=one_pass)
         tokens, positions = batch.one_pass.layout.sizes()
         self.tokens += tokens
-        self.positions += tokens if self.pretrained.family.packs else positions
+        filled = tokens + batch.one_pass.layout.filler
+        self.positions += filled if self.pretrained.family.packs else positions
         loss = forward_loss(self.model, batch, self.task, self.loss_options, self.dtype)
         # Gradients are averaged over workers; the step wants the sum over the global batch
         # divided by its count.
@@ -411,11 +421,11 @@ class _Trial:
         )
         return int(last["index"]) + 1
 
-    def probe(self, known: dict[tuple[int | str, int, str], Probe]) -> Probe:
+    def probe(self, known: dict[tuple[int | str, int, str, bool], Probe]) -> Probe:
         """What was found of the micro-batch, once per kind of trial."""
         if self.world.device.type == "cuda" and self.train.micro_batch != "auto":
             return Probe(self.train.micro_batch)
-        key = (self.train.frozen_layers, self.train.batch_size, str(self.dtype))
+        key = (self.train.frozen_layers, self.train.batch_size, str(self.dtype), self.compiles)
         if key not in known:
             known[key] = self.probe_micro_batch()
         return known[key]
@@ -446,6 +456,7 @@ class _Trial:
                 longest[:size],
                 pad_token=self.pad_token,
                 device=self.world.device,
+                fill_to=size if self.compiles else None,
             )
             model = self.pretrained.model
             forward_loss(model, batch, self.task, self.loss_options, self.dtype).backward()

@@ -23,6 +23,7 @@ import transformers
 from torch import nn
 
 from sft_ray.errors import ConfigError
+from sft_ray.training.compiled import CompiledLayers
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import LabelSet
 from sft_ray.training.seeds import derived_seed
@@ -238,6 +239,7 @@ class Pretrained:
         from_scratch: names of weights the checkpoint lacks (the head), newly initialised.
         seed: that they were drawn from.
         full_embedding: the whole embedding matrix on the CPU, for writing the model back; or None.
+        compiled: its layers as they were compiled, for all trials.
     """
 
     def __init__(
@@ -268,6 +270,7 @@ class Pretrained:
         self._draw_head(seed)
         self._frozen: list[nn.Module] = []
         self._dropouts = list(_dropouts(model))
+        self.compiled = CompiledLayers()
         let_pass(model)
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sft_ray.training.compiled import CompiledLayers
 from sft_ray.training.unpadded import Layout, attend
 
 ATTENTION = "sft_ray_unpadded"
@@ -35,14 +36,26 @@ class Pass:
         trunk_TH: output of the first `depth` layers, [tokens, width]; None begins at the
             embeddings.
         stop: layers after which to stop; None runs all.
-        all_TH: what the last layer may look at while it is asked for first tokens only.
+        compiled: runs the layers, if they pack; None runs them as the library does.
     """
 
     layout: Layout
     depth: int = 0
     trunk_TH: torch.Tensor | None = None  # noqa: N815
     stop: int | None = None
-    all_TH: torch.Tensor | None = None  # noqa: N815
+    compiled: CompiledLayers | None = None
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """What attention is told of a layer's tokens, by the layer's arguments.
+
+    Attributes:
+        all_1TH: what the layer may look at while it is asked for first tokens only.
+    """
+
+    layout: Layout
+    all_1TH: torch.Tensor | None = None  # noqa: N815
 
 
 _now: ContextVar[Pass | None] = ContextVar("pass", default=None)
@@ -90,10 +103,10 @@ def prepare_model(
     for index, layer in enumerate(layers):
         is_last = index + 1 == len(layers)
         narrows = is_last and packs and reads_first
-        layer.forward = _Layer(_own_forward(layer), index, is_last, packs, gives_tuples, narrows)
+        layer.forward = _Layer(layer, index, is_last, packs, gives_tuples, narrows)
     if packs:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask)
         model.set_attn_implementation(ATTENTION)
 
 
@@ -127,14 +140,15 @@ class _Embeddings:
 class _Layer:
     def __init__(
         self,
-        real: Callable[..., Any],
+        layer: nn.Module,
         index: int,
         is_last: bool,
         packs: bool,
         gives_tuples: bool,
         narrows: bool,
     ) -> None:
-        self._real, self._index, self._is_last = real, index, is_last
+        self._layer, self._real = layer, _own_forward(layer)
+        self._index, self._is_last = index, is_last
         self._packs, self._gives_tuples, self._narrows = packs, gives_tuples, narrows
 
     def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -147,28 +161,51 @@ class _Layer:
             hidden = self._first(now, hidden)
         if self._narrows and now.stop is None:
             # Queries, and all behind attention, of the first tokens; see `_attention`.
-            with passing(replace(now, all_TH=hidden)):
-                first_tokens = hidden.index_select(1, now.layout.starts)
-                return self._real(first_tokens, *args, **kwargs).transpose(0, 1)
-        found = self._real(hidden, *args, **kwargs)
+            first_1BH = hidden.index_select(1, now.layout.starts)
+            first_1BH = self._run(now, first_1BH, hidden, *args, **kwargs)
+            return first_1BH.transpose(0, 1)[: now.layout.shape[0]]
+        found = self._run(now, hidden, None, *args, **kwargs)
         hidden, *others = found if self._gives_tuples else (found,)
         if self._index + 1 == now.stop:
-            raise _Stopped(hidden[0] if self._packs else now.layout.pack(hidden))
+            raise _Stopped(now.layout.own(hidden[0]) if self._packs else now.layout.pack(hidden))
         if self._is_last and self._packs:
             hidden = now.layout.unpack(hidden[0])
         return (hidden, *others) if self._gives_tuples else hidden
+
+    def _run(
+        self,
+        now: Pass,
+        hidden: torch.Tensor,
+        all_1TH: torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if not self._packs:
+            return self._real(hidden, *args, **kwargs)
+        kwargs["packed"] = _Packed(now.layout, all_1TH)
+        if now.compiled is None:
+            return self._real(hidden, *args, **kwargs)
+        shape = (*hidden.shape, *now.layout.groups[0].shape, now.layout.groups[0].last)
+        return now.compiled.run(self._layer, shape, hidden, *args, **kwargs)
 
     def _first(self, now: Pass, hidden: torch.Tensor) -> torch.Tensor:
         """What the first layer that runs is handed."""
         if now.trunk_TH is None:
             return now.layout.pack(hidden).unsqueeze(0) if self._packs else hidden
-        return now.trunk_TH.unsqueeze(0) if self._packs else now.layout.unpack(now.trunk_TH)
+        if self._packs:
+            return now.layout.fill(now.trunk_TH).unsqueeze(0)
+        return now.layout.unpack(now.trunk_TH)
 
     def _left_out(self, now: Pass, hidden: torch.Tensor) -> Any:
         if self._is_last:
             assert now.trunk_TH is not None  # only a given output leaves layers out
             hidden = now.layout.unpack(now.trunk_TH)
         return (hidden, None) if self._gives_tuples else hidden
+
+
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """Nobody looks at a mask while tokens are packed."""
+    return sdpa_mask(*args, **kwargs) if _now.get() is None else None
 
 
 def _attention(
@@ -179,18 +216,19 @@ def _attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    packed: _Packed | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    now = _now.get()
-    if now is None:
+    if packed is None:
+        assert _now.get() is None  # a layer hands its arguments on
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    narrow = now.all_TH is not None
+    narrow = packed.all_1TH is not None
     if narrow:
         names = ("key", "value") if hasattr(module, "key") else ("k_lin", "v_lin")
         key, value = (
-            getattr(module, name)(now.all_TH).unflatten(-1, (-1, key.shape[-1])).transpose(1, 2)
+            getattr(module, name)(packed.all_1TH).unflatten(-1, (-1, key.shape[-1])).transpose(1, 2)
             for name in names
         )
-    return attend(now.layout, query, key, value, dropout, scaling, first_tokens=narrow), None
+    return attend(packed.layout, query, key, value, dropout, scaling, first_tokens=narrow), None

@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from sft_ray.training.encoding import IntArray
 
 SEQUENCES_PER_GROUP = 8
+# Where shapes are to repeat, of the tokens and of the longest: numbers between two powers of two.
+TOKEN_STEPS = 8  # fill up by less than 1 / 8
+LENGTH_STEPS, LEAST_LENGTH = 2, 16  # only attention sees them, and is small beside the layer
 
 
 @dataclass(frozen=True)
@@ -66,18 +69,27 @@ class Layout:
     Attributes:
         shape: (sequences, length of the longest).
         places: of the tokens among all positions of the padded batch, [tokens].
-        starts: of the sequences in the packed batch, [sequences].
+        starts: of the sequences in the packed batch, [sequences]; 0 for those that fill up.
         groups: of neighbours; cheapest if the batch is sorted by length.
+        filler: tokens behind the batch's own, which nothing that is kept looks at.
     """
 
     shape: tuple[int, int]
     places: torch.Tensor
     starts: torch.Tensor
     groups: tuple[Group, ...]
+    filler: int = 0
 
     @classmethod
-    def of(cls, lengths: IntArray, device: torch.device) -> Layout:
-        """The layout of sequences with these lengths, [n]."""
+    def of(cls, lengths: IntArray, device: torch.device, *, fill_to: int | None = None) -> Layout:
+        """The layout of sequences with these lengths, [n].
+
+        Args:
+            fill_to: most sequences of any batch, if few shapes shall occur; tokens, sequences and
+                the length of the longest are filled up.  None fills nothing.
+        """
+        if fill_to is not None:
+            return cls._filled(lengths, device, fill_to)
         # A GPU rather pads more than it starts many small kernels.
         size = SEQUENCES_PER_GROUP if device.type == "cpu" else len(lengths)
         ends = np.concatenate([[0], np.cumsum(lengths)])
@@ -97,19 +109,55 @@ class Layout:
         starts = _to_device(ends[:-1], device)
         return cls((len(lengths), int(lengths.max())), places, starts, tuple(groups))
 
+    @classmethod
+    def _filled(cls, lengths: IntArray, device: torch.device, fill_to: int) -> Layout:
+        size, longest, tokens = len(lengths), int(lengths.max()), int(lengths.sum())
+        shape = (max(size, fill_to), filled(longest, LENGTH_STEPS, LEAST_LENGTH))
+        filler = min(filled(tokens, TOKEN_STEPS), shape[0] * shape[1]) - tokens
+        mask_BL = np.arange(shape[1])[None, :] < np.pad(lengths, (0, shape[0] - size))[:, None]
+        # What fills up lies where attention pads anyway.
+        free = np.flatnonzero(~mask_BL)[:filler]
+        places = _to_device(np.concatenate([np.flatnonzero(mask_BL), free]), device)
+        mask_BL[size:, 0] = True  # attention to nothing at all may give no number
+        mask = _to_device(mask_BL[:, None, None, :], device)
+        starts = np.zeros(shape[0], dtype=np.int64)
+        starts[:size] = np.cumsum(lengths) - lengths
+        return cls(
+            (size, longest),
+            _to_device(np.flatnonzero(_tokens(lengths)), device),
+            _to_device(starts, device),
+            (Group(0, tokens + filler, 0, shape, places, mask),),
+            filler,
+        )
+
     def sizes(self) -> tuple[int, int]:
         """Tokens, and positions if all are padded to the longest."""
         return len(self.places), self.shape[0] * self.shape[1]
 
     def pack(self, padded_BLH: torch.Tensor) -> torch.Tensor:
-        """[sequences, length, width] -> [tokens, width]."""
-        return padded_BLH.flatten(0, 1).index_select(0, self.places)
+        """[sequences, length, width] -> [tokens, width], filled up."""
+        return self.fill(padded_BLH.flatten(0, 1).index_select(0, self.places))
 
     def unpack(self, packed_TH: torch.Tensor) -> torch.Tensor:
         """[tokens, width] -> [sequences, length, width], 0 at padding."""
         size, length = self.shape
         positions = packed_TH.new_zeros(size * length, packed_TH.shape[-1])
-        return positions.index_copy(0, self.places, packed_TH).view(size, length, -1)
+        own_TH = self.own(packed_TH)
+        return positions.index_copy(0, self.places, own_TH).view(size, length, -1)
+
+    def fill(self, own_TH: torch.Tensor) -> torch.Tensor:
+        """Put the tokens that fill up, all 0, behind the batch's own."""
+        return F.pad(own_TH, (0, 0, 0, self.filler)) if self.filler else own_TH
+
+    def own(self, packed_TH: torch.Tensor) -> torch.Tensor:
+        """The batch's own tokens."""
+        return packed_TH[: len(self.places)]
+
+
+def filled(number: int, steps: int, least: int = 1) -> int:
+    """The next of few numbers: so many between two powers of two, no closer than `least`."""
+    step = max(least, 2 ** (number.bit_length() - 1) // steps)
+    return number + -number % step
 
 
 def attend(

@@ -16,6 +16,7 @@ import torch
 from sft_ray.config import Train
 from sft_ray.training import batches, trunk_cache
 from sft_ray.training.beat import no_beat
+from sft_ray.training.compiled import CompiledLayers
 from sft_ray.training.examples import Dataset
 from sft_ray.training.fitting import fit
 from sft_ray.training.forward import evaluate
@@ -96,6 +97,23 @@ def test_a_trial_on_cached_outputs_is_the_trial_without(
         assert mine.train_loss == pytest.approx(theirs.train_loss, abs=1e-5)
         assert mine.metrics["loss"] == pytest.approx(theirs.metrics["loss"], abs=1e-5)
     np.testing.assert_allclose(cached[-1].best.outputs, plain[-1].best.outputs, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_layers_above_cached_outputs_can_be_compiled(
+    k: int, toy: Dataset, bert: Path, root: Path
+) -> None:
+    setup = setup_of(bert, toy)
+    setup.pretrained.compiled = CompiledLayers("eager")
+    settings = {"frozen_layers": k, "precision": "fp32"}
+    plain, found = (run(setup, compile=chosen, **settings) for chosen in (False, True))
+    assert f"train-{k}" in kept(root)
+    assert [mark.train_loss for mark in found] == pytest.approx(
+        [mark.train_loss for mark in plain], abs=1e-5
+    )
+    assert setup.pretrained.compiled.works
+    # Where no layer runs there is nothing to fill up for.
+    assert (found[-1].padding_share > 0) == (k < LAYERS)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
