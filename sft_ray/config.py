@@ -380,8 +380,7 @@ class Resources(Section):
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     slots: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    # `auto` measures how busy one trial keeps a GPU, and what memory it takes, at the start.
-    trials_per_gpu: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    trials_per_gpu: Annotated[int, Field(ge=1)] | Literal["auto"] = 1  # auto measures one trial
     # Of disk on every machine, for the outputs of frozen layers; 0 computes them each time.
     trunk_cache_gb: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
 
