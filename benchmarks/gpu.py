@@ -13,7 +13,7 @@ trials on each GPU; from the first slot's first trial to the end of the last.
 `trunk`: seconds of an epoch with k frozen layers, their output computed each time or kept.
 
 MiniLM is pretrained.  BERT-base is built from its configuration with random weights and MiniLM's
-tokenizer, which has BERT's vocabulary, because no hub is reachable; that costs the same time.
+tokenizer, which has BERT's vocabulary, so that no hub is asked; a step takes the same time.
 
 Every row comes from a process of its own, in a shuffled order; one JSON line per row goes to --out,
 and rows whose line is there are not measured again.
