@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -290,13 +290,13 @@ def run_here(system: str, data: Path, seed: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
-        run = {
+        runs: dict[str, Callable[[Path, int, Path], list[float]]] = {
             "ours": run_ours,
             "trainer": run_trainer,
             "trainer_bf16": partial(run_trainer, bf16=True),
             "pattern": run_pattern,
-        }[system]
-        accuracies = run(data, seed, Path(folder))
+        }
+        accuracies = runs[system](data, seed, Path(folder))
         seconds = time.monotonic() - began
     row = {
         "system": system,

@@ -41,10 +41,12 @@ WANTED_OF_PEAK = 0.6
 Step = Callable[[Any], None]
 
 
-def load(data: Path, name: str, batch_size: int) -> tuple[Setup, _Trial]:
+def load(
+    data: Path, name: str, batch_size: int, model: str = MODEL, device: str = "cpu"
+) -> tuple[Setup, _Trial]:
     tree = {
         "name": "throughput",
-        "model": MODEL,
+        "model": model,
         "data": {
             **{s: str(data / f"{name}-{s}.parquet") for s in ("train", "validation")},
             "max_length": PADDED_LENGTH,
@@ -53,13 +55,18 @@ def load(data: Path, name: str, batch_size: int) -> tuple[Setup, _Trial]:
         "train": {"batch_size": batch_size, "learning_rate": 1e-4, "epochs": 50},
     }
     prepared = prepare_experiment(Experiment.model_validate(tree))
-    setup = load_setup(prepared.experiment, prepared.dataset_folder, World())
+    world = World(device=torch.device(device))
+    setup = load_setup(prepared.experiment, prepared.dataset_folder, world)
     trial = _Trial(prepared.experiment.train, setup, prepared.objective, SEED, None)
     return setup, trial
 
 
-def trainer_step(setup: Setup, batch_size: int, padded: bool) -> Step:
-    """A step of Trainer's own code on rows of our global batches."""
+def trainer_step(setup: Setup, batch_size: int, padded: bool, compiled: bool = False) -> Step:
+    """A step of Trainer's own code on rows of our global batches; in bf16 where ours is on a GPU.
+
+    Trainer's `torch_compile` is torch.compile with its defaults around the prepared model.
+    """
+    on_gpu = setup.world.device.type == "cuda"
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         setup.pretrained.model.config._name_or_path,
         num_labels=len(setup.dataset.label_names),
@@ -69,13 +76,16 @@ def trainer_step(setup: Setup, batch_size: int, padded: bool) -> Step:
         output_dir=tempfile.gettempdir(),
         per_device_train_batch_size=batch_size,
         learning_rate=1e-4,
-        use_cpu=True,
+        use_cpu=not on_gpu,
+        bf16=on_gpu,
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
     )
     trainer = transformers.Trainer(model=model, args=arguments)
     trainer.create_optimizer_and_scheduler(num_training_steps=10_000)
+    forward = trainer.accelerator.prepare(model)  # puts autocast around it
+    forward = torch.compile(forward) if compiled else forward
     trainer.current_gradient_accumulation_steps = 1  # what its loop sets
     examples = setup.dataset.train
     collator = transformers.DataCollatorWithPadding(
@@ -89,7 +99,7 @@ def trainer_step(setup: Setup, batch_size: int, padded: bool) -> Step:
             {"input_ids": examples.tokens[examples[i]], "labels": int(examples.labels[i])}
             for i in indices
         ]
-        trainer.training_step(model, trainer._prepare_inputs(collator(rows)))
+        trainer.training_step(forward, trainer._prepare_inputs(collator(rows)))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
@@ -109,14 +119,18 @@ def model_flops(setup: Setup, frozen_layers: int, lengths: Any) -> float:
     return found
 
 
-def peak_flops() -> float:
-    """fp32 matrix products per second on the threads in use; the best of a few."""
-    a = torch.randn(PEAK_SIZE, PEAK_SIZE)
-    found = []
+def peak_flops(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = PEAK_SIZE
+) -> float:
+    """FLOPs per second of matrix products, on the threads in use; the best of a few."""
+    world = World(device=torch.device(device))
+    a, found = torch.randn(size, size, device=device, dtype=dtype), []
     for _ in range(4):
+        world.synchronize()
         began = time.perf_counter()
         torch.mm(a, a)
-        found.append(2 * PEAK_SIZE**3 / (time.perf_counter() - began))
+        world.synchronize()
+        found.append(2 * size**3 / (time.perf_counter() - began))
     return max(found)
 
 

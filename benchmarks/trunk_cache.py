@@ -39,19 +39,22 @@ WANTED = {2: 1.3, 4: 2.4, 5: 3.5, 6: 25.0}
 WANTED_OF_SEARCH = 1.5
 
 
-def load(data: Path, rows: int) -> Setup:
+def load(
+    data: Path, rows: int, name: str = "trec", model: str = MODEL, device: str = "cpu"
+) -> Setup:
     tree = {
         "name": "trunks",
-        "model": MODEL,
+        "model": model,
         "data": {
-            **{s: str(data / f"trec-{s}.parquet") for s in ("train", "validation")},
+            **{s: str(data / f"{name}-{s}.parquet") for s in ("train", "validation")},
             "max_length": 128,
             "limit": {"train": rows},
         },
         "resources": {"trunk_cache_gb": 4},
     }
     prepared = prepare_experiment(Experiment.model_validate(tree))
-    return load_setup(prepared.experiment, prepared.dataset_folder, World())
+    world = World(device=torch.device(device))
+    return load_setup(prepared.experiment, prepared.dataset_folder, world)
 
 
 def whole_trial(setup: Setup, k: int, batch_size: int) -> Progress:
@@ -97,6 +100,8 @@ def measure(setup: Setup, k: int, batch_size: int) -> dict[str, Any]:
         "epoch_times_faster": seconds("plain", "train") / seconds("full", "train"),
         "evaluation_times_faster": seconds("plain", "eval") / seconds("full", "eval"),
         "building_in_plain_epochs": EPOCHS * build / seconds("plain", "train"),
+        "plain_epoch_seconds": seconds("plain", "train") / EPOCHS,
+        "full_epoch_seconds": seconds("full", "train") / EPOCHS,
         "plain_seconds": seconds("plain", "train") + seconds("plain", "eval"),
         "filling_seconds": seconds("filling", "train") + seconds("filling", "eval"),
         "full_seconds": seconds("full", "train") + seconds("full", "eval"),

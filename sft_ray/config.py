@@ -381,13 +381,14 @@ class Resources(Section):
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     slots: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    trials_per_gpu: Annotated[int, Field(ge=1)] = 1
+    trials_per_gpu: Annotated[int, Field(ge=1)] | Literal["auto"] = 1  # auto measures one trial
     # Of disk on every machine, for the outputs of frozen layers; 0 computes them each time.
     trunk_cache_gb: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
     def _ranks_never_share_a_gpu(self) -> Self:
-        if self.trials_per_gpu > 1 and self.workers_per_trial > 1:
+        shared = self.trials_per_gpu
+        if shared != "auto" and shared > 1 and self.workers_per_trial > 1:
             raise ValueError(
                 "trials_per_gpu above 1 needs workers_per_trial 1 (two ranks of a trial never "
                 f"share a GPU), got workers_per_trial {self.workers_per_trial}"

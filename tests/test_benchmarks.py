@@ -1,4 +1,5 @@
-"""The policy bench replays the committed curves through the search's own code."""
+"""The policy bench replays the committed curves through the search's own code; the GPU bench
+refuses to run where it cannot."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import search_policies
+from benchmarks import gpu, search_policies
 from benchmarks.record_curves import configuration
 from benchmarks.search_policies import POLICIES, marks_of, read_pool, replay, space_of
 from sft_ray.config import Train
@@ -113,3 +115,70 @@ def test_recorded_configurations_depend_on_seed_and_number_only() -> None:
     }
     assert min(train.learning_rate for train in drawn) < 5e-6
     assert max(train.learning_rate for train in drawn) > 1e-3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_gpu_bench_refuses_in_one_line_without_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--data", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "rows.jsonl")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"{gpu.NO_GPU}\n"
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_unit_of_the_gpu_bench_is_measured_once_per_repeat() -> None:
+    units = gpu.all_units(["steps", "search", "trunk"], ["bert-base", "minilm"], repeats=2)
+    assert len({json.dumps(unit) for unit in units}) == len(units) == 2 * (8 + 10 + 8)
+    assert [unit[-1] for unit in units] == sorted(unit[-1] for unit in units)
+    assert json.loads(json.dumps(units)) == units  # as rows that resume have them
+    trunks = gpu.all_units(["trunk"], ["minilm"], repeats=1)
+    assert sorted(unit[2] for unit in trunks) == [2, 4, 5, 6]
+
+
+def test_grouped_batches_hold_the_same_rows_by_length() -> None:
+    lengths = np.array([9, 3, 7, 3, 8, 1, 5, 2])
+    chosen = [np.array([0, 1, 2]), np.array([5, 4, 7])]
+    grouped = gpu.by_length(chosen, lengths)
+    assert [sorted(lengths[rows]) for rows in grouped] == [[1, 2, 3], [7, 8, 9]]
+
+
+def test_the_table_of_the_gpu_bench_has_wanted_values_beside_the_found_ones() -> None:
+    def steps(seconds: float) -> dict[str, dict[str, float]]:
+        slower = {system: seconds + i for i, system in enumerate(gpu.SYSTEMS)}
+        return {
+            "examples_per_second": {system: 1000 / s for system, s in slower.items()},
+            "times_slower": slower,
+            "of_peak": {system: 0.5 / s for system, s in slower.items()},
+        }
+
+    def search(per_hour: float, gpus: float) -> dict[str, float]:
+        return {"trials_per_hour": per_hour, "gpus_per_worker": gpus, "slots": 1 / gpus}
+
+    epochs = {"plain_epoch_seconds": 3.0, "full_epoch_seconds": 1.5}
+    rows = [
+        {"unit": ["search", "minilm", 4, 0], **search(400.0, 0.25)},
+        {"unit": ["search", "minilm", 1, 0], **search(100.0, 1.0)},
+        {"unit": ["search", "minilm", 4, 1], **search(600.0, 0.25)},
+        {"unit": ["search", "bert-base", "auto", 0], **search(50.0, 0.5)},
+        {"unit": ["trunk", "minilm", 2, 0], **epochs},
+        {"unit": ["steps", "bert-base", "full", 64, 0], **steps(1.0)},
+        {"unit": ["steps", "bert-base", "full", 16, 0], **steps(1.0)},
+    ]
+    lines = gpu.table(rows).splitlines()
+    assert "| bert-base | full | 64 | ours | 1,000 | 1.00 | 0.50 (0.45) |" in lines
+    assert "| bert-base | full | 16 | ours | 1,000 | 1.00 | 0.50 |" in lines
+    assert "| bert-base | full | 64 | dynamic | 500 | 2.00 | 0.25 |" in lines
+    assert "| minilm | 1 | 1 | 100 | 1.00 (5.0) |" in lines
+    assert "| minilm | 4 | 4 | 500 | 5.00 (5.0) |" in lines
+    assert "| bert-base | auto: 2 | 2 | 50 | – (2.0) |" in lines
+    assert "| minilm | 2 | 3.00 | 1.50 | 2.00 |" in lines
+    assert lines.index("| minilm | 1 | 1 | 100 | 1.00 (5.0) |") < lines.index(
+        "| minilm | 4 | 4 | 500 | 5.00 (5.0) |"
+    )

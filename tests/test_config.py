@@ -132,6 +132,9 @@ def test_all_problems_are_reported_together() -> None:
         ({"confirm": {"seeds": 1}}, "confirm.seeds"),
         ({"confirm": {"best": 3}}, "confirm.best: unknown key"),
         ({"resources": {"trials_per_gpu": 2, "workers_per_trial": 2}}, "never share a GPU"),
+        ({"resources": {"trials_per_gpu": 0}}, "resources.trials_per_gpu"),
+        ({"resources": {"trials_per_gpu": "all"}}, "resources.trials_per_gpu"),
+        ({"resources": {"trials_per_gpu": 1.5}}, "resources.trials_per_gpu"),
         ({"storage": "${NOT_SET_ANYWHERE}"}, "NOT_SET_ANYWHERE is not set"),
     ],
 )
@@ -142,6 +145,15 @@ def test_a_value_that_breaks_a_rule_is_refused_in_one_line(
         Experiment.from_tree({**MINIMAL, **change})
     assert message in str(caught.value)
     assert len(caught.value.problems) == 1
+
+
+def test_trials_per_gpu_is_a_number_or_auto() -> None:
+    assert Experiment.from_tree(MINIMAL).resources.trials_per_gpu == 1
+    for workers in (1, 2):
+        resources = {"trials_per_gpu": "auto", "workers_per_trial": workers}
+        found = Experiment.from_tree({**MINIMAL, "resources": resources})
+        assert found.resources.trials_per_gpu == "auto"
+        assert Experiment.from_tree(found.to_tree()) == found
 
 
 def test_warmup_and_cooldown_fit_into_a_schedule_that_has_both() -> None:

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from sft_ray.config import Experiment, Train
+from sft_ray.search import gpu_probe, sharing
 from sft_ray.search.cluster import plan_layout
+from sft_ray.search.preflight import prepare_experiment
 from sft_ray.training.examples import Dataset
 from sft_ray.training.fitting import fit
 from sft_ray.training.model import load_pretrained
@@ -113,6 +115,60 @@ def test_a_search_runs_on_the_gpu_in_bf16(experiment: Experiment) -> None:
     assert result.best["complete"]
 
 
+def shares_its_gpu(experiment: Experiment) -> Experiment:
+    tree = experiment.to_tree()
+    tree["resources"] = {"workers_per_trial": 1, "trials_per_gpu": "auto"}
+    return Experiment.from_tree(tree)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_the_probe_sees_how_little_of_a_gpu_a_tiny_model_takes(experiment: Experiment) -> None:
+    prepared = prepare_experiment(shares_its_gpu(experiment))
+    trains = sharing.trains_of_search(prepared)
+    threads = torch.get_num_threads()
+    found = gpu_probe.probe(*sharing._question(prepared, trains))
+    torch.set_num_threads(threads)
+    assert 0.001 < found.busy_share < 0.9
+    assert 1e6 < found.trial_bytes < 2e9
+    assert 5e7 < found.context_bytes < found.gpu_bytes
+    assert found.gpu_bytes == torch.cuda.get_device_properties(0).total_memory
+    has = {"CPU": 64.0, "GPU": 1.0}
+    decided = sharing.ask_this_machine(prepared, trains, has)
+    assert decided.trials_per_gpu > 1
+    assert "per GPU" in decided.reason
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_larger_batch_reserves_more(experiment: Experiment) -> None:
+    prepared = prepare_experiment(shares_its_gpu(experiment))
+    threads, found = torch.get_num_threads(), []
+    for batch_size in (2, 256):
+        trains = [Train(batch_size=batch_size, precision="fp32")]
+        found.append(gpu_probe.probe(*sharing._question(prepared, trains)))
+        torch.cuda.empty_cache()
+    torch.set_num_threads(threads)
+    assert found[0].trial_bytes < found[1].trial_bytes
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_search_says_how_many_trials_share_the_gpu(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sft_ray.search.tuner import run_search
+
+    result = run_search(shares_its_gpu(experiment))
+    lines = [line for line in capsys.readouterr().out.splitlines() if " per GPU" in line]
+    assert len(lines) == 1
+    number = int(lines[0].split()[1])
+    environment = result.tree["environment"]
+    assert environment["gpus_per_worker"] == pytest.approx(1 / number)
+    assert environment["slots"] <= number * torch.cuda.device_count()
+    assert result.best["complete"]
+
+
 @pytest.mark.parametrize(
     ("resources", "has", "expected"),
     [
@@ -120,6 +176,8 @@ def test_a_search_runs_on_the_gpu_in_bf16(experiment: Experiment) -> None:
         ({"workers_per_trial": 2}, {"CPU": 8}, (4, 0)),
         ({"workers_per_trial": 2}, {"CPU": 32, "GPU": 4}, (2, 1)),
         ({"trials_per_gpu": 3}, {"CPU": 32, "GPU": 2}, (6, pytest.approx(1 / 3))),
+        ({"trials_per_gpu": "auto"}, {"CPU": 32, "GPU": 2}, (2, 1)),
+        ({"trials_per_gpu": "auto", "workers_per_trial": 2}, {"CPU": 32, "GPU": 4}, (2, 1)),
         ({"gpus_per_worker": 0, "cpus_per_worker": 4}, {"CPU": 32, "GPU": 2}, (8, 0)),
         ({"slots": 1}, {"CPU": 8}, (1, 0)),
     ],

@@ -228,8 +228,21 @@ def capacity() -> dict[str, float]:
     return {k: max(present.get(k, 0), startable.get(k, 0)) for k in {*present, *startable}}
 
 
-def plan_layout(experiment: Experiment, has: Mapping[str, float]) -> Layout:
+def free_gpus() -> float:
+    """GPUs of the cluster that nobody holds at present."""
+    import ray
+
+    found: float = ray.available_resources().get("GPU", 0.0)
+    return found
+
+
+def plan_layout(
+    experiment: Experiment, has: Mapping[str, float], trials_per_gpu: int = 1
+) -> Layout:
     """Share a capacity out into slots.
+
+    Args:
+        trials_per_gpu: what `auto` stands for, see `sft_ray.search.sharing`.
 
     Raises:
         ResourceError: the trials need more than there is.
@@ -237,7 +250,8 @@ def plan_layout(experiment: Experiment, has: Mapping[str, float]) -> Layout:
     wanted = experiment.resources
     workers = wanted.workers_per_trial
     if wanted.gpus_per_worker == "auto":
-        gpus: float = 1 / wanted.trials_per_gpu if has.get("GPU", 0) >= 1 else 0
+        share = trials_per_gpu if wanted.trials_per_gpu == "auto" else wanted.trials_per_gpu
+        gpus: float = 1 / share if has.get("GPU", 0) >= 1 else 0
     else:
         gpus = wanted.gpus_per_worker
     worker = Layout(0, workers, wanted.cpus_per_worker, gpus).resources_per_worker

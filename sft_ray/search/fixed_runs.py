@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from optuna.trial import TrialState
@@ -18,9 +18,10 @@ from sft_ray.errors import ConfigError
 from sft_ray.run_store import TRIAL, RunStore
 from sft_ray.screen import Screen
 from sft_ray.search.board import Board, EndedTrial
-from sft_ray.search.cluster import capacity, connected, plan_layout
+from sft_ray.search.cluster import connected
 from sft_ray.search.conductor import Conductor
 from sft_ray.search.everywhere import check_storage_everywhere
+from sft_ray.search.sharing import shared_layout
 from sft_ray.search.tracking import Tracker
 from sft_ray.search.trials import MAX_RESTARTS, PlannedTrial
 from sft_ray.training.preparation import Prepared
@@ -245,8 +246,9 @@ def run_fixed(
             # Slots are for these runs, however many trials the search had.
             search = prepared.experiment.search.model_copy(update={"trials": pending})
             experiment = prepared.experiment.model_copy(update={"search": search})
-            layout = plan_layout(experiment, capacity())
             check_storage_everywhere(store.anchored()[0])
+            trains = [run.train for run in runs]
+            layout = shared_layout(replace(prepared, experiment=experiment), trains, screen)
             tracker = Tracker(experiment.tracking, store, screen.event)
             conductor = Conductor(
                 trials, store, screen, prepared.objective, layout.slots, tracker=tracker

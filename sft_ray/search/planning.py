@@ -1,27 +1,47 @@
 """`sft-ray plan`: what a search will cost, before it is spent; what would be refused, and why.
 
-Nothing is written into the run folder, and nothing but a look at a cluster asks for Ray.
+Nothing is written into the run folder.  Only a look at a cluster asks for Ray, and for one of its
+GPUs if it is to be found how many trials share one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+
+import torch
 
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError
 from sft_ray.recipes import default_recipe
 from sft_ray.run_store import JOURNAL, RunStore, check_folder_rule
 from sft_ray.screen import Screen, count, duration
-from sft_ray.search.cluster import Layout, capacity, capacity_here, connected, plan_layout
+from sft_ray.search.cluster import (
+    Layout,
+    capacity,
+    capacity_here,
+    connected,
+    free_gpus,
+    plan_layout,
+)
 from sft_ray.search.draws import drawn_trials
 from sft_ray.search.estimate import STARTUP_SECONDS, Plan, Range, estimate
 from sft_ray.search.narration import budget, search_rules
 from sft_ray.search.preflight import prepare_experiment
+from sft_ray.search.sharing import (
+    LATER,
+    ask_the_cluster,
+    ask_this_machine,
+    is_asked,
+    trains_of_search,
+    without_probe,
+)
 from sft_ray.search.speed import measure
 from sft_ray.search.warm_start import warm_configurations
 from sft_ray.training.preparation import Prepared, collect
 
 PROBE_SECONDS = 20.0
+SHARING_SECONDS = 300.0  # until a GPU of a cluster has answered
 
 
 def run_plan(
@@ -61,11 +81,15 @@ def run_plan(
         warm = collect(problems, warm_configurations, experiment, facts, objective)
     if problems:
         raise ConfigError(*problems)
+    sharing = None
+    if is_asked(experiment.resources):
+        sharing, layout = _shared(screen, prepared, has, address)
     drawn = drawn_trials(experiment, default_recipe(prepared.model.num_parameters), warm)
     screen.say(f"measuring training and evaluation, about {probe_seconds:g} s …")
     speed = measure(prepared, layout, [trial.train for trial in drawn], probe_seconds)
     plan = estimate(prepared, layout, speed, drawn, price_per_hour)
-    say_plan(screen, plan, prepared, store.location, begun=relation != "new")
+    begun = relation != "new"
+    say_plan(screen, plan, prepared, store.location, begun=begun, sharing=sharing)
     if source is not None:
         screen.say()
         screen.say("start it:")
@@ -81,10 +105,40 @@ def _layout(experiment: Experiment, has: Mapping[str, float] | None, address: st
     return plan_layout(experiment, has)
 
 
+def _shared(
+    screen: Screen, prepared: Prepared, has: Mapping[str, float] | None, address: str | None
+) -> tuple[str, Layout]:
+    """How many trials share a GPU, in words, and the slots that come of it.
+
+    Measures only on a GPU that is there and free; no cluster is to start a machine for a plan.
+    """
+    experiment, trains = prepared.experiment, trains_of_search(prepared)
+    with nullcontext() if has is not None else connected(address):
+        on_cluster = has is None
+        has = capacity() if has is None else has
+        sharing = without_probe(experiment, has)
+        if sharing is None and (free_gpus() if on_cluster else torch.cuda.device_count()) >= 1:
+            screen.say("measuring how busy one trial keeps a GPU …")
+            sharing = (
+                ask_the_cluster(prepared, trains, has, SHARING_SECONDS)
+                if on_cluster
+                else ask_this_machine(prepared, trains, has)
+            )
+    if sharing is None:
+        return LATER, plan_layout(experiment, has)
+    return sharing.reason, plan_layout(experiment, has, sharing.trials_per_gpu)
+
+
 def say_plan(
-    screen: Screen, plan: Plan, prepared: Prepared, location: str, *, begun: bool = False
+    screen: Screen,
+    plan: Plan,
+    prepared: Prepared,
+    location: str,
+    *,
+    begun: bool = False,
+    sharing: str | None = None,
 ) -> None:
-    """The plan, and what is worth knowing about it."""
+    """The plan, and what is worth knowing about it; `sharing` says how trials share GPUs."""
     layout, speed = plan.layout, plan.speed
     gpus = f" and {count(layout.gpus_per_worker, 'GPU')}" if layout.gpus_per_worker else ""
     confirm = f", then up to {plan.confirm_runs} runs to confirm the best"
@@ -100,6 +154,7 @@ def say_plan(
         f"{count(layout.workers_per_trial, 'worker')} x "
         f"{count(layout.cpus_per_worker, 'CPU')}{gpus}",
         **({"slots": _why_slots(layout, speed.gain_of_two)} if speed.gain_of_two else {}),
+        **({} if sharing is None else {"sharing": sharing}),
         "search by": search_rules(prepared),
         "budget": budget(prepared),
         "trials": f"{plan.trials}{confirm if plan.confirm_runs else ''}",
@@ -156,6 +211,8 @@ def _notes(plan: Plan, prepared: Prepared, begun: bool) -> Iterator[str]:
         yield f"the budget ends the search after about {number} of {plan.trials} trials"
     if plan.layout.gpus_per_worker and plan.speed.device == "CPU":
         yield "the speed is a CPU's, the trials will have GPUs: expect far less time"
+    if 0 < plan.layout.gpus_per_worker < 1 and plan.speed.device == "GPU":
+        yield "the speed is of one trial that has the GPU to itself: expect more time"
 
 
 def _between(some: Range, text: Callable[[float], str]) -> str:

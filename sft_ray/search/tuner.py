@@ -37,12 +37,13 @@ from sft_ray.run_store import (
     write_results,
 )
 from sft_ray.screen import Screen
-from sft_ray.search.cluster import capacity, capacity_here, connected, plan_layout
+from sft_ray.search.cluster import capacity_here, connected
 from sft_ray.search.conductor import Conductor
 from sft_ray.search.everywhere import check_storage_everywhere
 from sft_ray.search.mending import damage_found, mend
 from sft_ray.search.narration import say_outcome, say_truth
 from sft_ray.search.preflight import prepare_experiment
+from sft_ray.search.sharing import shared_layout, trains_of_search
 from sft_ray.search.study import SearchStudy, open_storage
 from sft_ray.search.tracking import Tracker
 from sft_ray.search.warm_start import warm_configurations
@@ -91,8 +92,8 @@ def run_search(
     if fresh or not store.exists(JOURNAL):
         warm = warm_configurations(experiment, prepared.facts(), prepared.objective)
     with connected(address):
-        layout = plan_layout(experiment, capacity())
         check_storage_everywhere(store.anchored()[0])
+        layout = shared_layout(prepared, trains_of_search(prepared), screen)
         tracker = Tracker(experiment.tracking, store, screen.event)
         if fresh and store.is_there():
             screen.say(f"the old folder is now {store.set_aside()}")

@@ -93,21 +93,28 @@ def run_worker(settings: dict[str, Any], rank: int, size: int, device: str, puls
 def load(settings: dict[str, Any], world: World, pulse: Pulse) -> Loaded:
     """Model, data and tokenizer of the experiment; encodes the data if this node lacks it."""
     experiment = Experiment.model_validate(settings["experiment"])
+    return Loaded(
+        experiment=experiment,
+        setup=load_here(experiment, Path(settings["dataset_folder"]), world),
+        store=RunStore(*settings["run"]),
+        pulse=pulse,
+    )
+
+
+def load_here(experiment: Experiment, dataset_folder: Path, world: World) -> Setup:
+    """What a worker trains with, on this node and on the threads that a worker has.
+
+    Args:
+        dataset_folder: of the driver; the data is encoded again if this node lacks it.
+    """
     torch.set_num_threads(max(1, math.floor(experiment.resources.cpus_per_worker)))
 
     def encode() -> Path:
         task, model_folder = find_task(experiment.task), resolve_model(experiment.model)
         return prepare(experiment.data, task, model_folder, experiment.revision, experiment.seed)
 
-    dataset_folder = prepare_here(Path(settings["dataset_folder"]), encode)
-    return Loaded(
-        experiment=experiment,
-        setup=load_setup(
-            experiment, dataset_folder, world, trunk_uses=experiment.search.trials_per_depth
-        ),
-        store=RunStore(*settings["run"]),
-        pulse=pulse,
-    )
+    folder = prepare_here(dataset_folder, encode)
+    return load_setup(experiment, folder, world, trunk_uses=experiment.search.trials_per_depth)
 
 
 def run_trial(

@@ -219,7 +219,7 @@ def test_each_rung_knows_its_own_trials_only() -> None:
 def test_a_search_ends_who_is_not_among_the_best_at_a_rung(tmp_path: Path) -> None:
     study = open_study(tmp_path, experiment(default_recipe=False, sampler="random"))
     reasons = {}
-    # Six at once; the survivors are the first, then the better of two and so on, at last two of six.
+    # Six at once, of whom the best two survive.
     waiting = [study.next_trial() for _ in range(6)]
     for planned, score in zip(waiting, (0.625, 0.75, 0.25, 0.0, 0.125, 0.7), strict=True):
         assert planned is not None

@@ -63,9 +63,8 @@ def setup_of(folder: Path, dataset: Dataset, *, uses: float = 1.0, budget: int |
 
 def run(setup: Setup, **settings: object) -> list[Progress]:
     marks: list[Progress] = []
-    train = Train.model_validate(
-        {"learning_rate": 1e-3, "epochs": 3, "batch_size": 16, "dropout": 0.0, **settings}
-    )
+    fixed = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 16, "dropout": 0.0}
+    train = Train.model_validate({**fixed, "precision": "fp32", **settings})
     fit(
         train,
         setup,
