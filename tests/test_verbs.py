@@ -22,7 +22,7 @@ from sft_ray.single_trial import run_training
 from sft_ray.training import fitting as fit_module
 from tests.models import toy_rows, write_csv
 
-ARGUMENTS = {"learning_rate": 5e-3, "epochs": 2, "dropout": 0.1}
+ARGUMENTS = {"learning_rate": 5e-3, "epochs": 2, "dropout": 0.1, "precision": "fp32"}
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,7 @@ def make(tmp_path: Path, tiny_model: Path, toy_csv: Path) -> Any:
                     "max_length": 32,
                 },
                 "train": ARGUMENTS,
+                "search": {"rungs": [10, 33]},
                 "storage": str(tmp_path / "runs"),
                 **tree,
             }
@@ -138,7 +139,13 @@ def test_a_step_without_memory_is_tried_with_half(make, monkeypatch, capsys) -> 
 
 
 def test_a_configuration_that_diverges_keeps_what_it_had(make) -> None:
-    wild = {"learning_rate": 1.0, "epochs": 3, "warmup": 0.9, "optimizer": "sgd"}
+    wild = {
+        "precision": "fp32",
+        "learning_rate": 1.0,
+        "epochs": 3,
+        "warmup": 0.9,
+        "optimizer": "sgd",
+    }
     wild |= {"max_grad_norm": 1e30, "regularization": {"kind": "l2", "strength": 999.0}}
     result = run_training(make(train=wild), quiet=True)
     assert "not finite" in result.trials[0]["reason"]

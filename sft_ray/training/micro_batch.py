@@ -68,17 +68,18 @@ def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
 def kept_bytes(attempt: Callable[[int], None], weights: Iterable[torch.Tensor]) -> int:
     """What one example keeps for its backward pass; `weights` are there however many pass."""
     shared = {weight.untyped_storage().data_ptr() for weight in weights}
-    kept: dict[int, int] = {}  # what several operations keep counts once
+    # What several operations keep counts once; held here, so that no other takes its place.
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in shared:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         attempt(1)
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def fits_on_a_cpu(bytes_per_example: int, most: int) -> int:

@@ -14,6 +14,7 @@ import optuna
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from transformers import AutoModelForTokenClassification
 
 from sft_ray.analysis.results import SearchResult
@@ -24,6 +25,7 @@ from sft_ray.search.study import open_storage
 from sft_ray.search.tuner import run_search
 from sft_ray.serving.evaluate import run_evaluation
 from sft_ray.training import metrics
+from sft_ray.training.world import resolve_precision
 from tests import faults
 from tests.models import KEYWORDS, toy_rows
 
@@ -134,7 +136,14 @@ def test_a_search_ends_with_the_best_checkpoint_and_the_same_command_only_shows_
     assert overheads[len(overheads) // 2] < 1.0
     assert slot_seconds(tree) == pytest.approx(seconds_between_ends(run), rel=0.01, abs=0.1)
 
-    for said in ("float32", "1 slot x 2 workers", "best 1/3", "over the default recipe", "next"):
+    number_format = str(resolve_precision("auto", torch.device("cpu"))[0]).removeprefix("torch.")
+    for said in (
+        number_format,
+        "1 slot x 2 workers",
+        "best 1/3",
+        "over the default recipe",
+        "next",
+    ):
         assert said in printed
     assert f"trial 3   {tree['trials'][3]['state']}" in printed
     assert "Warning" not in printed
