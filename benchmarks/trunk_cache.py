@@ -113,7 +113,14 @@ def measure(setup: Setup, k: int, batch_size: int) -> dict[str, Any]:
 
 
 def rates(setup: Setup) -> None:
-    """Forward FLOPs, bytes written and read per second, as `RATES` holds them."""
+    """Forward FLOPs, bytes written and read per second, as `RATES` holds them, in both formats."""
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            print(dtype, end="  ")
+            rates_now(setup)
+
+
+def rates_now(setup: Setup) -> None:
     examples, layers = setup.dataset.train, setup.pretrained.num_layers
     setup.pretrained.reset("all")
     chosen = np.argsort(examples.lengths)[-256:]

@@ -60,7 +60,10 @@ class Rates:
 
 # One core and a local disk (benchmarks/RESULTS.md).  Written down, so that the same search decides
 # the same; other devices are measured when a trial first asks.
-RATES = {"cpu": Rates(flops=8.5e10, written=6e8, read=6e9)}
+RATES = {
+    ("cpu", torch.float32): Rates(flops=8.5e10, written=6e8, read=6e9),
+    ("cpu", torch.bfloat16): Rates(flops=1.4e11, written=6e8, read=6e9),
+}
 
 
 @dataclass(frozen=True)
@@ -253,7 +256,8 @@ class _Build:
         layers = self.cache.pretrained.num_layers
         flops = 2.0 * self.cache.pretrained.layer_parameters() / layers  # per token and layer
         missing = self.depth - (0 if below is None else below.depth)
-        rates = RATES.get(self.cache.world.device.type) or self._measured_rates(flops)
+        known = RATES.get((self.cache.world.device.type, self.dtype))
+        rates = known or self._measured_rates(flops)
         num_bytes = self.num_bytes // int(self.examples.lengths.sum())
         return Costs.of(rates, flops * self.depth, flops * missing, num_bytes)
 
