@@ -68,6 +68,7 @@ def tracker_with(callback: Any, folder: Path, said: list[str]) -> Tracker:
     return tracker
 
 
+@pytest.mark.cluster
 @pytest.mark.timeout(300)
 def test_tensorboard_and_mlflow_show_what_the_run_folder_has(
     experiment: Experiment,
@@ -109,6 +110,7 @@ def test_tensorboard_and_mlflow_show_what_the_run_folder_has(
     assert again.trials == result.trials
 
 
+@pytest.mark.cluster
 @pytest.mark.timeout(300)
 def test_wandb_keeps_an_offline_run_and_no_key_in_rays_logs(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
