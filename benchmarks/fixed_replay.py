@@ -1,4 +1,4 @@
-"""The same eight configurations by three systems: wall time from start of search to result.
+"""The same eight configurations by four systems: wall time from start of search to result.
 
 `ours`: a search over two slots of one worker.  `trainer`: `Trainer.hyperparameter_search` with its
 Ray backend and dynamic padding, two trials at once; `trainer_bf16` is the same in bf16, the number
@@ -203,7 +203,7 @@ def load_model(seed: int, frozen_layers: int) -> Any:
 def trainer_arguments(
     data: Path, seed: int, folder: Path, save: str = "no", bf16: bool = False
 ) -> dict[str, Any]:
-    """What both of the others hand to `Trainer`, but for the model."""
+    """What all of the others hand to `Trainer`, but for the model."""
     import pyarrow.parquet as pq
     import transformers
 

@@ -87,7 +87,7 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
         setup = load_setup(prepared.experiment, prepared.dataset_folder, world)
         keeps_trunks = _keeps_trunks(setup)
         setup = replace(setup, trunk_cache=None)  # nothing is written here
-        train_seconds, trunk_seconds = {}, {}
+        train_seconds, trunk_seconds, gain_of_two = {}, {}, None
         for depth in depths:
             fixed = {"batch_size": batch_size, "frozen_layers": depth, "reinit_layers": 0}
             fixed["compile"] = False  # takes longer than all that is measured here
@@ -95,14 +95,14 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
             step = _training(train, setup, prepared, layout.workers_per_trial)
             share = seconds * (1 - EVAL_SHARE) / len(depths)
             train_seconds[depth] = _seconds_per_example(step, world, share)
+            if depth == depths[0] and not on_gpu and layout.slots > 1:  # where work is most
+                own = torch.get_num_threads()
+                torch.set_num_threads(2 * own)
+                gain_of_two = train_seconds[depth] / _seconds_per_example(step, world, share)
+                torch.set_num_threads(own)
             if depth and keeps_trunks:
                 below = _trunk(setup, train, depth)
                 trunk_seconds[depth] = _seconds_per_example(below, world, share / 4)
-        gain_of_two = None
-        if not on_gpu and layout.slots > 1:
-            torch.set_num_threads(max(2, int(2 * layout.cpus_per_worker)))
-            gain_of_two = train_seconds[depth] / _seconds_per_example(step, world, share)
-            torch.set_num_threads(max(1, int(layout.cpus_per_worker)))
         look = _evaluation(setup, prepared.experiment.train.precision)
         eval_seconds = _seconds_per_example(look, world, seconds * EVAL_SHARE)
     finally:
