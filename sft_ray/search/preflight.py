@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from sft_ray import space as spaces
 from sft_ray.config import Experiment, apply_values, explain
-from sft_ray.errors import DataError, did_you_mean
+from sft_ray.errors import ConfigError, DataError, did_you_mean
 from sft_ray.recipes import recipe_of
 from sft_ray.search.cluster import plan_layout
 from sft_ray.search.samplers import grid_points
@@ -31,20 +32,36 @@ def prepare_experiment(experiment: Experiment, has: Mapping[str, float] | None =
     Raises:
         SftError: every problem found, one line each.
     """
+    return with_default_space(check_experiment(experiment, has))
+
+
+def check_experiment(experiment: Experiment, has: Mapping[str, float] | None = None) -> Prepared:
+    """`prepare_experiment` without what needs the model's code, which takes seconds to import."""
     problems: list[str] = []
     model = collect(problems, inspect_model, experiment.model, experiment.revision)
-    if experiment.search.space is None and model is not None:
-        recipe = recipe_of(model.model_type, model.num_parameters)
-        experiment = experiment.with_space(spaces.default_space(model.num_layers, recipe))
-    if model is not None:
-        problems += _depth_problems(experiment, model)
-    problems += _enqueue_problems(experiment)
-    if experiment.search.sampler == "grid":
-        collect(problems, grid_points, experiment.search.domains)
+    if experiment.search.space is not None:
+        problems += _space_problems(experiment, model)
     problems += _schedule_problems(experiment)
     if has is not None:
         collect(problems, plan_layout, experiment, has)
     return prepare_with_model(experiment, model, problems)
+
+
+def with_default_space(checked: Prepared) -> Prepared:
+    """The default space of the model's family and size, where the experiment names none.
+
+    Raises:
+        ConfigError: the configuration describes no model, or what it says beside the space does
+            not go with the default.
+    """
+    experiment, model = checked.experiment, checked.model
+    recipe = recipe_of(model.model_type, model.num_parameters)
+    if experiment.search.space is not None:
+        return checked
+    experiment = experiment.with_space(spaces.default_space(model.num_layers, recipe))
+    if problems := _space_problems(experiment, model):
+        raise ConfigError(*problems)
+    return replace(checked, experiment=experiment)
 
 
 def check_data(prepared: Prepared, environment: Mapping[str, Any] | None, location: str) -> None:
@@ -59,6 +76,14 @@ def check_data(prepared: Prepared, environment: Mapping[str, Any] | None, locati
             f"data: {location} was made from other data (fingerprint {then}, now {now}); bring "
             "that back, or search again under another name=…"
         )
+
+
+def _space_problems(experiment: Experiment, model: ModelFacts | None) -> list[str]:
+    problems = [] if model is None else _depth_problems(experiment, model)
+    problems += _enqueue_problems(experiment)
+    if experiment.search.sampler == "grid":
+        collect(problems, grid_points, experiment.search.domains)
+    return problems
 
 
 def _depth_problems(experiment: Experiment, model: ModelFacts) -> list[str]:

@@ -42,7 +42,7 @@ from sft_ray.search.conductor import Conductor
 from sft_ray.search.everywhere import check_storage_everywhere
 from sft_ray.search.mending import damage_found, mend
 from sft_ray.search.narration import say_outcome, say_truth
-from sft_ray.search.preflight import prepare_experiment
+from sft_ray.search.preflight import check_experiment, with_default_space
 from sft_ray.search.sharing import shared_layout, trains_of_search
 from sft_ray.search.study import SearchStudy, open_storage
 from sft_ray.search.tracking import Tracker
@@ -78,20 +78,24 @@ def run_search(
     screen, started = Screen(quiet), time.monotonic()
     if extend:
         experiment = extended(experiment, extend)
-    prepared = prepare_experiment(experiment, capacity_here(address))
-    experiment = prepared.experiment
+    checked = check_experiment(experiment, capacity_here(address))
     store = RunStore(experiment.storage, experiment.name)
-    tree = None if fresh else finished_results(store, experiment)
-    if tree is not None:
-        screen.say(f"{store.location} is finished; its outcome:")
-        result = SearchResult(store.location, tree)
-        say_outcome(screen, result, prepared, source)
-        return _confirmed(experiment, store, result, address, quiet)
-    store.check_free()  # before Ray starts in vain
     warm = []
-    if fresh or not store.exists(JOURNAL):
-        warm = warm_configurations(experiment, prepared.facts(), prepared.objective)
-    with connected(address):
+    if store.is_there() or experiment.search.warm_start:
+        checked = with_default_space(checked)
+        tree = None if fresh else finished_results(store, checked.experiment)
+        if tree is not None:
+            screen.say(f"{store.location} is finished; its outcome:")
+            result = SearchResult(store.location, tree)
+            say_outcome(screen, result, checked, source)
+            return _confirmed(checked.experiment, store, result, address, quiet)
+        if fresh or not store.exists(JOURNAL):
+            facts, objective = checked.facts(), checked.objective
+            warm = warm_configurations(checked.experiment, facts, objective)
+    store.check_free()  # before Ray starts in vain
+    with connected(address, beside=lambda: checked.model.num_parameters):
+        prepared = with_default_space(checked)
+        experiment = prepared.experiment
         check_storage_everywhere(store.anchored()[0])
         layout = shared_layout(prepared, trains_of_search(prepared), screen)
         tracker = Tracker(experiment.tracking, store, screen.event)

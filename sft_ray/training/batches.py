@@ -20,7 +20,6 @@ from sft_ray.training.seeds import derived_seed
 from sft_ray.training.unpadded import Layout
 
 EVAL_TOKENS_PER_BATCH = 4096
-CPU_MICRO_BATCH = 8  # examples per pass: fewer save padding, more save calls (measured)
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,14 @@ class Trunk:
 
     Attributes:
         depth: how many layers.
-        maps: arrays [tokens, width], one per file.
+        maps: arrays [tokens, width], one per file; integers are the bits of bf16.
         map_of: number of the file that holds an item, [n].
         start_of: its first row there, [n].
         most_tokens: of an item, from its first on; None keeps all.
     """
 
     depth: int
-    maps: list[npt.NDArray[np.floating]]
+    maps: list[npt.NDArray[np.number]]
     map_of: IntArray
     start_of: IntArray
     most_tokens: int | None = None
@@ -61,9 +60,10 @@ class Trunk:
     def rows(self, items: IntArray, lengths: IntArray) -> torch.Tensor:
         """Output for the tokens of some items, one after the other, [tokens, width]."""
         places = zip(self.map_of[items], self.start_of[items], lengths, strict=True)
-        return torch.from_numpy(
+        found = torch.from_numpy(
             np.concatenate([self.maps[map_][start : start + n] for map_, start, n in places])
         )
+        return found.view(torch.bfloat16) if found.dtype == torch.int16 else found
 
 
 def kept_lengths(lengths: IntArray, most_tokens: int | None) -> IntArray:

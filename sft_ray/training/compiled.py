@@ -23,13 +23,13 @@ from sft_ray.training.micro_batch import is_out_of_memory
 MOST_COMPILED = 2048
 
 
-def is_compiled(chosen: bool | Literal["auto"], packs: bool) -> bool:
+def is_compiled(chosen: bool | Literal["auto"], pads: bool) -> bool:
     """Whether a trial compiles its layers.
 
     `auto` is off: on CPUs compiling costs more than most trials take, and on GPUs it has not been
-    measured yet.  Layers that do not pack have too many shapes, and are never compiled.
+    measured yet.  Layers with padding in them have too many shapes, and are never compiled.
     """
-    return chosen is True and packs
+    return chosen is True and not pads
 
 
 class CompiledLayers:

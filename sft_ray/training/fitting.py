@@ -142,7 +142,8 @@ class _Trial:
             reinit_layers=train.reinit_layers,
             seed=seed,
         )
-        self.compiles = is_compiled(train.compile, self.pretrained.family.packs)
+        self.pads = self.pretrained.family.pads_in is not None
+        self.compiles = is_compiled(train.compile, self.pads)
         self.probed = self.probe(setup.micro_batches)
         self.most_per_pass = self.choose_micro_batch(self.probed, most_per_pass)
         if self.world.device.type == "cuda":  # what the probe tried is not the trial's
@@ -254,10 +255,9 @@ class _Trial:
         if compiles:
             one_pass = replace(batch.one_pass, compiled=self.pretrained.compiled)
             batch = replace(batch, one_pass=one_pass)
-        tokens, positions = batch.one_pass.layout.sizes()
-        self.tokens += tokens
-        filled = tokens + batch.one_pass.layout.filler
-        self.positions += filled if self.pretrained.family.packs else positions
+        layout = batch.one_pass.layout
+        self.tokens += int(layout.lengths.sum())
+        self.positions += layout.positions(pads=self.pads)
         loss = forward_loss(self.model, batch, self.task, self.loss_options, self.dtype)
         # Gradients are averaged over workers; the step wants the sum over the global batch
         # divided by its count.
@@ -436,8 +436,6 @@ class _Trial:
         most = min(share, most or share)
         if self.train.micro_batch != "auto":
             return min(most, self.train.micro_batch)
-        if self.world.device.type == "cpu" and not self.pretrained.family.packs:
-            most = min(most, batches.CPU_MICRO_BATCH)
         return min(most, probe.fits)
 
     def probe_micro_batch(self) -> Probe:

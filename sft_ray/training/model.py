@@ -46,7 +46,8 @@ class Family:
         shared: modules that feed every layer.
         positions_after_padding: positions are counted from the padding token's id upwards, which
             leaves that much less room for text.
-        packs: its layers take tokens without padding (see `passes.prepare_model`).
+        pads_in: the part of a layer that attends, where that is the family's own code (see
+            `padded_attention`); None asks the library's registry of attention functions.
         gives_tuples: its layers answer with more than the hidden states.
     """
 
@@ -54,14 +55,15 @@ class Family:
     layers: str = "encoder.layer"
     shared: tuple[str, ...] = ()
     positions_after_padding: bool = False
-    packs: bool = True
+    pads_in: str | None = None
     gives_tuples: bool = False
 
 
+CONVOLUTION = "encoder.conv"  # of large DeBERTa v2, behind the first layer
 ROBERTA = Family(positions_after_padding=True)
 DEBERTA = Family(
-    shared=("encoder.rel_embeddings", "encoder.LayerNorm", "encoder.conv"),
-    packs=False,
+    shared=("encoder.rel_embeddings", "encoder.LayerNorm", CONVOLUTION),
+    pads_in="attention.self",
     gives_tuples=True,
 )
 FAMILIES = {
@@ -77,10 +79,10 @@ FAMILIES = {
     "mpnet": Family(
         shared=("encoder.relative_attention_bias",),
         positions_after_padding=True,
-        packs=False,
+        pads_in="attention.attn",
         gives_tuples=True,
     ),
-    "modernbert": Family(layers="layers", packs=False),
+    "modernbert": Family(layers="layers", pads_in="attn"),
 }
 
 
@@ -89,10 +91,32 @@ class ModelFacts:
     """What is known of a model before its weights are read."""
 
     folder: str  # a local folder or a hub id
-    model_type: str
-    num_layers: int
-    num_parameters: int
+    config: Any
     max_length: int
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.model_type)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Of the encoder; counted when first asked, which brings the model's code: seconds.
+
+        Raises:
+            ConfigError: the configuration describes no model.
+        """
+        try:
+            with torch.device("meta"):
+                skeleton = transformers.AutoModel.from_config(self.config, trust_remote_code=False)
+        except Exception as error:  # impossible sizes raise whatever the family's code meets first
+            raise ConfigError(
+                f"model: {self.folder}/config.json describes no model: {error}"
+            ) from None
+        return sum(parameter.numel() for parameter in skeleton.parameters())
 
 
 def resolve_model(model: str) -> str:
@@ -149,21 +173,10 @@ def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
         )
     if Path(folder).is_dir():
         _check_weights(Path(folder))
-    try:
-        with torch.device("meta"):
-            skeleton = transformers.AutoModel.from_config(config, trust_remote_code=False)
-    except Exception as error:  # impossible sizes raise whatever the family's code meets first
-        raise ConfigError(f"model: {folder}/config.json describes no model: {error}") from None
     positions = getattr(config, "max_position_embeddings", None) or 2**31
     if FAMILIES[config.model_type].positions_after_padding:
         positions -= config.pad_token_id + 1
-    return ModelFacts(
-        folder=folder,
-        model_type=config.model_type,
-        num_layers=config.num_hidden_layers,
-        num_parameters=sum(p.numel() for p in skeleton.parameters()),
-        max_length=positions,
-    )
+    return ModelFacts(folder, config, positions)
 
 
 def _check_weights(folder: Path) -> None:
@@ -191,11 +204,14 @@ def let_pass(model: Any) -> None:
     family = FAMILIES.get(model.config.model_type)
     if family is not None:
         base = model.base_model
+        layers = list(_module(base, family.layers))
+        has_convolution = _has(base, CONVOLUTION)
         prepare_model(
             model,
             [_module(base, path) for path in family.embeddings if _has(base, path)],
-            list(_module(base, family.layers)),
-            packs=family.packs,
+            layers,
+            attentions=[_module(layer, family.pads_in) for layer in layers if family.pads_in],
+            convolution=_module(base, CONVOLUTION) if has_convolution else None,
             gives_tuples=family.gives_tuples,
             reads_first=reads_first_token(model),
         )
@@ -280,7 +296,7 @@ class Pretrained:
     @cached_property
     def can_split(self) -> bool:
         """Whether the layers above any depth need no more than the output of the one below."""
-        return not _has(self.model.base_model, "encoder.conv")  # mixes both ends of the first
+        return not _has(self.model.base_model, CONVOLUTION)  # mixes both ends of the first
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,8 +1,7 @@
 """One pass of a batch through a model of the library: without padding, and in two halves.
 
-The model's own code runs; only what its embeddings and layers are handed changes, and only inside
-`passing`.  Outside, and in families whose attention is their own, the model does what it always
-does.
+The model's own code runs; only what its embeddings, layers and attention are handed changes, and
+only inside `passing`.  Outside, the model does what it always does.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sft_ray.training.compiled import CompiledLayers
+from sft_ray.training.padded_attention import PaddedAttention, PaddedConvolution
 from sft_ray.training.unpadded import Layout, attend
 
 ATTENTION = "sft_ray_unpadded"
@@ -36,7 +36,7 @@ class Pass:
         trunk_TH: output of the first `depth` layers, [tokens, width]; None begins at the
             embeddings.
         stop: layers after which to stop; None runs all.
-        compiled: runs the layers, if they pack; None runs them as the library does.
+        compiled: runs the layers; None runs them as the library does.
     """
 
     layout: Layout
@@ -84,7 +84,8 @@ def prepare_model(
     embeddings: Sequence[nn.Module],
     layers: Sequence[nn.Module],
     *,
-    packs: bool,
+    attentions: Sequence[nn.Module],
+    convolution: nn.Module | None,
     gives_tuples: bool,
     reads_first: bool,
 ) -> None:
@@ -92,19 +93,27 @@ def prepare_model(
 
     Args:
         embeddings: all that runs before the first layer.
-        packs: whether its layers take tokens without padding: they do if only attention looks
-            at more than one token, and asks the library's registry how.
-        gives_tuples: whether its layers answer with more than the hidden states.
-        reads_first: whether its head reads the first token of every sequence and no other.  Then
-            the last layer, where tokens are packed, computes the others' keys and values only.
+        attentions: of the layers, if they are a family's own code; else the layers' attention asks
+            the library's registry how.  Nothing but attention looks at more than one token, except
+        convolution: between the first and the second layer, or None.
+        gives_tuples: whether the layers answer with more than the hidden states.
+        reads_first: whether the head reads the first token of every sequence and no other.  Then
+            the last layer, if its attention asks the registry, computes the others' keys and
+            values only.
     """
     for module in embeddings:
         module.forward = _Embeddings(_own_forward(module))
+    for module in attentions:
+        module.forward = PaddedAttention(module, _own_forward(module), _layout)
+    if convolution is not None:
+        convolution.forward = PaddedConvolution(_own_forward(convolution), _layout)
+    asks = not attentions
     for index, layer in enumerate(layers):
         is_last = index + 1 == len(layers)
-        narrows = is_last and packs and reads_first
-        layer.forward = _Layer(layer, index, is_last, packs, gives_tuples, narrows)
-    if packs:
+        layer.forward = _Layer(
+            layer, index, is_last, gives_tuples, asks, is_last and asks and reads_first
+        )
+    if asks:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask)
         model.set_attn_implementation(ATTENTION)
@@ -143,13 +152,13 @@ class _Layer:
         layer: nn.Module,
         index: int,
         is_last: bool,
-        packs: bool,
         gives_tuples: bool,
+        asks: bool,
         narrows: bool,
     ) -> None:
         self._layer, self._real = layer, _own_forward(layer)
-        self._index, self._is_last = index, is_last
-        self._packs, self._gives_tuples, self._narrows = packs, gives_tuples, narrows
+        self._index, self._is_last, self._gives_tuples = index, is_last, gives_tuples
+        self._asks, self._narrows = asks, narrows
 
     def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         now = _now.get()
@@ -159,6 +168,7 @@ class _Layer:
             return self._left_out(now, hidden)
         if self._index == now.depth:
             hidden = self._first(now, hidden)
+        hidden = _in_bf16(hidden)
         if self._narrows and now.stop is None:
             # Queries, and all behind attention, of the first tokens; see `_attention`.
             first_1BH = hidden.index_select(1, now.layout.starts)
@@ -167,9 +177,9 @@ class _Layer:
         found = self._run(now, hidden, None, *args, **kwargs)
         hidden, *others = found if self._gives_tuples else (found,)
         if self._index + 1 == now.stop:
-            raise _Stopped(now.layout.own(hidden[0]) if self._packs else now.layout.pack(hidden))
-        if self._is_last and self._packs:
-            hidden = now.layout.unpack(hidden[0])
+            raise _Stopped(_in_bf16(now.layout.own(hidden[0])))
+        if self._is_last:
+            hidden = now.layout.unpack(_in_bf16(hidden[0]))
         return (hidden, *others) if self._gives_tuples else hidden
 
     def _run(
@@ -180,27 +190,36 @@ class _Layer:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if not self._packs:
-            return self._real(hidden, *args, **kwargs)
-        kwargs["packed"] = _Packed(now.layout, all_1TH)
+        if self._asks:
+            kwargs["packed"] = _Packed(now.layout, all_1TH)
         if now.compiled is None:
             return self._real(hidden, *args, **kwargs)
         shape = (*hidden.shape, *now.layout.groups[0].shape, now.layout.groups[0].last)
         return now.compiled.run(self._layer, shape, hidden, *args, **kwargs)
 
     def _first(self, now: Pass, hidden: torch.Tensor) -> torch.Tensor:
-        """What the first layer that runs is handed."""
+        """What the first layer that runs is handed, [1, tokens, width]."""
         if now.trunk_TH is None:
-            return now.layout.pack(hidden).unsqueeze(0) if self._packs else hidden
-        if self._packs:
-            return now.layout.fill(now.trunk_TH).unsqueeze(0)
-        return now.layout.unpack(now.trunk_TH)
+            return now.layout.pack(hidden).unsqueeze(0)
+        return now.layout.fill(now.trunk_TH).unsqueeze(0)
 
     def _left_out(self, now: Pass, hidden: torch.Tensor) -> Any:
         if self._is_last:
             assert now.trunk_TH is not None  # only a given output leaves layers out
             hidden = now.layout.unpack(now.trunk_TH)
         return (hidden, None) if self._gives_tuples else hidden
+
+
+def _layout() -> Layout | None:
+    now = _now.get()
+    return None if now is None else now.layout
+
+
+def _in_bf16(hidden: torch.Tensor) -> torch.Tensor:
+    """Between layers, where their products are in bf16 too: half the bytes, and no casts."""
+    kind = hidden.device.type
+    in_bf16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    return hidden.bfloat16() if in_bf16 else hidden
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:

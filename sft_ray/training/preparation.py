@@ -101,6 +101,8 @@ def prepare_training(experiment: Experiment) -> Prepared:
     """
     problems: list[str] = []
     model = collect(problems, inspect_model, experiment.model, experiment.revision)
+    if model is not None:
+        collect(problems, lambda: model.num_parameters)
     return prepare_with_model(experiment, model, problems)
 
 

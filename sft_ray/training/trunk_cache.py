@@ -34,7 +34,7 @@ from sft_ray.training.model import Pretrained, reads_first_token
 from sft_ray.training.passes import trunk_output
 from sft_ray.training.world import World
 
-FORMAT = 1  # change when the files change their meaning
+FORMAT = 2  # change when the files change their meaning
 FREE_SHARE = 0.25  # of the free disk, if no budget is given
 WAIT_SECONDS = 0.05  # between looks at what others compute
 COMPLETE, RESERVED, USED, LOCK = "complete.json", "reserved.json", "used", "lock"
@@ -169,7 +169,8 @@ class _Build:
         is_top = depth == cache.pretrained.num_layers
         self.most_tokens = 1 if is_top and reads_first_token(model) else None
         kept = batches.kept_lengths(self.examples.lengths, self.most_tokens)
-        self.num_bytes = int(kept.sum()) * model.config.hidden_size * model.dtype.itemsize
+        itemsize = 2 if dtype == torch.bfloat16 else model.dtype.itemsize
+        self.num_bytes = int(kept.sum()) * model.config.hidden_size * itemsize
 
     def is_complete(self) -> bool:
         return (self.folder / COMPLETE).exists()
@@ -335,9 +336,9 @@ def _last_used(folder: Path) -> float:
 
 
 def _write(path: Path, hidden_TH: torch.Tensor) -> None:
-    """One column, a list of `width` numbers per token."""
-    if hidden_TH.dtype in (torch.bfloat16, torch.float16):  # the first is unknown to Arrow
-        hidden_TH = hidden_TH.float()
+    """One column, a list of `width` numbers per token; bf16, unknown to Arrow, as its bits."""
+    if hidden_TH.dtype == torch.bfloat16:
+        hidden_TH = hidden_TH.view(torch.int16)
     values = pa.array(hidden_TH.contiguous().numpy().reshape(-1))
     table = pa.table({"hidden": pa.FixedSizeListArray.from_arrays(values, hidden_TH.shape[1])})
     unfinished = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
@@ -349,13 +350,11 @@ def _write(path: Path, hidden_TH: torch.Tensor) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> npt.NDArray[np.floating]:
-    """Mapped, not copied; [tokens, width]."""
+def _read(path: Path) -> npt.NDArray[np.number]:
+    """As it was written; mapped, not copied; [tokens, width]."""
     with pa.memory_map(str(path)) as source:
         column = pa.ipc.open_file(source).read_all().column("hidden").chunk(0)
-    hidden_TH: npt.NDArray[np.floating] = column.values.to_numpy().reshape(
-        -1, column.type.list_size
-    )
+    hidden_TH: npt.NDArray[np.number] = column.values.to_numpy().reshape(-1, column.type.list_size)
     return hidden_TH
 
 

@@ -6,7 +6,10 @@ pads neighbours of like length together; what it computes in vain is small besid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,8 @@ import torch.nn.functional as F
 from sft_ray.training.encoding import IntArray
 
 SEQUENCES_PER_GROUP = 8
+# Of a group's positions, where more than attention is computed on them.
+MOST_PADDING = 0.05
 # Where shapes are to repeat, of the tokens and of the longest: numbers between two powers of two.
 TOKEN_STEPS = 8  # fill up by less than 1 / 8
 LENGTH_STEPS, LEAST_LENGTH = 2, 16  # only attention sees them, and is small beside the layer
@@ -71,6 +76,7 @@ class Layout:
         places: of the tokens among all positions of the padded batch, [tokens].
         starts: of the sequences in the packed batch, [sequences]; 0 for those that fill up.
         groups: of neighbours; cheapest if the batch is sorted by length.
+        lengths: of the sequences, [sequences].
         filler: tokens behind the batch's own, which nothing that is kept looks at.
     """
 
@@ -78,6 +84,7 @@ class Layout:
     places: torch.Tensor
     starts: torch.Tensor
     groups: tuple[Group, ...]
+    lengths: IntArray
     filler: int = 0
 
     @classmethod
@@ -92,22 +99,24 @@ class Layout:
             return cls._filled(lengths, device, fill_to)
         # A GPU rather pads more than it starts many small kernels.
         size = SEQUENCES_PER_GROUP if device.type == "cpu" else len(lengths)
-        ends = np.concatenate([[0], np.cumsum(lengths)])
-        groups = []
-        for start in range(0, len(lengths), size):
-            part = lengths[start : start + size]
-            first, last = int(ends[start]), int(ends[start + len(part)])
-            shape = (len(part), int(part.max()))
-            if last - first == shape[0] * shape[1]:
-                groups.append(Group(first, last, start, shape, None, None))
-            else:
-                mask_BL = _tokens(part)
-                places = _to_device(np.flatnonzero(mask_BL), device)
-                mask = _to_device(mask_BL[:, None, None, :], device)
-                groups.append(Group(first, last, start, shape, places, mask))
+        groups = _groups(lengths, range(0, len(lengths), size), device)
         places = _to_device(np.flatnonzero(_tokens(lengths)), device)
-        starts = _to_device(ends[:-1], device)
-        return cls((len(lengths), int(lengths.max())), places, starts, tuple(groups))
+        starts = _to_device(np.cumsum(lengths) - lengths, device)
+        return cls((len(lengths), int(lengths.max())), places, starts, groups, lengths)
+
+    @cached_property
+    def tight_groups(self) -> tuple[Group, ...]:
+        """Groups of at most `MOST_PADDING` each, on a CPU; a GPU pads the whole batch."""
+        device = self.places.device
+        if device.type != "cpu":
+            return self.groups
+        starts, longest, tokens = [0], 0, 0
+        for sequence, length in enumerate(self.lengths):
+            longest, tokens = max(longest, length), tokens + length
+            if tokens < (1 - MOST_PADDING) * longest * (sequence + 1 - starts[-1]):
+                starts.append(sequence)
+                longest = tokens = length
+        return _groups(self.lengths, starts, device)
 
     @classmethod
     def _filled(cls, lengths: IntArray, device: torch.device, fill_to: int) -> Layout:
@@ -127,12 +136,19 @@ class Layout:
             _to_device(np.flatnonzero(_tokens(lengths)), device),
             _to_device(starts, device),
             (Group(0, tokens + filler, 0, shape, places, mask),),
+            lengths,
             filler,
         )
 
-    def sizes(self) -> tuple[int, int]:
-        """Tokens, and positions if all are padded to the longest."""
-        return len(self.places), self.shape[0] * self.shape[1]
+    def positions(self, *, pads: bool) -> int:
+        """What the layers compute on.
+
+        Args:
+            pads: whether more than attention itself is computed on padding.
+        """
+        if pads:
+            return sum(size * length for size, length in (g.shape for g in self.tight_groups))
+        return len(self.places) + self.filler
 
     def pack(self, padded_BLH: torch.Tensor) -> torch.Tensor:
         """[sequences, length, width] -> [tokens, width], filled up."""
@@ -188,6 +204,24 @@ def attend(
         )
         parts.append(found.squeeze(2) if first_tokens else group.unpad(found))
     return torch.cat(parts).unsqueeze(0)
+
+
+def _groups(lengths: IntArray, starts: Sequence[int], device: torch.device) -> tuple[Group, ...]:
+    """Neighbours from one start to the next."""
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    groups = []
+    for start, end in pairwise([*starts, len(lengths)]):
+        part = lengths[start:end]
+        first, last = int(ends[start]), int(ends[end])
+        shape = (len(part), int(part.max()))
+        if last - first == shape[0] * shape[1]:
+            groups.append(Group(first, last, start, shape, None, None))
+        else:
+            mask_BL = _tokens(part)
+            places = _to_device(np.flatnonzero(mask_BL), device)
+            mask = _to_device(mask_BL[:, None, None, :], device)
+            groups.append(Group(first, last, start, shape, places, mask))
+    return tuple(groups)
 
 
 def _tokens(lengths: IntArray) -> Any:

@@ -34,7 +34,7 @@ from tests.models import (
 )
 
 LAYERS = 3
-PACKED = [name for name, family in FAMILIES.items() if family.packs]
+PACKED = [name for name, family in FAMILIES.items() if not family.pads_in]
 TRAIN = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3, "dropout": 0.0}
 
 
@@ -230,13 +230,13 @@ def test_running_out_of_memory_is_no_failure_to_compile(bert: Path, few: Dataset
 
 
 @pytest.mark.parametrize(
-    ("chosen", "packs", "expected"),
-    [("auto", True, False), (True, True, True), (True, False, False), (False, True, False)],
+    ("chosen", "pads", "expected"),
+    [("auto", False, False), (True, False, True), (True, True, False), (False, False, False)],
 )
-def test_only_layers_that_pack_are_compiled_and_only_if_asked(
-    chosen: Any, packs: bool, expected: bool
+def test_only_layers_without_padding_are_compiled_and_only_if_asked(
+    chosen: Any, pads: bool, expected: bool
 ) -> None:
-    assert is_compiled(chosen, packs) == expected
+    assert is_compiled(chosen, pads) == expected
 
 
 @pytest.mark.cluster

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from sft_ray.training import micro_batch
-from sft_ray.training.batches import CPU_MICRO_BATCH
 from sft_ray.training.examples import Dataset
 from sft_ray.training.micro_batch import (
     NothingFitsError,
@@ -182,11 +181,15 @@ def test_an_upper_bound_is_kept(tiny_bert, toy: Dataset, configured) -> None:
     assert report.micro_batch == (32 if configured == "auto" else 20)
 
 
-def test_layers_that_pad_take_small_parts(tmp_path, toy: Dataset) -> None:
-    pretrained = load_tiny(tiny_model_folder(tmp_path, "mpnet"), toy)
+@pytest.mark.parametrize("name", ["mpnet", "bert"])
+def test_hardly_anything_is_computed_on_padding(tmp_path, toy: Dataset, name: str) -> None:
+    pretrained = load_tiny(tiny_model_folder(tmp_path, name), toy)
     (report,) = run_fit(pretrained, toy, **SETTINGS)
-    assert report.micro_batch == CPU_MICRO_BATCH
-    assert 0 < report.padding_share < 0.5
+    assert report.micro_batch == 32
+    if name == "bert":
+        assert report.padding_share == 0
+    else:
+        assert 0 < report.padding_share < 0.05
 
 
 def test_the_probe_leaves_no_trace_in_the_trial(tiny_bert, toy: Dataset) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ from sft_ray.training.batches import Batch, collate
 from sft_ray.training.examples import Dataset
 from sft_ray.training.forward import model_outputs
 from sft_ray.training.model import FAMILIES, Pretrained
+from sft_ray.training.padded_attention import PaddedAttention
 from sft_ray.training.passes import Pass, passing, trunk_output
 from sft_ray.training.unpadded import Layout
 from tests.models import CPU, PAD, load_tiny, tiny_model_folder, toy_dataset
 
 LAYERS = 3
-PACKED = [name for name, family in FAMILIES.items() if family.packs]
+PADDING = [name for name, family in FAMILIES.items() if family.pads_in]
+CONVOLUTION = {"conv_kernel_size": 3, "conv_act": "gelu"}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,20 @@ def gradients(pretrained: Pretrained, logits: torch.Tensor) -> dict[str, torch.T
 def test_a_pass_gives_the_logits_and_gradients_of_the_library(
     pretrained: Pretrained, few: Dataset, k: int
 ) -> None:
+    answers_like_the_library(pretrained, few, k)
+
+
+@pytest.mark.parametrize(
+    "changes", [CONVOLUTION, {"position_buckets": 40}, {"position_buckets": -1}]
+)
+def test_deberta_with_a_convolution_or_few_of_its_distances_answers_like_the_library(
+    few: Dataset, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = tiny_model_folder(tmp_path, "deberta-v2", LAYERS, **changes)
+    answers_like_the_library(load_tiny(folder, few), few, 0)
+
+
+def answers_like_the_library(pretrained: Pretrained, few: Dataset, k: int) -> None:
     pretrained.reset(k, dropout=0.0)
     batch = ragged_batch(few)
     mine = model_outputs(pretrained.model, batch)
@@ -83,21 +100,58 @@ def test_the_upper_half_on_the_output_of_the_lower_is_the_whole(
     torch.testing.assert_close(halves, whole, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", PACKED)
+def test_in_bf16_layers_hand_each_other_bf16(pretrained: Pretrained, few: Dataset) -> None:
+    pretrained.reset(0, dropout=0.0)
+    batch = ragged_batch(few)
+    layout = batch.one_pass.layout
+    with torch.no_grad():
+        whole = model_outputs(pretrained.model, batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model_outputs(pretrained.model, batch)
+            between = [
+                trunk_output(pretrained.model, batch.inputs, Pass(layout, stop=k)) for k in (1, 2)
+            ]
+    torch.testing.assert_close(found.float(), whole, atol=0.1, rtol=0.1)
+    assert {hidden_TH.dtype for hidden_TH in between} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_layers_see_tokens_without_padding_and_the_last_one_those_that_are_read(
     name: str, few: Dataset, tmp_path: Path
 ) -> None:
     pretrained = load_tiny(tiny_model_folder(tmp_path / name, name, 2), few)
     seen = []
     for module in pretrained.model.modules():
-        if isinstance(module, nn.Linear) and module.out_features == 64:  # the widest of a layer
+        if isinstance(module, nn.Linear) and module.in_features == 64:  # the way back to the width
             module.register_forward_hook(lambda m, inputs, output: seen.append(inputs[0].shape[:2]))
     batch = ragged_batch(few)
     with torch.no_grad():
         model_outputs(pretrained.model, batch)
     tokens = int(batch.inputs["attention_mask"].sum())
     assert batch.inputs["attention_mask"].numel() > tokens
-    assert seen == [(1, tokens), (1, len(batch.labels))]
+    assert seen == [(1, tokens), (1, tokens if name in PADDING else len(batch.labels))]
+
+
+@pytest.mark.parametrize("name", PADDING)
+def test_attention_of_its_own_sees_neighbours_of_like_length(
+    name: str, few: Dataset, tmp_path: Path
+) -> None:
+    pretrained = load_tiny(tiny_model_folder(tmp_path / name, name, 1), few)
+    [attention] = [m for m in pretrained.model.modules() if isinstance(m.forward, PaddedAttention)]
+    seen = []
+    for module in attention.modules():
+        if isinstance(module, nn.Linear) and module.in_features == 32:
+            module.register_forward_hook(lambda m, inputs, output: seen.append(inputs[0].shape[:2]))
+    order = np.argsort(few.train.lengths, kind="stable")
+    batch = collate(few.train, order, pad_token=PAD, device=CPU)
+    with torch.no_grad():
+        model_outputs(pretrained.model, batch)
+    lengths, layout = few.train.lengths[order], batch.one_pass.layout
+    shapes = [group.shape for group in layout.tight_groups]
+    assert len(shapes) > 1
+    assert set(shapes) <= {tuple(shape) for shape in seen}
+    assert lengths.sum() <= layout.positions(pads=True) <= lengths.sum() / 0.95
+    assert layout.positions(pads=False) == lengths.sum()
 
 
 def test_a_layout_packs_and_unpacks_what_it_was_given() -> None:

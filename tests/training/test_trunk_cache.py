@@ -98,6 +98,19 @@ def test_a_trial_on_cached_outputs_is_the_trial_without(
     np.testing.assert_allclose(cached[-1].best.outputs, plain[-1].best.outputs, atol=1e-4)
 
 
+def test_bf16_is_kept_as_it_is(toy: Dataset, bert: Path, root: Path) -> None:
+    setup = setup_of(bert, toy)
+    settings = {"frozen_layers": 2, "precision": "bf16"}
+    made, found = (run(setup, **settings) for _ in range(2))
+    plain = run(replace(setup, trunk_cache=None), **settings)
+    trunk = setup.trunk_cache.open("train", 2, torch.bfloat16, 9, no_beat)
+    assert trunk is not None
+    assert sum(chunk.nbytes for chunk in trunk.maps) == 2 * 32 * len(toy.train.tokens)
+    for one, again, without in zip(made, found, plain, strict=True):
+        assert one.train_loss == again.train_loss
+        assert one.train_loss == pytest.approx(without.train_loss, abs=1e-2)
+
+
 @pytest.mark.parametrize("k", [2, 3])
 def test_layers_above_cached_outputs_can_be_compiled(
     k: int, toy: Dataset, bert: Path, root: Path
