@@ -20,6 +20,7 @@ from sft_ray.training.batches import Trunk
 from sft_ray.training.beat import TRAINING, Beat, no_beat
 from sft_ray.training.checkpoint import ResumeState
 from sft_ray.training.compiled import is_compiled
+from sft_ray.training.cpu_memory import give_back_free_memory
 from sft_ray.training.divergence import DivergenceWatch, constant_loss
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.forward import evaluate, forward_loss, loss_options
@@ -142,8 +143,8 @@ class _Trial:
             reinit_layers=train.reinit_layers,
             seed=seed,
         )
-        self.pads = self.pretrained.family.pads_in is not None
-        self.compiles = is_compiled(train.compile, self.pads)
+        self.padded_work = self.pretrained.padded_work
+        self.compiles = is_compiled(train.compile, pads=self.padded_work > 0)
         self.probed = self.probe(setup.micro_batches)
         self.most_per_pass = self.choose_micro_batch(self.probed, most_per_pass)
         if self.world.device.type == "cuda":  # what the probe tried is not the trial's
@@ -158,7 +159,8 @@ class _Trial:
         self.scaler = torch.amp.GradScaler(
             self.world.device.type, enabled=self.dtype == torch.float16
         )
-        self.step = self.examples_seen = self.tokens = self.positions = 0
+        self.step = self.examples_seen = self.tokens = 0
+        self.positions = 0.0
         self.best: Best | None = None
         self.last: Progress | None = None
         # Since the previous mark:
@@ -257,7 +259,7 @@ class _Trial:
             batch = replace(batch, one_pass=one_pass)
         layout = batch.one_pass.layout
         self.tokens += int(layout.lengths.sum())
-        self.positions += layout.positions(pads=self.pads)
+        self.positions += layout.positions(self.padded_work)
         loss = forward_loss(self.model, batch, self.task, self.loss_options, self.dtype)
         # Gradients are averaged over workers; the step wants the sum over the global batch
         # divided by its count.
@@ -314,6 +316,7 @@ class _Trial:
             self.trunks["validation"],
         )
         self.pretrained.train()
+        give_back_free_memory()  # batches without padding leave gaps of all sizes
         # Every rank has the same outputs, so all of them find a fault or none.
         if not np.isfinite(outputs).all():
             return self.progress(index, mark, f"predictions not finite at step {self.step}")

@@ -299,6 +299,18 @@ class Pretrained:
         return not _has(self.model.base_model, CONVOLUTION)  # mixes both ends of the first
 
     @cached_property
+    def padded_work(self) -> float:
+        """Share of a layer's products with weights that are computed on padding, too."""
+        path = self.family.pads_in
+        layer = _module(self.model.base_model, self.family.layers)[0]
+        if path is None:
+            return 0.0
+        inside, whole = (
+            sum(p.numel() for p in part.parameters()) for part in (_module(layer, path), layer)
+        )
+        return inside / whole
+
+    @cached_property
     def fingerprint(self) -> str:
         """Of all weights below the head as they were loaded, and of what computes with them."""
         digest = hashlib.sha256(f"{self.model.config.model_type} {self.family}".encode())

@@ -49,7 +49,7 @@ class Progress:
         train_loss: mean task loss since the previous mark, nats per example or labelled token.
         penalty: lambda R(theta) at this mark.
         micro_batch: most examples that one worker puts through the model at once.
-        padding_share: of the positions that this worker's layers computed in training.
+        padding_share: of what this worker's layers computed in training (`Layout.positions`).
         trained_parameters: how many numbers are trained.
         memory_bytes: most that this worker's device has held so far (`_Trial.memory_bytes`).
         fault: why the configuration cannot go on, if so.

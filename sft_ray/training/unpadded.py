@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from sft_ray.training.encoding import IntArray
 
 SEQUENCES_PER_GROUP = 8
-# Of a group's positions, where more than attention is computed on them.
-MOST_PADDING = 0.05
+# Of a group's positions, where projections are computed on them too; measured, see RESULTS.md.
+MOST_PADDING = 0.25
 # Where shapes are to repeat, of the tokens and of the longest: numbers between two powers of two.
 TOKEN_STEPS = 8  # fill up by less than 1 / 8
 LENGTH_STEPS, LEAST_LENGTH = 2, 16  # only attention sees them, and is small beside the layer
@@ -140,15 +140,17 @@ class Layout:
             filler,
         )
 
-    def positions(self, *, pads: bool) -> int:
-        """What the layers compute on.
+    def positions(self, padded_work: float) -> float:
+        """Tokens that the layers could have computed on by what they do.
 
         Args:
-            pads: whether more than attention itself is computed on padding.
+            padded_work: share of a layer's products that are computed on `tight_groups`.
         """
-        if pads:
-            return sum(size * length for size, length in (g.shape for g in self.tight_groups))
-        return len(self.places) + self.filler
+        filled = len(self.places) + self.filler
+        if padded_work == 0:
+            return filled
+        padded = sum(size * length for size, length in (g.shape for g in self.tight_groups))
+        return filled + padded_work * (padded - filled)
 
     def pack(self, padded_BLH: torch.Tensor) -> torch.Tensor:
         """[sequences, length, width] -> [tokens, width], filled up."""

@@ -146,12 +146,24 @@ def test_attention_of_its_own_sees_neighbours_of_like_length(
     batch = collate(few.train, order, pad_token=PAD, device=CPU)
     with torch.no_grad():
         model_outputs(pretrained.model, batch)
-    lengths, layout = few.train.lengths[order], batch.one_pass.layout
+    tokens, layout = int(few.train.lengths.sum()), batch.one_pass.layout
     shapes = [group.shape for group in layout.tight_groups]
-    assert len(shapes) > 1
     assert set(shapes) <= {tuple(shape) for shape in seen}
-    assert lengths.sum() <= layout.positions(pads=True) <= lengths.sum() / 0.95
-    assert layout.positions(pads=False) == lengths.sum()
+    padded = sum(size * length for size, length in shapes)
+    assert tokens < padded <= tokens / 0.75
+    assert layout.positions(0) == tokens
+    assert layout.positions(0.25) == pytest.approx(0.75 * tokens + 0.25 * padded)
+    assert 0.2 < pretrained.padded_work < 0.6
+
+
+def test_tight_groups_begin_anew_before_they_are_a_quarter_padding() -> None:
+    layout = Layout.of(np.array([3, 3, 4, 6, 6, 12]), CPU)
+    assert [group.shape for group in layout.tight_groups] == [(3, 4), (2, 6), (1, 12)]
+    assert [(g.first, g.last, g.sequence) for g in layout.tight_groups] == [
+        (0, 10, 0),
+        (10, 22, 3),
+        (22, 34, 5),
+    ]
 
 
 def test_a_layout_packs_and_unpacks_what_it_was_given() -> None:
