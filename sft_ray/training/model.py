@@ -92,15 +92,12 @@ class ModelFacts:
 
     folder: str  # a local folder or a hub id
     config: Any
+    num_layers: int
     max_length: int
 
     @property
     def model_type(self) -> str:
         return str(self.config.model_type)
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.config.num_hidden_layers)
 
     @cached_property
     def num_parameters(self) -> int:
@@ -113,9 +110,7 @@ class ModelFacts:
             with torch.device("meta"):
                 skeleton = transformers.AutoModel.from_config(self.config, trust_remote_code=False)
         except Exception as error:  # impossible sizes raise whatever the family's code meets first
-            raise ConfigError(
-                f"model: {self.folder}/config.json describes no model: {error}"
-            ) from None
+            raise _describes_no_model(self.folder, error) from None
         return sum(parameter.numel() for parameter in skeleton.parameters())
 
 
@@ -173,10 +168,18 @@ def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
         )
     if Path(folder).is_dir():
         _check_weights(Path(folder))
-    positions = getattr(config, "max_position_embeddings", None) or 2**31
-    if FAMILIES[config.model_type].positions_after_padding:
-        positions -= config.pad_token_id + 1
-    return ModelFacts(folder, config, positions)
+    try:
+        num_layers = int(config.num_hidden_layers)
+        positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
+        if FAMILIES[config.model_type].positions_after_padding:
+            positions -= config.pad_token_id + 1
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _describes_no_model(folder, error) from None
+    return ModelFacts(folder, config, num_layers, positions)
+
+
+def _describes_no_model(folder: str, error: Exception) -> ConfigError:
+    return ConfigError(f"model: {folder}/config.json describes no model: {error}")
 
 
 def _check_weights(folder: Path) -> None:

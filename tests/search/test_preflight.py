@@ -1,5 +1,7 @@
 """The shipped experiments resolve: model, data, splits, space and layout, without a search."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, ResourceError
 from sft_ray.run_store import RunStore
-from sft_ray.search.cluster import plan_layout
+from sft_ray.search.cluster import connected, plan_layout
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.tuner import run_search
 from tests.models import toy_rows
@@ -116,11 +118,37 @@ def test_a_combination_that_cannot_be_trained_is_refused(
     prepare_experiment(Experiment.from_tree({**tree, "train": {**train, "schedule": "linear"}}))
 
 
+@pytest.mark.parametrize(
+    "changes", [{"num_attention_heads": 5}, {"num_hidden_layers": "two"}, {"vocab_size": -1}]
+)
+def test_a_configuration_that_describes_no_model_is_told_in_one_line(
+    tiny_experiment: Experiment, tiny_model: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **changes}))
+    experiment = tiny_experiment.model_copy(update={"model": str(model)})
+    with pytest.raises(ConfigError) as caught:
+        prepare_experiment(experiment)
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith("model: ")
+
+
+@pytest.mark.ray
+def test_what_is_wrong_beside_the_start_of_ray_is_told(ray_cluster: None) -> None:
+    def fails() -> None:
+        raise ConfigError("model: impossible")
+
+    with pytest.raises(ConfigError, match="impossible"), connected(None, beside=fails):
+        pytest.fail("went on")
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_second_driver_is_turned_away_before_ray_starts(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch, fresh: bool
 ) -> None:
-    monkeypatch.setattr("sft_ray.search.tuner.connected", lambda address: pytest.fail("started"))
+    monkeypatch.setattr("sft_ray.search.tuner.connected", lambda *_, **__: pytest.fail("started"))
     with (
         RunStore(experiment.storage, experiment.name).locked(),
         pytest.raises(ResourceError, match="another search is running in this folder"),
