@@ -432,7 +432,14 @@ def test_bad_input_is_told_in_plain_lines_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", AS_COMMANDS)
+# Each starts a process of its own, which imports for seconds: three here, the others when time is.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *AS_COMMANDS[:3],
+        *(pytest.param(name, marks=pytest.mark.cluster) for name in AS_COMMANDS[3:]),
+    ],
+)
 def test_the_real_command_says_the_same(name: str, tmp_path: Path, tiny_model: Path) -> None:
     make, fragments = CASES[name]
     file = write_experiment(tmp_path, make(tmp_path), tiny_model)
