@@ -45,7 +45,7 @@ class Layout:
 
 
 @contextmanager
-def connected(address: str | None, beside: Callable[[], object] | None = None) -> Iterator[None]:
+def connected(address: str | None, beside: Callable[[], object] = lambda: None) -> Iterator[None]:
     """A connection to Ray; one that was opened here is closed at the end.
 
     Without an address, Ray looks for `RAY_ADDRESS`, then for a cluster started on this machine,
@@ -61,8 +61,7 @@ def connected(address: str | None, beside: Callable[[], object] | None = None) -
     """
     ray = _import_ray()
     if ray.is_initialized():
-        if beside is not None:
-            beside()
+        beside()
         yield
         return
     where, starts = address or os.environ.get("RAY_ADDRESS") or "this machine", _starts(address)
@@ -76,7 +75,7 @@ def connected(address: str | None, beside: Callable[[], object] | None = None) -
             ThreadPoolExecutor(1) as pool,
             _for_new_processes() if starts else nullcontext(),
         ):
-            done = pool.submit(beside or (lambda: None))
+            done = pool.submit(beside)
             ray.init(
                 address="local" if starts else address,
                 include_dashboard=False if starts else None,

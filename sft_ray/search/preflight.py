@@ -55,9 +55,10 @@ def with_default_space(checked: Prepared) -> Prepared:
             not go with the default.
     """
     experiment, model = checked.experiment, checked.model
-    recipe = recipe_of(model.model_type, model.num_parameters)
+    size = model.num_parameters  # whatever the space: raises if there can be no such model
     if experiment.search.space is not None:
         return checked
+    recipe = recipe_of(model.model_type, size)
     experiment = experiment.with_space(spaces.default_space(model.num_layers, recipe))
     if problems := _space_problems(experiment, model):
         raise ConfigError(*problems)

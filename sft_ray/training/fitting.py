@@ -188,7 +188,6 @@ class _Trial:
             split: cache.open(split, depth, self.dtype, passes[split], self.beat)
             for split in passes
         }
-        give_back_free_memory()  # what has built them
         self.clock.enter("other")
         return opened
 

@@ -208,13 +208,12 @@ def let_pass(model: Any) -> None:
     if family is not None:
         base = model.base_model
         layers = list(_module(base, family.layers))
-        has_convolution = _has(base, CONVOLUTION)
         prepare_model(
             model,
             [_module(base, path) for path in family.embeddings if _has(base, path)],
             layers,
             attentions=[_module(layer, family.pads_in) for layer in layers if family.pads_in],
-            convolution=_module(base, CONVOLUTION) if has_convolution else None,
+            convolution=_module(base, CONVOLUTION) if _has(base, CONVOLUTION) else None,
             gives_tuples=family.gives_tuples,
             reads_first=reads_first_token(model),
         )
@@ -305,9 +304,9 @@ class Pretrained:
     def padded_work(self) -> float:
         """Share of a layer's products with weights that are computed on padding, too."""
         path = self.family.pads_in
-        layer = _module(self.model.base_model, self.family.layers)[0]
         if path is None:
             return 0.0
+        layer = _module(self.model.base_model, self.family.layers)[0]
         inside, whole = (
             sum(p.numel() for p in part.parameters()) for part in (_module(layer, path), layer)
         )

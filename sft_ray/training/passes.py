@@ -110,9 +110,8 @@ def prepare_model(
     asks = not attentions
     for index, layer in enumerate(layers):
         is_last = index + 1 == len(layers)
-        layer.forward = _Layer(
-            layer, index, is_last, gives_tuples, asks, is_last and asks and reads_first
-        )
+        narrows = is_last and asks and reads_first
+        layer.forward = _Layer(layer, index, is_last, gives_tuples, asks, narrows)
     if asks:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask)

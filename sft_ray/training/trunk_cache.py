@@ -28,6 +28,7 @@ from sft_ray.cache import cache_root
 from sft_ray.training import batches
 from sft_ray.training.batches import Trunk
 from sft_ray.training.beat import Beat
+from sft_ray.training.cpu_memory import give_back_free_memory
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import Dataset, Examples
 from sft_ray.training.model import Pretrained, reads_first_token
@@ -137,6 +138,7 @@ class TrunkCache:
                     return None
                 if not build.run(passes * self.uses, beat):
                     return None
+                give_back_free_memory()
             return build.open()
         except (OSError, pa.ArrowException):
             # The disk is full, somebody made room, a file is torn: none of it may stop a trial.

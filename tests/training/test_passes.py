@@ -54,7 +54,7 @@ def gradients(pretrained: Pretrained, logits: torch.Tensor) -> dict[str, torch.T
 def test_a_pass_gives_the_logits_and_gradients_of_the_library(
     pretrained: Pretrained, few: Dataset, k: int
 ) -> None:
-    answers_like_the_library(pretrained, few, k)
+    assert_answers_like_the_library(pretrained, few, k)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,10 @@ def test_deberta_with_a_convolution_or_few_of_its_distances_answers_like_the_lib
     few: Dataset, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     folder = tiny_model_folder(tmp_path, "deberta-v2", LAYERS, **changes)
-    answers_like_the_library(load_tiny(folder, few), few, 0)
+    assert_answers_like_the_library(load_tiny(folder, few), few, 0)
 
 
-def answers_like_the_library(pretrained: Pretrained, few: Dataset, k: int) -> None:
+def assert_answers_like_the_library(pretrained: Pretrained, few: Dataset, k: int) -> None:
     pretrained.reset(k, dropout=0.0)
     batch = ragged_batch(few)
     mine = model_outputs(pretrained.model, batch)
