@@ -24,6 +24,7 @@ from torch import nn
 
 from sft_ray.errors import ConfigError
 from sft_ray.training.compiled import CompiledLayers
+from sft_ray.training.cpu_dropout import hasten_dropout
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import LabelSet
 from sft_ray.training.seeds import derived_seed
@@ -288,6 +289,8 @@ class Pretrained:
         self._draw_head(seed)
         self._frozen: list[nn.Module] = []
         self._dropouts = list(_dropouts(model))
+        if model.device.type == "cpu":
+            hasten_dropout(model)
         self.compiled = CompiledLayers()
         let_pass(model)
 

@@ -19,7 +19,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sft_ray.training import cpu_dropout
 from sft_ray.training.compiled import CompiledLayers
+from sft_ray.training.cpu_attention import attend_with_dropout
 from sft_ray.training.padded_attention import PaddedAttention, PaddedConvolution
 from sft_ray.training.unpadded import Layout, attend
 
@@ -249,4 +251,5 @@ def _attention(
             getattr(module, name)(packed.all_1TH).unflatten(-1, (-1, key.shape[-1])).transpose(1, 2)
             for name in names
         )
-    return attend(packed.layout, query, key, value, dropout, scaling, first_tokens=narrow), None
+    how = attend_with_dropout if cpu_dropout.is_ours(query, dropout) else attend
+    return how(packed.layout, query, key, value, dropout, scaling, first_tokens=narrow), None

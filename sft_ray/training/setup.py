@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sft_ray.config import Experiment
-from sft_ray.training.cpu_memory import keep_few_products
+from sft_ray.training.cpu_memory import suit_training
 from sft_ray.training.data import load_tokenizer, open_dataset
 from sft_ray.training.examples import Dataset
 from sft_ray.training.micro_batch import Probe
@@ -50,7 +50,7 @@ def load_setup(
     Raises:
         SftError: model or tokenizer cannot be loaded.
     """
-    keep_few_products()
+    suit_training()
     task, dataset = find_task(experiment.task), open_dataset(dataset_folder)
     model_folder = resolve_model(experiment.model)
     tokenizer = load_tokenizer(model_folder, experiment.revision)
