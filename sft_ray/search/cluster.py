@@ -112,9 +112,10 @@ def _for_new_processes() -> Iterator[None]:
     before the running trials have written their states.  They still die with the driver.  And the
     address of their own Ray: parts of Ray Train ask for it and give up where several Rays run on a
     machine, and what a lost slot held would never be free again.  And only the loopback interface
-    to listen on, by the switch with which Ray does so on a Mac.
+    to listen on, by the switch with which Ray does so on a Mac.  The process of the dashboard stays
+    away, which without one counts usage, and is waited for.
     """
-    from ray._private import ray_constants, services
+    from ray._private import node, ray_constants, services
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -124,6 +125,7 @@ def _for_new_processes() -> Iterator[None]:
     names[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     before = {name: os.environ.get(name) for name in names}
     is_wide, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    start_api_server, node.Node.start_api_server = node.Node.start_api_server, lambda *_, **__: None
     services.ConsolePopen = partial(popen, start_new_session=True)
     os.environ.update(names)
     try:
@@ -131,6 +133,7 @@ def _for_new_processes() -> Iterator[None]:
     finally:
         services.ConsolePopen = popen
         ray_constants.ENABLE_RAY_CLUSTER = is_wide
+        node.Node.start_api_server = start_api_server
         for name, value in before.items():
             os.environ.pop(name)
             if value is not None:

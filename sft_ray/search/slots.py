@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.air._internal import usage
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
@@ -65,6 +67,10 @@ def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> No
     # Tune would give its actors the driver's cloud keys and a few settings of its own, as a runtime
     # environment: keys that end up in Ray's logs, and two starts of every process.
     class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE = {}, set()
+    # It would import every tracking library there is, to count callbacks that nobody is told of.
+    usage.tag_callbacks = lambda _: False
+    # Else slots come up one after the other, each when the one before has.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(layout.slots)
     slot = tune.with_resources(
         tune.with_parameters(Slot, settings=settings), tune.PlacementGroupFactory([HEAD])
     )

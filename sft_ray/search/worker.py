@@ -66,6 +66,7 @@ def run_worker(settings: dict[str, Any], rank: int, size: int, device: str, puls
     # What lives for ever need not be looked at by every collection between trials.
     gc.collect()
     gc.freeze()
+    gc.enable()
     generation = 0
     while True:
         answer = _poll(pulse, mailbox.next_assignment, rank, generation)

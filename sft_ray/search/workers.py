@@ -7,6 +7,7 @@ CPU together.
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import Any
 
@@ -114,6 +115,7 @@ def _serve_in_group(settings: dict[str, Any]) -> None:
 def _serve(settings: dict[str, Any], rank: int, size: int, device: str) -> None:
     """Say that this worker is there before the heavy imports, which may fail."""
     pulse = Pulse(settings["watch"], settings["slot"], f"rank {rank}", LOADING)
+    gc.disable()  # until all is loaded; imports only add, and take a fifth longer with it
     try:
         ray.get(settings["mailbox"].register.remote(rank))
         from sft_ray.search.worker import run_worker
