@@ -2,7 +2,7 @@
 
 `F.scaled_dot_product_attention` has no kernel for it there and falls back on some forty small
 operations forward and as many backward, in fp32 whatever it is given.  These are the same formulas
-(Vaswani et al. 2017, section 3.2.1) in a third as many, in the number format of the inputs.
+(Vaswani et al. 2017, section 3.2.1) in a third as many, in bf16 where sequences are long.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from sft_ray.training import cpu_dropout
 from sft_ray.training.unpadded import Group, Layout
+
+# Up to this length products are faster in fp32: in bf16 oneDNN compiles code for every new shape,
+# which takes longer than a small product itself.  Measured, see RESULTS.md.
+SHORT = 32
 
 
 def attend_with_dropout(
@@ -49,6 +53,7 @@ class _HeadRows:
         size, length = group.shape
         self.shape = (size * heads, length, -1)
         self.padding = None if group.mask is None else ~group.mask
+        self.is_short = length <= SHORT
         self.heads = heads
         self.tokens = slice(group.first * heads, group.last * heads)
         self.first_tokens = slice(group.sequence * heads, (group.sequence + size) * heads)
@@ -61,11 +66,14 @@ class _HeadRows:
     def take(self, rows: torch.Tensor, first_tokens: bool = False) -> torch.Tensor:
         """[rows of the batch, width] -> [sequences x heads, length or 1, width]."""
         if first_tokens:
-            return rows[self.first_tokens].unsqueeze(1)
-        return rows.index_select(0, self.into).view(self.shape)
+            taken = rows[self.first_tokens].unsqueeze(1)
+        else:
+            taken = rows.index_select(0, self.into).view(self.shape)
+        return taken.float() if self.is_short else taken
 
     def put(self, padded: torch.Tensor, rows: torch.Tensor, first_tokens: bool = False) -> None:
         """The reverse of `take`."""
+        padded = padded.to(rows.dtype)
         if first_tokens:
             rows[self.first_tokens] = padded.squeeze(1)
         else:
@@ -94,9 +102,12 @@ class _Attention(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             for group in groups:
                 q, k, v = group.take(queries, first_tokens), group.take(keys), group.take(values)
-                scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
+                q = q * scaling
+                scores = torch.bmm(q, k.transpose(1, 2))
                 if group.padding is not None:
-                    group.by_sequence(scores).masked_fill_(group.padding, -torch.inf)
+                    hidden = torch.zeros(group.padding.shape, dtype=scores.dtype)
+                    hidden.masked_fill_(group.padding, -torch.inf)
+                    group.by_sequence(scores).add_(hidden)  # faster than to fill
                 weights = torch.softmax(scores, -1)
                 dropped = cpu_dropout.dropped(weights.shape, dropout)
                 found = torch.bmm(weights.masked_fill(dropped, 0), v)
@@ -120,8 +131,7 @@ class _Attention(torch.autograd.Function):
                 group.by_sequence(of_found).masked_fill_(group.padding.transpose(2, 3), 0)
             of_weights = torch.bmm(of_found, v.transpose(1, 2)).masked_fill_(dropped, 0)
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            of_scores.mul_(scaling)
-            group.put(torch.bmm(of_scores, k), of_queries, first_tokens)
+            group.put(torch.bmm(of_scores, k).mul_(scaling), of_queries, first_tokens)
             group.put(torch.bmm(of_scores.transpose(1, 2), q), of_keys)
             weights_T = weights.masked_fill(dropped, 0).transpose(1, 2)
             group.put(torch.bmm(weights_T, of_found), of_values)
