@@ -84,6 +84,13 @@ class _HeadRows:
         return padded.unflatten(0, (-1, self.heads))
 
 
+def _empty_rows(like: torch.Tensor, count: int, groups: list[_HeadRows]) -> torch.Tensor:
+    """Rows for groups to put theirs into; those that fill up the batch are 0."""
+    rows = like.new_empty(count, like.shape[1])
+    rows[groups[-1].tokens.stop :] = 0
+    return rows
+
+
 class _Attention(torch.autograd.Function):
     """Answers and gradients by rows."""
 
@@ -98,7 +105,7 @@ class _Attention(torch.autograd.Function):
         dropout: float,
         first_tokens: bool,
     ) -> torch.Tensor:
-        answers, kept = torch.empty_like(queries), []
+        answers, kept = _empty_rows(queries, len(queries), groups), []
         with torch.autocast("cpu", enabled=False):
             for group in groups:
                 q, k, v = group.take(queries, first_tokens), group.take(keys), group.take(values)
@@ -122,8 +129,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, of_answers: torch.Tensor) -> Any:
         groups, scaling, dropout, first_tokens, num_keys = ctx.arguments
         of_answers = of_answers * cpu_dropout.scale(dropout)
-        of_queries = torch.empty_like(of_answers)
-        of_keys, of_values = (of_answers.new_empty(num_keys, of_answers.shape[1]) for _ in "kv")
+        of_queries = _empty_rows(of_answers, len(of_answers), groups)
+        of_keys, of_values = (_empty_rows(of_answers, num_keys, groups) for _ in "kv")
         for i, group in enumerate(groups):
             q, k, v, weights, dropped = ctx.saved_tensors[5 * i : 5 * i + 5]
             of_found = group.take(of_answers, first_tokens)

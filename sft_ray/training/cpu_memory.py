@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 
-# Of products of matrices, by shape.  Without padding every step has shapes of its own, so oneDNN's
-# thousand would never be used again and hold hundreds of megabytes; a step needs about fifty.
-PRODUCTS_KEPT = "64"
+# Of products of matrices, by shape: a step needs about fifty, and shares most of them with others
+# of like size (see `unpadded.filled`).  oneDNN's own thousand may hold hundreds of megabytes.
+PRODUCTS_KEPT = "256"
 # mallopt(3): the parameters' numbers, and bytes.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 KEPT_BYTES, MAPPED_BYTES = 2**30, 2**25  # no more than 2^25 is allowed for the latter

@@ -45,7 +45,7 @@ class PaddedAttention:
             padded = group.pad(packed_1TH.unsqueeze(1)).squeeze(1)
             found_BLH = self._of_group(group.shape[1], padded, cut(named, group))
             parts.append(group.unpad(found_BLH.unsqueeze(1)).squeeze(1))
-        return torch.cat(parts).unsqueeze(0), None
+        return layout.join(parts).unsqueeze(0), None
 
     def _of_group(self, length: int, padded: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
         if hasattr(self._module, "q_bias"):

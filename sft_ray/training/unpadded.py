@@ -21,8 +21,10 @@ from sft_ray.training.encoding import IntArray
 SEQUENCES_PER_GROUP = 8
 # Of a group's positions, where projections are computed on them too; measured, see RESULTS.md.
 MOST_PADDING = 0.25
-# Where shapes are to repeat, of the tokens and of the longest: numbers between two powers of two.
-TOKEN_STEPS = 8  # fill up by less than 1 / 8
+# So that shapes come again: numbers between two powers of two.  On CPUs oneDNN compiles its bf16
+# products for every new number of tokens; by torch.compile whole layers are, and for the longest.
+CPU_TOKEN_STEPS = 16  # fill up by less than 1 / 16
+TOKEN_STEPS = 8
 LENGTH_STEPS, LEAST_LENGTH = 2, 16  # only attention sees them, and is small beside the layer
 
 
@@ -92,8 +94,8 @@ class Layout:
         """The layout of sequences with these lengths, [n].
 
         Args:
-            fill_to: most sequences of any batch, if few shapes shall occur; tokens, sequences and
-                the length of the longest are filled up.  None fills nothing.
+            fill_to: most sequences of any batch, if layers are compiled; tokens, sequences and the
+                length of the longest are filled up.  None fills up the tokens, on a CPU.
         """
         if fill_to is not None:
             return cls._filled(lengths, device, fill_to)
@@ -102,7 +104,8 @@ class Layout:
         groups = _groups(lengths, range(0, len(lengths), size), device)
         places = _to_device(np.flatnonzero(_tokens(lengths)), device)
         starts = _to_device(np.cumsum(lengths) - lengths, device)
-        return cls((len(lengths), int(lengths.max())), places, starts, groups, lengths)
+        filler = filled(len(places), CPU_TOKEN_STEPS) - len(places) if device.type == "cpu" else 0
+        return cls((len(lengths), int(lengths.max())), places, starts, groups, lengths, filler)
 
     @cached_property
     def tight_groups(self) -> tuple[Group, ...]:
@@ -167,6 +170,12 @@ class Layout:
         """Put the tokens that fill up, all 0, behind the batch's own."""
         return F.pad(own_TH, (0, 0, 0, self.filler)) if self.filler else own_TH
 
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """What groups give, [tokens of a group, …], for all tokens of the batch."""
+        if missing := len(self.places) + self.filler - self.groups[-1].last:
+            parts = [*parts, parts[0].new_zeros(missing, *parts[0].shape[1:])]
+        return torch.cat(parts)
+
     def own(self, packed_TH: torch.Tensor) -> torch.Tensor:
         """The batch's own tokens."""
         return packed_TH[: len(self.places)]
@@ -205,7 +214,7 @@ def attend(
             scale=scaling,
         )
         parts.append(found.squeeze(2) if first_tokens else group.unpad(found))
-    return torch.cat(parts).unsqueeze(0)
+    return (torch.cat(parts) if first_tokens else layout.join(parts)).unsqueeze(0)
 
 
 def _groups(lengths: IntArray, starts: Sequence[int], device: torch.device) -> tuple[Group, ...]:

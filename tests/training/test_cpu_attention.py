@@ -97,7 +97,7 @@ def test_with_drops_attention_is_the_formula_with_them() -> None:
 def inputs(layout: Layout, first_tokens: bool) -> list[torch.Tensor]:
     """Queries, keys, values, [1, heads, tokens or sequences, width]."""
     torch.manual_seed(0)
-    tokens = len(layout.places)
+    tokens = len(layout.places) + layout.filler
     shapes = [(len(layout.lengths) if first_tokens else tokens), tokens, tokens]
     rows = [torch.randn(1, n, HEADS, WIDTH).transpose(1, 2) for n in shapes]
     return [x.detach().requires_grad_() for x in rows]

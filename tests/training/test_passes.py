@@ -16,7 +16,7 @@ from sft_ray.training.forward import model_outputs
 from sft_ray.training.model import FAMILIES, Pretrained
 from sft_ray.training.padded_attention import PaddedAttention
 from sft_ray.training.passes import Pass, passing, trunk_output
-from sft_ray.training.unpadded import Layout
+from sft_ray.training.unpadded import CPU_TOKEN_STEPS, Layout
 from tests.models import CPU, PAD, load_tiny, tiny_model_folder, toy_dataset
 
 LAYERS = 3
@@ -129,7 +129,9 @@ def test_layers_see_tokens_without_padding_and_the_last_one_those_that_are_read(
         model_outputs(pretrained.model, batch)
     tokens = int(batch.inputs["attention_mask"].sum())
     assert batch.inputs["attention_mask"].numel() > tokens
-    assert seen == [(1, tokens), (1, tokens if name in PADDING else len(batch.labels))]
+    filled = tokens + batch.one_pass.layout.filler
+    assert tokens <= filled < tokens * (1 + 1 / CPU_TOKEN_STEPS)
+    assert seen == [(1, filled), (1, filled if name in PADDING else len(batch.labels))]
 
 
 @pytest.mark.parametrize("name", PADDING)
@@ -151,8 +153,9 @@ def test_attention_of_its_own_sees_neighbours_of_like_length(
     assert set(shapes) <= {tuple(shape) for shape in seen}
     padded = sum(size * length for size, length in shapes)
     assert tokens < padded <= tokens / 0.75
-    assert layout.positions(0) == tokens
-    assert layout.positions(0.25) == pytest.approx(0.75 * tokens + 0.25 * padded)
+    filled = tokens + layout.filler
+    assert layout.positions(0) == filled
+    assert layout.positions(0.25) == pytest.approx(0.75 * filled + 0.25 * padded)
     assert 0.2 < pretrained.padded_work < 0.6
 
 
@@ -164,6 +167,16 @@ def test_tight_groups_begin_anew_before_they_are_a_quarter_padding() -> None:
         (10, 22, 3),
         (22, 34, 5),
     ]
+
+
+def test_few_numbers_of_tokens_occur_and_what_fills_up_is_zero() -> None:
+    layouts = [Layout.of(np.array([tokens]), CPU) for tokens in range(65, 257)]
+    filled = {len(layout.places) + layout.filler for layout in layouts}
+    assert filled == {*range(68, 128, 4), *range(128, 257, 8)}
+    layout = next(layout for layout in layouts if layout.filler)
+    packed_TH = layout.pack(torch.ones(*layout.shape, 4))
+    assert packed_TH[-layout.filler :].eq(0).all()
+    assert layout.own(packed_TH).eq(1).all()
 
 
 def test_a_layout_packs_and_unpacks_what_it_was_given() -> None:
