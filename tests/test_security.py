@@ -313,15 +313,17 @@ with connected("local"):
     run_search(experiment)
     me = psutil.Process()
     below = [me, *me.children(recursive=True)]
-    listening = set()
+    listening, dashboards = set(), 0
     for process in below:
         with suppress(psutil.NoSuchProcess):  # workers of the slots are going home
             listening |= {c.laddr.ip.removeprefix("::ffff:")
                           for c in process.net_connections("inet") if c.status == "LISTEN"}
+            dashboards += any(word.endswith("dashboard/dashboard.py") for word in process.cmdline())
     import ray
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     files = sum(p.is_file() for p in session.rglob("*"))
     found = {"listening": sorted(listening), "leaks": leaks_below(session), "files": files}
+    found["dashboards"] = dashboards
 print("FOUND " + json.dumps(found))
 """
 
@@ -349,6 +351,7 @@ def test_a_searchs_services_are_on_loopback_and_no_log_holds_a_secret(
     assert found["files"] > 10
     assert found["leaks"] == []
     assert found["listening"] == ["127.0.0.1"]
+    assert found["dashboards"] == 0
     assert leaks_below(tmp_path / "runs") == []
     assert not [v for v in CANARIES.values() if v in done.stdout + done.stderr]
     assert RunStore(str(tmp_path / "runs"), "tiny").exists("results.json")

@@ -23,6 +23,7 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default, without its warning
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how fast a dead worker is noticed
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per slot; ours pauses and moves trials
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000000",  # the conductor has one per slot; else one at a time
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # copies of the slots' messages
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: running trials write their states first
 }

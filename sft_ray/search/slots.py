@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,8 +68,6 @@ def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> No
     class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE = {}, set()
     # It would import every tracking library there is, to count callbacks that nobody is told of.
     usage.tag_callbacks = lambda _: False
-    # Else slots come up one after the other, each when the one before has.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(layout.slots)
     slot = tune.with_resources(
         tune.with_parameters(Slot, settings=settings), tune.PlacementGroupFactory([HEAD])
     )
