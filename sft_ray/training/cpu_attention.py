@@ -7,6 +7,7 @@ operations forward and as many backward, in fp32 whatever it is given.  These ar
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,11 +33,16 @@ def attend_with_dropout(
 ) -> torch.Tensor:
     """What `unpadded.attend` gives; for tensors and dropout that `cpu_dropout.is_ours`."""
     heads, width = query.shape[1], query.shape[-1]
-    groups = [_HeadRows(group, heads) for group in layout.groups]
+    groups = _head_rows(layout, heads)
     rows = (x.transpose(1, 2).reshape(-1, width) for x in (query, key, value))
     scaling = width**-0.5 if scaling is None else scaling
     found = _Attention.apply(*rows, groups, scaling, dropout, first_tokens)
     return found.view(1, -1, heads, width)
+
+
+@lru_cache(maxsize=1)  # for all layers that a batch goes through
+def _head_rows(layout: Layout, heads: int) -> list[_HeadRows]:
+    return [_HeadRows(group, heads) for group in layout.groups]
 
 
 class _HeadRows:

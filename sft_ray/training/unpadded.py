@@ -69,7 +69,7 @@ class Group:
         return flat if self.places is None else flat.index_select(0, self.places)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Where the tokens of a padded batch lie.
 
