@@ -180,11 +180,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "| frozen | runs | Trainer, times the weights | ours, times the weights | ours / Trainer |",
         "|---:|---:|---:|---:|---:|",
     ]
+    weights = max((row["weights"] for row in rows if "weights" in row), default=1)  # ours has fewer
     for k in DEPTHS:
         mine = {
-            system: [
-                r["bytes"] / r["weights"] for r in rows if (r["system"], r.get("k")) == (system, k)
-            ]
+            system: [r["bytes"] / weights for r in rows if (r["system"], r.get("k")) == (system, k)]
             for system in SYSTEMS
         }
         if all(mine.values()):
