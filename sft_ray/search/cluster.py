@@ -113,8 +113,8 @@ def _for_new_processes() -> Iterator[None]:
     before the running trials have written their states.  They still die with the driver.  And the
     address of their own Ray: parts of Ray Train ask for it and give up where several Rays run on a
     machine, and what a lost slot held would never be free again.  And only the loopback interface
-    to listen on, by the switch with which Ray does so on a Mac.  The process of the dashboard stays
-    away, which without one counts usage, and is waited for.
+    to listen on, by the switch with which Ray does so on a Mac.  And no process of the
+    dashboard: without one it counts usage, and is waited for.
     """
     from ray._private import node, ray_constants, services
 

@@ -53,12 +53,16 @@ class _HeadRows:
             any at padding.
         out_of: the place at which each of the group's rows lies.
         padding: True there, [sequences, 1, 1, length]; None if there is none.
+        hidden: added to scores, takes their weight from keys that are padding; None likewise.
     """
 
     def __init__(self, group: Group, heads: int) -> None:
         size, length = group.shape
         self.shape = (size * heads, length, -1)
-        self.padding = None if group.mask is None else ~group.mask
+        self.padding = self.hidden = None
+        if group.mask is not None:
+            self.padding = ~group.mask
+            self.hidden = torch.zeros(group.mask.shape).masked_fill_(self.padding, -torch.inf)
         self.is_short = length <= SHORT
         self.heads = heads
         self.tokens = slice(group.first * heads, group.last * heads)
@@ -117,10 +121,8 @@ class _Attention(torch.autograd.Function):
                 q, k, v = group.take(queries, first_tokens), group.take(keys), group.take(values)
                 q = q * scaling
                 scores = torch.bmm(q, k.transpose(1, 2))
-                if group.padding is not None:
-                    hidden = torch.zeros(group.padding.shape, dtype=scores.dtype)
-                    hidden.masked_fill_(group.padding, -torch.inf)
-                    group.by_sequence(scores).add_(hidden)  # faster than to fill
+                if group.hidden is not None:  # to add is faster than to fill
+                    group.by_sequence(scores).add_(group.hidden.to(scores.dtype))
                 weights = torch.softmax(scores, -1)
                 dropped = cpu_dropout.dropped(weights.shape, dropout)
                 found = torch.bmm(weights.masked_fill(dropped, 0), v)

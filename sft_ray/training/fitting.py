@@ -225,9 +225,10 @@ class _Trial:
         self.scaler.unscale_(self.optimizer)
         self.penalty.add_gradient()
         norm = nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None])
+        length = float(norm)  # waits for the device, once
         # The norm is the same on every rank, so all of them stop here or none.
-        if math.isfinite(float(norm)):
-            if norm > self.train.max_grad_norm:
+        if math.isfinite(length):
+            if length > self.train.max_grad_norm:
                 nn.utils.clip_grads_with_norm_(self.trainable, self.train.max_grad_norm, norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()

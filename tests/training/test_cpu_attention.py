@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sft_ray.training import cpu_dropout
-from sft_ray.training.cpu_attention import attend_with_dropout
+from sft_ray.training.cpu_attention import SHORT, attend_with_dropout
 from sft_ray.training.cpu_dropout import dropped, hasten_dropout
 from sft_ray.training.unpadded import Layout, attend
 from tests.models import CPU
@@ -72,6 +74,29 @@ def test_without_drops_attention_is_the_library_s(
     (expected * weights).sum().backward()
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("longest", [SHORT, SHORT + 8])  # multiplied in fp32, and in bf16
+def test_in_bf16_attention_is_as_near_to_fp32_as_the_library_s(
+    longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_dropout, "dropped", lambda shape, _: torch.zeros(shape).bool())
+    monkeypatch.setattr(cpu_dropout, "scale", lambda _: 1.0)
+    layout = Layout.of(np.array([3, longest - 5, longest]), CPU)
+
+    def answers_and_gradients(how: Any, dropout: float, dtype: torch.dtype) -> list[torch.Tensor]:
+        given = inputs(layout, first_tokens=False)
+        found = how(layout, *(x.to(dtype) for x in given), dropout, None)
+        assert found.dtype == dtype
+        (found.float() * torch.linspace(-1, 1, found.numel()).view(found.shape)).sum().backward()
+        return [found.detach().float(), *(x.grad for x in given if x.grad is not None)]
+
+    exact = answers_and_gradients(attend, 0.0, torch.float32)
+    theirs = answers_and_gradients(attend, 0.0, torch.bfloat16)
+    mine = answers_and_gradients(attend_with_dropout, 1e-4, torch.bfloat16)
+    assert len(exact) == 4
+    for a, b, c in zip(mine, theirs, exact, strict=True):
+        assert (a - c).norm() < 2 * (b - c).norm() < 0.05 * c.norm()
 
 
 def test_with_drops_attention_is_the_formula_with_them() -> None:
