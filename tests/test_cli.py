@@ -88,6 +88,8 @@ def test_all_kinds_of_problems_are_reported_together(
         ("train: {one}", "", "at least two labels"),
         ("train: {csv}, columns: {{label: lable}}", "", "did you mean 'label'"),
         ("path: builtin:docstring", "", "did you mean 'builtin:docstrings'"),
+        ("path: {csv}", "", "name a file as data.train"),
+        ("path: ./nowhere", "", "no such folder: ./nowhere"),
         ("train: {csv}", "search: {{space: {{train.frozen_layers: {{int: [0, 3]}}}}}}", "2 layers"),
         ("train: {csv}", "model: no/such-model", "not valid YAML"),
         ("train: {csv}", "search: {{enqueue: [{{train.epochs: 9}}]}}", "outside the search space"),
@@ -114,9 +116,32 @@ def test_bad_experiments_are_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("search: {enqueue: [{train.epochs: 99}]}", "outside the search space"),
+        ("train: {reinit_layers: 1}", "at most 2 layers"),
+    ],
+)
+def test_what_does_not_go_with_the_default_space_is_told_before_ray_starts(
+    tiny_model: Path,
+    toy_csv: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: str,
+    message: str,
+) -> None:
+    path = write_experiment(tmp_path, tiny_model, f"train: {toy_csv}", more)
+    monkeypatch.setattr("sft_ray.search.tuner.connected", lambda *_, **__: pytest.fail("too late"))
+    assert message in "".join(refused(["search", str(path)], capsys))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
     ("model", "message"),
     [
         ("no/such-model", "no model configuration can be read"),
+        ("no/such/folder", "no such folder: no/such/folder"),
         ("package:not_installed_anywhere/model", "is not installed; install not_installed"),
         ("package:json/model", "has no model folder"),
     ],

@@ -81,7 +81,10 @@ def run_search(
     checked = check_experiment(experiment, capacity_here(address))
     store = RunStore(experiment.storage, experiment.name)
     warm = []
-    if store.is_there() or experiment.search.warm_start:
+    needs_space = (
+        experiment.search.warm_start or experiment.search.enqueue or experiment.train.reinit_layers
+    )
+    if store.is_there() or needs_space:  # and what does not go with it is told before Ray starts
         checked = with_default_space(checked)
         tree = None if fresh else finished_results(store, checked.experiment)
         if tree is not None:

@@ -27,6 +27,7 @@ from sft_ray.training.compiled import CompiledLayers
 from sft_ray.training.cpu_dropout import hasten_dropout
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import LabelSet
+from sft_ray.training.hub import is_missing_folder
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.tasks import Task
 
@@ -152,6 +153,10 @@ def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
     """
     quiet_transformers()
     folder = resolve_model(model)
+    if is_missing_folder(folder):
+        raise ConfigError(
+            f"model: no such folder: {model}; paths are relative to the working directory"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, revision=revision, trust_remote_code=False

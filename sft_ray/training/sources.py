@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from sft_ray.config import Data, Split, Splits
 from sft_ray.errors import DataError, did_you_mean
 from sft_ray.training.columns import Fields, is_name, number, select_fields
+from sft_ray.training.hub import is_missing_folder
 from sft_ray.training.seeds import derived_seed
 
 FILE_TYPES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
@@ -148,6 +149,15 @@ def _read_dataset(
 
     datasets.disable_progress_bars()
     assert data.path is not None  # the configuration has exactly one source
+    if Path(data.path).suffix.lower() in FILE_TYPES:
+        raise DataError(
+            f"data.path: a hub data set or a folder, got the file {data.path}; "
+            "name a file as data.train instead of data.path"
+        )
+    if is_missing_folder(data.path):
+        raise DataError(
+            f"data.path: no such folder: {data.path}; paths are relative to the working directory"
+        )
     splits = data.splits or Splits()
     folder = Path(data.path)
     on_disk = [folder / name for name in ("dataset_dict.json", "state.json")]

@@ -1,0 +1,15 @@
+"""Names that may mean a folder here or a repository on the hub."""
+
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+def is_missing_folder(name: str) -> bool:
+    """Whether a name can only mean a folder, and there is none: the hub need not be asked."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return not Path(name).is_dir()
+    return False
