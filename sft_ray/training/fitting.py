@@ -212,7 +212,7 @@ class _Trial:
         world, examples = self.world, self.dataset.train
         self.step += 1
         # A generator that follows from the step makes every step one that can be resumed at.
-        torch.manual_seed(derived_seed(self.seed, "dropout", self.step, world.rank))
+        world.seed(derived_seed(self.seed, "dropout", self.step, world.rank))
         mine = batches.share(indices, world.rank, world.size)
         count = max(1, int(examples.counts[indices].sum()))
         parts = batches.micro_batches(mine, self.most_per_pass)

@@ -250,3 +250,10 @@ def test_the_clipped_gradient_includes_the_penalty(pretrained, toy, max_grad_nor
         for n, p in pretrained.trainable().items()
     )
     assert moved == pytest.approx(1e-2, rel=0.01) if moves else moved < 1e-5
+
+
+def test_a_seed_begins_the_same_numbers_as_torchs_own() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    World().seed(5)
+    assert torch.equal(torch.rand(3), expected)
