@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._validators import validate_repo_id
 
 
 def is_missing_folder(name: str) -> bool:

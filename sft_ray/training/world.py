@@ -60,7 +60,7 @@ class World:
         """Begin the device's random numbers anew.
 
         `torch.manual_seed` writes down a stack for each kind of device that is not there, which on
-        a CPU takes a quarter of a step that trains a head only.
+        a CPU takes a seventh of a step that trains a head only.
         """
         if self.device.type == "cpu":
             torch.default_generator.manual_seed(seed)
