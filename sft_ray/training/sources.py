@@ -149,7 +149,8 @@ def _read_dataset(
 
     datasets.disable_progress_bars()
     assert data.path is not None  # the configuration has exactly one source
-    if Path(data.path).suffix.lower() in FILE_TYPES:
+    folder = Path(data.path)
+    if folder.suffix.lower() in FILE_TYPES and not folder.is_dir():
         raise DataError(
             f"data.path: a hub data set or a folder, got the file {data.path}; "
             "name a file as data.train instead of data.path"
@@ -159,7 +160,6 @@ def _read_dataset(
             f"data.path: no such folder: {data.path}; paths are relative to the working directory"
         )
     splits = data.splits or Splits()
-    folder = Path(data.path)
     on_disk = [folder / name for name in ("dataset_dict.json", "state.json")]
     try:
         if any(marker.is_file() for marker in on_disk):
