@@ -1,6 +1,6 @@
 """Names that may mean a folder here or a repository on the hub."""
 
-from pathlib import Path
+import os
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
@@ -11,5 +11,5 @@ def is_missing_folder(name: str) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        return not Path(name).is_dir()
+        return not os.path.isdir(name)  # noqa: PTH112  # unlike Path, it takes any name
     return False

@@ -155,7 +155,8 @@ def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
     folder = resolve_model(model)
     if is_missing_folder(folder):
         raise ConfigError(
-            f"model: no such folder: {model}; paths are relative to the working directory"
+            f"model: no such folder: {model}; give a hub id, package:NAME/FOLDER, or a folder "
+            "relative to the working directory"
         )
     try:
         config = transformers.AutoConfig.from_pretrained(

@@ -150,14 +150,15 @@ def _read_dataset(
     datasets.disable_progress_bars()
     assert data.path is not None  # the configuration has exactly one source
     folder = Path(data.path)
-    if folder.suffix.lower() in FILE_TYPES and not folder.is_dir():
+    if folder.suffix.lower() in FILE_TYPES and not os.path.isdir(folder):  # noqa: PTH112
         raise DataError(
             f"data.path: a hub data set or a folder, got the file {data.path}; "
             "name a file as data.train instead of data.path"
         )
     if is_missing_folder(data.path):
         raise DataError(
-            f"data.path: no such folder: {data.path}; paths are relative to the working directory"
+            f"data.path: no such folder: {data.path}; give a hub id or a folder relative to the "
+            "working directory"
         )
     splits = data.splits or Splits()
     on_disk = [folder / name for name in ("dataset_dict.json", "state.json")]
