@@ -27,7 +27,7 @@ from sft_ray.config import Experiment
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.training.fitting import _Trial
 from sft_ray.training.setup import load_setup
-from sft_ray.training.world import World
+from sft_ray.training.world import join_world
 
 SEED, WARM_STEPS = 0, 3
 WANTED = {0: 0.75, 2: 0.9}  # at batch 32, from that depth on
@@ -39,7 +39,8 @@ def worker(rank: int, size: int, options: dict[str, Any], meeting: str, out: str
     torch.set_num_threads(options["threads"] // size)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
-    setup = load_setup(prepared_experiment(options), Path(options["dataset"]), World(rank, size))
+    world = join_world(rank, size, torch.device("cpu"))
+    setup = load_setup(prepared_experiment(options), Path(options["dataset"]), world)
     found = {}
     for k in DEPTHS:
         train = Experiment.model_validate(tree_of(options)).train.model_copy(

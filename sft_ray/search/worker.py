@@ -32,7 +32,7 @@ from sft_ray.training.model import resolve_model
 from sft_ray.training.progress import Best, Progress
 from sft_ray.training.setup import Setup, load_setup
 from sft_ray.training.tasks import find_task
-from sft_ray.training.world import World
+from sft_ray.training.world import World, join_world
 from sft_ray.uploads import Uploads
 
 
@@ -59,7 +59,7 @@ def run_worker(settings: dict[str, Any], rank: int, size: int, device: str, puls
     logging.getLogger("ray").setLevel(logging.ERROR)
     mailbox = settings["mailbox"]
     try:
-        loaded = load(settings, World(rank, size, torch.device(device)), pulse)
+        loaded = load(settings, join_world(rank, size, torch.device(device)), pulse)
     except Exception:
         ray.get(mailbox.break_down.remote(traceback.format_exc()))
         return  # a raise would have the workers start again

@@ -221,6 +221,7 @@ class _Trial:
             with world.accumulating(self.model):
                 loss += self.backward(part, count)
         loss += self.backward(parts[-1], count)
+        world.sum_gradients(self.trainable)
         self.loss_sum += loss
         self.scaler.unscale_(self.optimizer)
         self.penalty.add_gradient()
@@ -264,9 +265,8 @@ class _Trial:
         self.tokens += int(layout.lengths.sum())
         self.positions += layout.positions(self.padded_work)
         loss = forward_loss(self.model, batch, self.task, self.loss_options, self.dtype)
-        # Gradients are averaged over workers; the step wants the sum over the global batch
-        # divided by its count.
-        self.scaler.scale(loss * (self.world.size / count)).backward()
+        # The step wants the sum over the global batch divided by its count.
+        self.scaler.scale(loss * (self.world.averaged_over / count)).backward()
         return loss.detach()
 
     def lower_loss_scale(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from sft_ray.training.shared_sum import SharedSum, open_shared_sum
 
 # Instructions that multiply bf16 faster than fp32, as torch and the makers call them.
 BF16_CAPABILITIES = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16"}
@@ -19,11 +22,15 @@ class World:
     """One worker's place among the data-parallel workers of a trial.
 
     With `size` above 1 the default process group of torch.distributed must exist.
+
+    Attributes:
+        shared: what workers on the CPUs of one machine sum gradients with.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    shared: SharedSum | None = None
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over all workers, in place."""
@@ -42,13 +49,25 @@ class World:
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over all workers during backward.
 
-        Every worker starts from the same weights, so none are broadcast.
+        Every worker starts from the same weights, so none are broadcast.  Workers that share
+        memory sum gradients behind backward instead: their cores have nothing idle meanwhile.
         """
-        if self.size == 1:
+        if self.size == 1 or self.shared is not None:
             return model
         return nn.parallel.DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
         )
+
+    @property
+    def averaged_over(self) -> int:
+        """What backward divides gradients by, beside summing them."""
+        return self.size if self.shared is None else 1
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum the gradients over all workers, where backward did not."""
+        if self.shared is not None:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            self.shared.sum(gradients)
 
     def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Gradients stay on each worker; the first backward outside averages what has come up."""
@@ -71,6 +90,12 @@ class World:
         """Wait for the device, so that a clock read afterwards is true."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def join_world(rank: int, size: int, device: torch.device) -> World:
+    """A worker's place in the default process group; every worker has to call it."""
+    shares = size > 1 and device.type == "cpu"
+    return World(rank, size, device, open_shared_sum(rank, size) if shares else None)
 
 
 def resolve_precision(precision: str, device: torch.device) -> tuple[torch.dtype, str]:

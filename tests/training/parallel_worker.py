@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from sft_ray.training.data import open_dataset
 from sft_ray.training.examples import Dataset
 from sft_ray.training.forward import evaluate
 from sft_ray.training.model import Pretrained
-from sft_ray.training.world import World
+from sft_ray.training.world import World, join_world
 from tests.models import PAD, TASK, load_tiny, run_fit
 
 ROOT = Path(__file__).parents[2]
 # Every trial of a slot runs on the same model object, the last one as the first.
 TRIALS = {"frozen": 1, "whole": 0, "head": "all", "whole again": 0}
+WAYS = ("memory", "sockets")  # that gradients of several workers are summed
 
 
 def run_trial(pretrained: Pretrained, dataset: Dataset, world: World, k: Any) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def join(rank: int, size: int, out: Path) -> World:
             world_size=size,
             timeout=timedelta(seconds=40),
         )
-    return World(rank, size)
+    return join_world(rank, size, torch.device("cpu"))
 
 
 def run_group(module: str, size: int, arguments: list[Path], out: Path) -> None:
@@ -86,13 +88,17 @@ def run_group(module: str, size: int, arguments: list[Path], out: Path) -> None:
 
 
 def run_worker(rank: int, size: int, model: Path, data: Path, out: Path) -> None:
-    world = join(rank, size, out)
-    dataset, seen = open_dataset(data), {}
-    for precision in ("fp32", "float64"):
-        pretrained = load_tiny(model, dataset, double=precision == "float64")
-        for trial, k in TRIALS.items():
-            seen[precision, trial] = run_trial(pretrained, dataset, world, k)
-    torch.save(seen, out / f"{rank}.pt")
+    joined = join(rank, size, out)
+    assert (joined.shared is not None) == (size > 1)
+    worlds = {"memory": joined, "sockets": replace(joined, shared=None)}
+    dataset = open_dataset(data)
+    for way in WAYS if size > 1 else WAYS[:1]:
+        seen = {}
+        for precision in ("fp32", "float64"):
+            pretrained = load_tiny(model, dataset, double=precision == "float64")
+            for trial, k in TRIALS.items():
+                seen[precision, trial] = run_trial(pretrained, dataset, worlds[way], k)
+        torch.save(seen, out / f"{rank}-{way}.pt")
     if size > 1:
         dist.destroy_process_group()
 

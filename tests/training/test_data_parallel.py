@@ -1,7 +1,8 @@
-"""1 = 2 = 3 workers: how many compute decides nothing about what is computed."""
+"""1 = 2 = 3 workers, over memory or sockets: how many compute decides nothing about the result."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from sft_ray.config import Data
 from sft_ray.training.data import open_dataset, prepare
 from tests.models import TASK, tiny_model_folder, toy_rows, write_csv
-from tests.training.parallel_worker import TRIALS, run_group, run_worker
+from tests.training.parallel_worker import TRIALS, WAYS, run_group, run_worker
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -21,8 +22,8 @@ SEEN = dict[tuple[str, str], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def seen_by(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], SEEN]:
-    """(size, rank) -> what that worker saw."""
+def seen_by(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, str], SEEN]:
+    """(size, rank, way of summing) -> what that worker saw."""
     folder = tmp_path_factory.mktemp("parallel")
     model = tiny_model_folder(folder / "model", dropout=0.0)
     train = write_csv(folder / "train.csv", toy_rows(TRAIN_ROWS, seed=1))
@@ -39,7 +40,8 @@ def seen_by(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], S
         else:
             run_group("tests.training.parallel_worker", size, [model, encoded], out)
         for rank in range(size):
-            seen[size, rank] = torch.load(out / f"{rank}.pt")
+            for way in WAYS if size > 1 else WAYS[:1]:
+                seen[size, rank, way] = torch.load(out / f"{rank}-{way}.pt")
     return seen
 
 
@@ -53,10 +55,18 @@ def trial(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(params=[2, 3])
-def pair(request, seen_by, precision: str, trial: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def pair(
+    request, seen_by, precision: str, trial: str, way: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same trial as one worker and as the first of several saw it."""
-    return seen_by[1, 0][precision, trial], seen_by[request.param, 0][precision, trial]
+    one, many = seen_by[1, 0, "memory"], seen_by[request.param, 0, way]
+    return one[precision, trial], many[precision, trial]
 
 
 def assert_close(first: Any, second: Any, precision: str) -> None:
@@ -64,7 +74,7 @@ def assert_close(first: Any, second: Any, precision: str) -> None:
 
 
 def test_the_comparison_covers_20_steps_that_change_the_weights(seen_by, precision) -> None:
-    seen = seen_by[1, 0][precision, "whole"]
+    seen = seen_by[1, 0, "memory"][precision, "whole"]
     assert [step for _, _, step, _, _ in seen["marks"]] == [2, 7, 10, 20]
     assert seen["train_loss"][-1] != seen["train_loss"][0]
     assert seen["logits"].dtype == {"fp32": torch.float32, "float64": torch.float64}[precision]
@@ -107,10 +117,10 @@ def test_evaluation_logits_are_equal(pair, precision: str) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_all_ranks_hold_the_same_weights_and_logits(seen_by, precision, trial, size) -> None:
-    first = seen_by[size, 0][precision, trial]
+def test_all_ranks_hold_the_same_weights_and_logits(seen_by, precision, trial, size, way) -> None:
+    first = seen_by[size, 0, way][precision, trial]
     for rank in range(1, size):
-        other = seen_by[size, rank][precision, trial]
+        other = seen_by[size, rank, way][precision, trial]
         assert all(torch.equal(other["weights"][n], w) for n, w in first["weights"].items())
         assert torch.equal(other["logits"], first["logits"])
         assert other["marks"] == first["marks"]
@@ -118,17 +128,17 @@ def test_all_ranks_hold_the_same_weights_and_logits(seen_by, precision, trial, s
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_only_the_first_rank_has_metrics_and_best_weights(seen_by, precision, size) -> None:
+def test_only_the_first_rank_has_metrics_and_best_weights(seen_by, precision, size, way) -> None:
     for rank in range(1, size):
-        seen = seen_by[size, rank][precision, "whole"]
+        seen = seen_by[size, rank, way][precision, "whole"]
         assert seen["metrics"] == [{}] * 4
         assert seen["best"] is None
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_a_trial_repeats_bitwise_after_other_trials_on_the_same_model(seen_by, size) -> None:
+@pytest.mark.parametrize(("size", "way"), [(1, "memory"), *itertools.product((2, 3), WAYS)])
+def test_a_trial_repeats_bitwise_after_other_trials_on_the_same_model(seen_by, size, way) -> None:
     for precision in TOLERANCE:
-        first, again = (seen_by[size, 0][precision, name] for name in ("whole", "whole again"))
+        first, again = (seen_by[size, 0, way][precision, name] for name in ("whole", "whole again"))
         assert again["train_loss"] == first["train_loss"]
         assert again["metrics"] == first["metrics"]
         assert all(torch.equal(again["weights"][n], w) for n, w in first["weights"].items())

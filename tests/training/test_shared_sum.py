@@ -1,0 +1,87 @@
+"""Sums through shared memory: any shapes, the same bits everywhere, no waiting for the dead."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sft_ray.training import shared_sum
+from sft_ray.training.shared_sum import SharedSum
+from tests.training.parallel_worker import run_group
+
+pytestmark = pytest.mark.timeout(120)
+
+SHAPES = [(3, 5), (1,), (700,), (2, 0), (40, 9), (16,)]
+
+
+@contextmanager
+def opened(size: int) -> Iterator[list[SharedSum]]:
+    """One for each of `size` workers, which are threads here."""
+    memory = os.memfd_create("test")
+    os.ftruncate(memory, size * shared_sum.MOST_BYTES)
+    pairs = [socket.socketpair() for _ in range(size - 1)]
+    first = SharedSum(0, size, memory, [mine for mine, _ in pairs])
+    yield [first, *(SharedSum(r + 1, size, memory, [s]) for r, (_, s) in enumerate(pairs))]
+    os.close(memory)
+    for connection in itertools.chain(*pairs):
+        connection.close()
+
+
+def at_once(sums: list[SharedSum], tensors: list[list[torch.Tensor]]) -> None:
+    """All of them sum what is theirs, three times."""
+
+    def work(rank: int) -> None:
+        for _ in range(3):
+            sums[rank].sum(tensors[rank])
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(sums))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize(
+    "most_bytes", [1024, 4096, 1 << 20]
+)  # portions of a tensor, or all of them
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_workers_hold_the_same_sum(monkeypatch, size: int, most_bytes: int, dtype) -> None:
+    monkeypatch.setattr(shared_sum, "MOST_BYTES", most_bytes)
+    generator = torch.Generator().manual_seed(size)
+    mine = [[torch.randn(s, generator=generator, dtype=dtype) for s in SHAPES] for _ in range(size)]
+    wanted = [sum(ts[1:], ts[0]).double() for ts in zip(*mine, strict=True)]
+    for _ in range(2):  # the second and third sum of what all hold then
+        wanted = [tensor * size for tensor in wanted]
+    with opened(size) as sums:
+        at_once(sums, mine)
+    for tensors in mine:
+        assert all(torch.equal(a, b) for a, b in zip(tensors, mine[0], strict=True))
+        for tensor, right in zip(tensors, wanted, strict=True):
+            torch.testing.assert_close(tensor.double(), right, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_worker_that_is_gone_is_told_of(gone: int) -> None:
+    with opened(2) as sums:
+        sums[gone]._peers[0].close()
+        with pytest.raises(dist.DistNetworkError, match="a worker of this machine is gone"):
+            sums[1 - gone].sum([torch.ones(4)])
+
+
+def test_workers_on_several_machines_do_without(tmp_path: Path) -> None:
+    run_group("tests.training.apart_worker", 3, [], tmp_path)
+
+
+def test_a_path_too_long_for_a_socket_is_no_error(tmp_path: Path) -> None:
+    assert shared_sum._listen(tmp_path / ("long" * 60), 2) is None
