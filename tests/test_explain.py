@@ -17,6 +17,7 @@ from sft_ray.errors import ConfigError
 from sft_ray.serving.explain import explained
 from sft_ray.serving.predict import load_predictor
 from sft_ray.single_trial import run_training
+from sft_ray.training.model import FAMILIES
 from sft_ray.training.tasks import TASKS
 from tests.models import (
     KEYWORDS,
@@ -27,8 +28,6 @@ from tests.models import (
     task_rows,
     tiny_model_folder,
 )
-
-FAMILIES = ("bert", "distilbert", "electra", "roberta", "mpnet", "deberta", "deberta-v2")
 
 
 def untrained(folder: Path, task: str, family: str = "bert") -> Any:

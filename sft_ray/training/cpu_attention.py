@@ -29,20 +29,21 @@ def attend_with_dropout(
     dropout: float,
     scaling: float | None,
     *,
+    reach: int | None = None,
     first_tokens: bool = False,
 ) -> torch.Tensor:
     """What `unpadded.attend` gives; for tensors and dropout that `cpu_dropout.is_ours`."""
     heads, width = query.shape[1], query.shape[-1]
-    groups = _head_rows(layout, heads)
+    groups = _head_rows(layout, heads, reach)
     rows = (x.transpose(1, 2).reshape(-1, width) for x in (query, key, value))
     scaling = width**-0.5 if scaling is None else scaling
     found = _Attention.apply(*rows, groups, scaling, dropout, first_tokens)
     return found.view(1, -1, heads, width)
 
 
-@lru_cache(maxsize=1)  # for all layers that a batch goes through
-def _head_rows(layout: Layout, heads: int) -> list[_HeadRows]:
-    return [_HeadRows(group, heads) for group in layout.groups]
+@lru_cache(maxsize=2)  # for all layers that a batch goes through, which look far or near
+def _head_rows(layout: Layout, heads: int, reach: int | None) -> list[_HeadRows]:
+    return [_HeadRows(group, heads, reach) for group in layout.groups]
 
 
 class _HeadRows:
@@ -53,16 +54,17 @@ class _HeadRows:
             any at padding.
         out_of: the place at which each of the group's rows lies.
         padding: True there, [sequences, 1, 1, length]; None if there is none.
-        hidden: added to scores, takes their weight from keys that are padding; None likewise.
+        hidden: added to scores, takes their weight from keys that a token may not look at; None
+            if it may look at all.
     """
 
-    def __init__(self, group: Group, heads: int) -> None:
+    def __init__(self, group: Group, heads: int, reach: int | None) -> None:
         size, length = group.shape
         self.shape = (size * heads, length, -1)
-        self.padding = self.hidden = None
-        if group.mask is not None:
-            self.padding = ~group.mask
-            self.hidden = torch.zeros(group.mask.shape).masked_fill_(self.padding, -torch.inf)
+        self.padding = None if group.mask is None else ~group.mask
+        visible, self.hidden = group.visible(reach), None
+        if visible is not None:
+            self.hidden = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
         self.is_short = length <= SHORT
         self.heads = heads
         self.tokens = slice(group.first * heads, group.last * heads)

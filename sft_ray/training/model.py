@@ -51,6 +51,8 @@ class Family:
         pads_in: the part of a layer that attends, where that is the family's own code (see
             `padded_attention`); None asks the library's registry of attention functions.
         gives_tuples: its layers answer with more than the hidden states.
+        narrows: whether its last layer may be asked for first tokens alone: queries, keys and
+            values are products of their own.
     """
 
     embeddings: tuple[str, ...] = ("embeddings",)
@@ -59,6 +61,7 @@ class Family:
     positions_after_padding: bool = False
     pads_in: str | None = None
     gives_tuples: bool = False
+    narrows: bool = True
 
 
 CONVOLUTION = "encoder.conv"  # of large DeBERTa v2, behind the first layer
@@ -84,7 +87,7 @@ FAMILIES = {
         pads_in="attention.attn",
         gives_tuples=True,
     ),
-    "modernbert": Family(layers="layers", pads_in="attn"),
+    "modernbert": Family(layers="layers", narrows=False),
 }
 
 
@@ -222,7 +225,7 @@ def let_pass(model: Any) -> None:
             attentions=[_module(layer, family.pads_in) for layer in layers if family.pads_in],
             convolution=_module(base, CONVOLUTION) if _has(base, CONVOLUTION) else None,
             gives_tuples=family.gives_tuples,
-            reads_first=reads_first_token(model),
+            narrows=family.narrows and reads_first_token(model),
         )
 
 

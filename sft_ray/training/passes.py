@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ def prepare_model(
     attentions: Sequence[nn.Module],
     convolution: nn.Module | None,
     gives_tuples: bool,
-    reads_first: bool,
+    narrows: bool,
 ) -> None:
     """Let a model look at `passing`; its parameters and their names stay as they are.
 
@@ -99,9 +99,9 @@ def prepare_model(
             the library's registry how.  Nothing but attention looks at more than one token, except
         convolution: between the first and the second layer, or None.
         gives_tuples: whether the layers answer with more than the hidden states.
-        reads_first: whether the head reads the first token of every sequence and no other.  Then
-            the last layer, if its attention asks the registry, computes the others' keys and
-            values only.
+        narrows: whether the last layer, if its attention asks the registry, computes the first
+            token of every sequence only, and keys and values of the others; right where the head
+            reads no other.
     """
     for module in embeddings:
         module.forward = _Embeddings(_own_forward(module))
@@ -112,8 +112,8 @@ def prepare_model(
     asks = not attentions
     for index, layer in enumerate(layers):
         is_last = index + 1 == len(layers)
-        narrows = is_last and asks and reads_first
-        layer.forward = _Layer(layer, index, is_last, gives_tuples, asks, narrows)
+        narrow = is_last and asks and narrows
+        layer.forward = _Layer(layer, index, is_last, gives_tuples, asks, narrow)
     if asks:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask)
@@ -193,6 +193,8 @@ class _Layer:
     ) -> Any:
         if self._asks:
             kwargs["packed"] = _Packed(now.layout, all_1TH)
+            if rows := kwargs.get("position_embeddings"):
+                kwargs["position_embeddings"] = tuple(_packed(now.layout, part) for part in rows)
         if now.compiled is None:
             return self._real(hidden, *args, **kwargs)
         shape = (*hidden.shape, *now.layout.groups[0].shape, now.layout.groups[0].last)
@@ -209,6 +211,12 @@ class _Layer:
             assert now.trunk_TH is not None  # only a given output leaves layers out
             hidden = now.layout.unpack(now.trunk_TH)
         return (hidden, None) if self._gives_tuples else hidden
+
+
+@lru_cache(maxsize=4)  # for all layers: cosines and sines of those that look far and near
+def _packed(layout: Layout, rows_1LD: torch.Tensor) -> torch.Tensor:
+    """What belongs to the positions of a text, for every token of the batch, [1, tokens, width]."""
+    return layout.pack(rows_1LD.expand(layout.shape[0], -1, -1)).unsqueeze(0)
 
 
 def _layout() -> Layout | None:
@@ -237,12 +245,14 @@ def _attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     packed: _Packed | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     if packed is None:
         assert _now.get() is None  # a layer hands its arguments on
+        how_far = {"sliding_window": sliding_window, "dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module, query, key, value, attention_mask, **how_far, **kwargs
         )
     narrow = packed.all_1TH is not None
     if narrow:
@@ -252,4 +262,8 @@ def _attention(
             for name in names
         )
     how = attend_with_dropout if cpu_dropout.is_ours(query, dropout) else attend
-    return how(packed.layout, query, key, value, dropout, scaling, first_tokens=narrow), None
+    reach = None if sliding_window is None else sliding_window - 1  # the window counts the token
+    found = how(
+        packed.layout, query, key, value, dropout, scaling, reach=reach, first_tokens=narrow
+    )
+    return found, None

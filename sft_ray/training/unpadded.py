@@ -49,6 +49,21 @@ class Group:
     places: torch.Tensor | None
     mask: torch.Tensor | None
 
+    def visible(self, reach: int | None) -> torch.Tensor | None:
+        """True where a token may look, [sequences or 1, 1, length or 1, length]; None: anywhere.
+
+        Args:
+            reach: how far to either side it looks; None has no bound.
+        """
+        length = self.shape[1]
+        if reach is None or length <= reach + 1:
+            return self.mask
+        device = None if self.mask is None else self.mask.device
+        at = torch.arange(length, device=device)
+        near = ((at[:, None] - at).abs() <= reach)[None, None]
+        # Padding looks at itself: attention to nothing at all may give no number.
+        return near if self.mask is None else near & self.mask | (at[:, None] == at)
+
     def pad(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, heads, all tokens, width] -> [sequences, heads, length, width] of this group."""
         tokens_THD = packed[0, :, self.first : self.last].transpose(0, 1)
@@ -195,11 +210,13 @@ def attend(
     dropout: float,
     scaling: float | None,
     *,
+    reach: int | None = None,
     first_tokens: bool = False,
 ) -> torch.Tensor:
     """Attention of every sequence to itself; [1, heads, tokens, width] -> [1, tokens, heads, …].
 
     Args:
+        reach: how far to either side a token looks; None has no bound.
         first_tokens: whether queries are given, and answers wanted, of the first token of every
             sequence only.
     """
@@ -209,7 +226,7 @@ def attend(
             group.of_first_tokens(query) if first_tokens else group.pad(query),
             group.pad(key),
             group.pad(value),
-            attn_mask=group.mask,
+            attn_mask=group.visible(reach),
             dropout_p=dropout,
             scale=scaling,
         )

@@ -59,15 +59,16 @@ def test_what_a_module_keeps_is_scaled_and_so_is_its_gradient(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("layout", [RAGGED, EVEN])
-@pytest.mark.parametrize("first_tokens", [False, True])
+@pytest.mark.parametrize(("first_tokens", "reach"), [(False, None), (True, None), (False, 2)])
 def test_without_drops_attention_is_the_library_s(
-    layout: Layout, first_tokens: bool, monkeypatch: pytest.MonkeyPatch
+    layout: Layout, first_tokens: bool, reach: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_dropout, "dropped", lambda shape, _: torch.zeros(shape).bool())
     monkeypatch.setattr(cpu_dropout, "scale", lambda _: 1.0)
     mine, theirs = (inputs(layout, first_tokens) for _ in range(2))
-    found = attend_with_dropout(layout, *mine, 1e-4, None, first_tokens=first_tokens)
-    expected = attend(layout, *theirs, 0.0, None, first_tokens=first_tokens)
+    how: dict[str, Any] = {"first_tokens": first_tokens, "reach": reach}
+    found = attend_with_dropout(layout, *mine, 1e-4, None, **how)
+    expected = attend(layout, *theirs, 0.0, None, **how)
     torch.testing.assert_close(found, expected)
     weights = torch.linspace(-1, 1, found.numel()).view(found.shape)
     (found * weights).sum().backward()

@@ -131,7 +131,8 @@ def test_layers_see_tokens_without_padding_and_the_last_one_those_that_are_read(
     assert batch.inputs["attention_mask"].numel() > tokens
     filled = tokens + batch.one_pass.layout.filler
     assert tokens <= filled < tokens * (1 + 1 / CPU_TOKEN_STEPS)
-    assert seen == [(1, filled), (1, filled if name in PADDING else len(batch.labels))]
+    narrows = FAMILIES[name].narrows and name not in PADDING
+    assert seen == [(1, filled), (1, len(batch.labels) if narrows else filled)]
 
 
 @pytest.mark.parametrize("name", PADDING)
@@ -157,6 +158,17 @@ def test_attention_of_its_own_sees_neighbours_of_like_length(
     assert layout.positions(0) == filled
     assert layout.positions(0.25) == pytest.approx(0.75 * filled + 0.25 * padded)
     assert 0.2 < pretrained.padded_work < 0.6
+
+
+@pytest.mark.parametrize("lengths", [[6, 6], [2, 6, 4]])
+def test_with_a_reach_a_token_sees_its_neighbours_and_padding_itself(lengths: list[int]) -> None:
+    [group] = Layout.of(np.array(lengths), CPU).groups
+    seen = group.visible(2).expand(len(lengths), 1, 6, 6)
+    at = torch.arange(6)
+    for sequence, length in enumerate(lengths):
+        near = ((at[:, None] - at).abs() <= 2) & (at < length)
+        assert torch.equal(seen[sequence, 0], near | torch.eye(6).bool())
+    assert group.visible(5) is group.mask
 
 
 def test_tight_groups_begin_anew_before_they_are_a_quarter_padding() -> None:
