@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -234,9 +235,11 @@ class FileStore:
         unfinished.mkdir()
         try:
             yield unfinished
-            _write_checksums(unfinished)
-            for file in unfinished.rglob("*"):
-                _sync(file)
+            with ThreadPoolExecutor(max_workers=1) as beside:  # the disk has its own time
+                synced = beside.map(_sync, list(unfinished.rglob("*")))
+                _write_checksums(unfinished)
+                list(synced)  # raises what went wrong
+            _sync(unfinished / CHECKSUMS)
             _sync(unfinished)
             if target.exists():
                 target.rename(outdated)

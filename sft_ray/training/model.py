@@ -374,19 +374,27 @@ class Pretrained:
             )
         if seed is not None and seed != self.seed:
             self._draw_head(seed)
-        parameters = list(self.model.parameters())
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, list(self.pristine.values()))
-        self._reinitialize(reinit_layers, self.seed)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-            parameter.grad = None
         for module, attribute, own in self._dropouts:
             setattr(module, attribute, own if dropout is None else dropout)
+        self.model.requires_grad_(True)
         self._frozen = self._trunk(depth)
         for module in self._frozen:
             module.requires_grad_(False)
+        self._take_pristine()
+        self._reinitialize(reinit_layers, self.seed)
         self.train()
+
+    @torch.no_grad()
+    def _take_pristine(self) -> None:
+        """Frozen weights are the pristine ones themselves, trained ones a copy."""
+        for name, parameter in self.model.named_parameters():
+            parameter.grad, pristine = None, self.pristine[name]
+            if not parameter.requires_grad:
+                parameter.data = pristine
+            elif parameter.data_ptr() == pristine.data_ptr():
+                parameter.data = pristine.clone()
+            else:
+                parameter.copy_(pristine)
 
     def _reinitialize(self, num_layers: int, seed: int) -> None:
         """Draw the top layers and the pooler anew, by the model's own rules."""
@@ -453,16 +461,19 @@ class Pretrained:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def full_state(self, trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """State of the whole model with `trained` weights put in and every vocabulary row."""
+        """State of the whole model with `trained` weights put in and every vocabulary row.
+
+        The next call overwrites the rows in use.
+        """
         state = {name: t.detach().cpu() for name, t in self.model.state_dict().items()}
         state |= {name: t.cpu() for name, t in self.pristine.items()}
         state |= {name: t.cpu() for name, t in trained.items()}
         if self.full_embedding is not None:
             embedding = self.model.get_input_embeddings()
             name = next(n for n, p in self.model.named_parameters() if p is embedding.weight)
-            full = self.full_embedding.clone()
-            full[torch.from_numpy(self.used_tokens)] = state[name].to(full.dtype)
-            state[name] = full
+            used = torch.from_numpy(self.used_tokens)
+            self.full_embedding[used] = state[name].to(self.full_embedding.dtype)
+            state[name] = self.full_embedding
         return state
 
     def _trunk(self, depth: int, *, inputs: bool = False) -> list[nn.Module]:

@@ -112,6 +112,16 @@ def test_exactly_the_trunk_below_k_is_frozen(pretrained, family: str, k: int | s
         assert all(name.startswith(ABOVE_THE_LAYERS) for name in left), left
 
 
+def test_only_trained_weights_are_held_beside_the_pristine_ones(pretrained, few: Dataset) -> None:
+    before = {name: weights.clone() for name, weights in pretrained.pristine.items()}
+    for k in (2, 0, 1, "all"):
+        run_fit(pretrained, few, frozen_layers=k, epochs=1, batch_size=16)
+        for name, parameter in pretrained.model.named_parameters():
+            shares = parameter.data_ptr() == pretrained.pristine[name].data_ptr()
+            assert shares == (not parameter.requires_grad), name
+            assert torch.equal(pretrained.pristine[name], before[name]), name
+
+
 @pytest.mark.parametrize("k", DEPTHS)
 def test_frozen_modules_evaluate_while_all_others_train(pretrained, family, k) -> None:
     pretrained.reset(k)
