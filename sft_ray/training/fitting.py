@@ -454,7 +454,7 @@ class _Trial:
         longest = np.argsort(-self.dataset.train.lengths, kind="stable")
         bytes_per_example = 0
 
-        def attempt(size: int) -> None:
+        def loss_of(size: int) -> torch.Tensor:
             batch = batches.collate(
                 self.dataset.train,
                 longest[:size],
@@ -462,16 +462,20 @@ class _Trial:
                 device=self.world.device,
                 fill_to=size if self.compiles else None,
             )
-            model = self.pretrained.model
-            forward_loss(model, batch, self.task, self.loss_options, self.dtype).backward()
-            model.zero_grad()
+            return forward_loss(
+                self.pretrained.model, batch, self.task, self.loss_options, self.dtype
+            )
+
+        def attempt(size: int) -> None:
+            loss_of(size).backward()
+            self.pretrained.model.zero_grad()
 
         try:
             if self.world.device.type == "cuda":
                 fits = micro_batch.largest_that_fits(attempt, share)
             else:
                 weights = self.pretrained.model.parameters()
-                bytes_per_example = micro_batch.kept_bytes(attempt, weights)
+                bytes_per_example = micro_batch.kept_bytes(lambda: loss_of(1), weights)
                 fits = micro_batch.fits_on_a_cpu(bytes_per_example, share)
         except micro_batch.NothingFitsError:
             fits = 0

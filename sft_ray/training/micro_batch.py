@@ -65,8 +65,8 @@ def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
         size //= 2
 
 
-def kept_bytes(attempt: Callable[[int], None], weights: Iterable[torch.Tensor]) -> int:
-    """What one example keeps for its backward pass; `weights` are there however many pass."""
+def kept_bytes(forward: Callable[[], torch.Tensor], weights: Iterable[torch.Tensor]) -> int:
+    """What a forward pass keeps for its backward pass, beside the weights."""
     shared = {weight.untyped_storage().data_ptr() for weight in weights}
     # What several operations keep counts once; held here, so that no other takes its place.
     kept: dict[int, torch.UntypedStorage] = {}
@@ -78,7 +78,7 @@ def kept_bytes(attempt: Callable[[int], None], weights: Iterable[torch.Tensor]) 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        attempt(1)
+        forward()
     return sum(storage.nbytes() for storage in kept.values())
 
 

@@ -100,13 +100,8 @@ def test_a_real_lack_of_memory_is_recognised_and_survived() -> None:
 
 
 def keeping(nbytes: int):
-    """An attempt that keeps so many bytes for the backward pass."""
-
-    def attempt(size: int) -> None:
-        assert size == 1
-        torch.ones(nbytes // 4, requires_grad=True).exp()
-
-    return attempt
+    """A forward pass that keeps so many bytes for the backward pass."""
+    return torch.ones(nbytes // 4, requires_grad=True).exp
 
 
 @pytest.mark.parametrize(("memory", "fits"), [(64, 32), (8, 4), (2, 1), (0.5, 1), (10**6, 1000)])
@@ -116,18 +111,15 @@ def test_a_cpu_takes_as_many_as_half_of_its_memory_holds(monkeypatch, memory, fi
     assert fits_on_a_cpu(MIB, 1000) == fits
 
 
-def test_an_attempt_that_keeps_nothing_fits_at_any_size() -> None:
-    assert kept_bytes(lambda size: None, []) == 0
+def test_a_pass_that_keeps_nothing_fits_at_any_size() -> None:
+    assert kept_bytes(lambda: torch.ones(4), []) == 0
     assert fits_on_a_cpu(0, 77) == 77
 
 
 def test_weights_do_not_count_for_every_example() -> None:
     layer = torch.nn.Linear(1024, 1024)  # 4 MiB
-
-    def attempt(size: int) -> None:
-        layer(layer(torch.ones(size, 1024)))
-
-    assert 0 < kept_bytes(attempt, layer.parameters()) < MIB
+    found = kept_bytes(lambda: layer(layer(torch.ones(1, 1024))), layer.parameters())
+    assert 0 < found < MIB
 
 
 def test_a_worker_has_its_share_of_the_containers_memory(monkeypatch, tmp_path: Path) -> None:
@@ -198,7 +190,7 @@ def test_the_probe_leaves_no_trace_in_the_trial(tiny_bert, toy: Dataset) -> None
 
 
 def test_a_trial_of_which_not_one_example_fits_is_one_fault(tiny_bert, toy, monkeypatch) -> None:
-    def full(attempt, weights) -> int:
+    def full(forward, weights) -> int:
         raise NothingFitsError("out of memory at micro-batch 1")
 
     monkeypatch.setattr(micro_batch, "kept_bytes", full)
