@@ -431,7 +431,9 @@ class _Trial:
         """What was found of the micro-batch, once per kind of trial."""
         if self.world.device.type == "cuda" and self.train.micro_batch != "auto":
             return Probe(self.train.micro_batch)
-        key = (self.train.frozen_layers, self.train.batch_size, str(self.dtype), self.compiles)
+        # What an example keeps on a CPU does not depend on how many there are.
+        batch_size = self.train.batch_size if self.world.device.type == "cuda" else 1
+        key = (self.train.frozen_layers, batch_size, str(self.dtype), self.compiles)
         if key not in known:
             known[key] = self.probe_micro_batch()
         return known[key]
@@ -450,39 +452,39 @@ class _Trial:
         Raises:
             NothingFitsError: one example is too much for a rank.
         """
-        share = -(-self.train.batch_size // self.world.size)
         longest = np.argsort(-self.dataset.train.lengths, kind="stable")
-        bytes_per_example = 0
+        model = self.pretrained.model
 
-        def loss_of(size: int) -> torch.Tensor:
+        def loss_of(indices: IntArray) -> torch.Tensor:
             batch = batches.collate(
                 self.dataset.train,
-                longest[:size],
+                indices,
                 pad_token=self.pad_token,
                 device=self.world.device,
-                fill_to=size if self.compiles else None,
+                fill_to=len(indices) if self.compiles else None,
             )
-            return forward_loss(
-                self.pretrained.model, batch, self.task, self.loss_options, self.dtype
-            )
+            return forward_loss(model, batch, self.task, self.loss_options, self.dtype)
 
         def attempt(size: int) -> None:
-            loss_of(size).backward()
-            self.pretrained.model.zero_grad()
+            loss_of(longest[:size]).backward()
+            model.zero_grad()
+
+        def kept(size: int) -> int:
+            like = np.repeat(longest[:1], size)
+            return micro_batch.kept_bytes(lambda: loss_of(like), model.parameters())
 
         try:
             if self.world.device.type == "cuda":
-                fits = micro_batch.largest_that_fits(attempt, share)
+                share = -(-self.train.batch_size // self.world.size)
+                found = Probe(micro_batch.largest_that_fits(attempt, share))
             else:
-                weights = self.pretrained.model.parameters()
-                bytes_per_example = micro_batch.kept_bytes(lambda: loss_of(1), weights)
-                fits = micro_batch.fits_on_a_cpu(bytes_per_example, share)
+                found = micro_batch.probe_on_a_cpu(kept)
         except micro_batch.NothingFitsError:
-            fits = 0
-        fits = self.world.minimum(fits)
+            found = Probe(0)
+        fits = self.world.minimum(found.fits)
         if fits == 0:
             raise micro_batch.NothingFitsError("out of memory at micro-batch 1")
-        return Probe(fits, bytes_per_example)
+        return replace(found, fits=fits)
 
     def memory_bytes(self) -> int:
         """Most that this worker's device has held for the trial so far.
@@ -496,7 +498,7 @@ class _Trial:
         kept = [tensor for state in states for tensor in state.values() if torch.is_tensor(tensor)]
         weights = self.pretrained.model.parameters()
         resident = micro_batch.bytes_of([*weights, *self.trainable, *kept])
-        return resident + self.most_per_pass * self.probed.bytes_per_example
+        return resident + self.probed.kept_bytes(self.most_per_pass)
 
 
 class _Clock:

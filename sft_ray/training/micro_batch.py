@@ -21,10 +21,17 @@ class Probe:
         fits: most examples that go through the model at once.
         bytes_per_example: what the longest example keeps for its backward pass; 0 on a GPU, which
             counts by itself.
+        bytes_per_pass: what a pass keeps however many examples it has: weights in another number
+            format.
     """
 
     fits: int
     bytes_per_example: int = 0
+    bytes_per_pass: int = 0
+
+    def kept_bytes(self, examples: int) -> int:
+        """What a pass of so many of the longest keeps."""
+        return self.bytes_per_pass + examples * self.bytes_per_example
 
 
 class NothingFitsError(Exception):
@@ -82,13 +89,22 @@ def kept_bytes(forward: Callable[[], torch.Tensor], weights: Iterable[torch.Tens
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def fits_on_a_cpu(bytes_per_example: int, most: int) -> int:
+def probe_on_a_cpu(kept: Callable[[int], int]) -> Probe:
     """As many examples as keep their activations in a CPU worker's memory.
 
     A CPU does not refuse: it swaps, or kills the process.  So it is not tried but computed.
+
+    Args:
+        kept: bytes that so many of the longest examples keep; asked for one and, if there is room,
+            for two.
     """
     room = worker_memory_bytes() * SHARE_FOR_ACTIVATIONS
-    return max(1, min(most, int(room // max(bytes_per_example, 1))))
+    one = kept(1)
+    if 2 * one > room:
+        return Probe(1, one)
+    per_example = kept(2) - one
+    per_pass = max(one - per_example, 0)
+    return Probe(max(1, int((room - per_pass) // max(per_example, 1))), per_example, per_pass)
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:

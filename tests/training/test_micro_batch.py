@@ -13,10 +13,10 @@ from sft_ray.training import micro_batch
 from sft_ray.training.examples import Dataset
 from sft_ray.training.micro_batch import (
     NothingFitsError,
-    fits_on_a_cpu,
     is_out_of_memory,
     kept_bytes,
     largest_that_fits,
+    probe_on_a_cpu,
 )
 from tests.models import load_tiny, run_fit, tiny_model_folder
 
@@ -104,16 +104,32 @@ def keeping(nbytes: int):
     return torch.ones(nbytes // 4, requires_grad=True).exp
 
 
-@pytest.mark.parametrize(("memory", "fits"), [(64, 32), (8, 4), (2, 1), (0.5, 1), (10**6, 1000)])
-def test_a_cpu_takes_as_many_as_half_of_its_memory_holds(monkeypatch, memory, fits: int) -> None:
+@pytest.mark.parametrize(
+    ("memory", "per_pass", "fits"),
+    [(64, 0, 32), (64, 7, 25), (8, 0, 4), (8, 1, 3), (8, 5, 1), (2, 0, 1), (10**6, 2000, 498_000)],
+)
+def test_a_cpu_takes_as_many_as_half_of_its_memory_holds(monkeypatch, memory, per_pass, fits):
     monkeypatch.setattr(micro_batch, "worker_memory_bytes", lambda: memory * MIB)
-    assert kept_bytes(keeping(MIB), []) == MIB
-    assert fits_on_a_cpu(MIB, 1000) == fits
+    asked = []
+
+    def kept(size: int) -> int:
+        asked.append(size)
+        return kept_bytes(keeping((per_pass + size) * MIB), [])
+
+    probe = probe_on_a_cpu(kept)
+    assert probe.fits == fits
+    assert probe.kept_bytes(1) == (per_pass + 1) * MIB
+    if asked == [1]:  # two would not fit
+        assert 2 * (per_pass + 1) > memory / 2
+    else:
+        assert probe.kept_bytes(7) == (per_pass + 7) * MIB
 
 
 def test_a_pass_that_keeps_nothing_fits_at_any_size() -> None:
     assert kept_bytes(lambda: torch.ones(4), []) == 0
-    assert fits_on_a_cpu(0, 77) == 77
+    probe = probe_on_a_cpu(lambda size: 0)
+    assert probe.fits > MIB
+    assert probe.kept_bytes(1000) == 0
 
 
 def test_weights_do_not_count_for_every_example() -> None:
@@ -210,3 +226,15 @@ def test_the_memory_of_a_trial_shrinks_with_what_is_trained(tiny_bert, toy) -> N
     assert all_of_it.memory_bytes > model + 3 * 4 * all_of_it.trained_parameters
     assert head.trained_parameters < all_of_it.trained_parameters / 5
     assert model < head.memory_bytes < all_of_it.memory_bytes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_a_pass_keeps_grows_by_examples_and_not_by_casts(tmp_path, toy, precision) -> None:
+    pretrained = load_tiny(tiny_model_folder(tmp_path, hidden=128), toy)
+    settings = {**SETTINGS, "precision": precision}
+    (few, many) = (
+        run_fit(pretrained, toy, **settings, micro_batch=size)[0].memory_bytes for size in (1, 32)
+    )
+    weights = sum(p.numel() for p in pretrained.trainable().values())
+    # 31 more examples of a dozen tokens, not 31 times the weights in bf16.
+    assert 31 * 10_000 < many - few < 31 * weights

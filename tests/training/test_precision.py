@@ -77,7 +77,7 @@ def test_an_overflow_halves_the_loss_scale_and_leaves_out_the_step(
 
     def overflowing(*arguments):
         loss = honest(*arguments)
-        if len(arguments[1].labels) > 1:  # the probe looks at one example
+        if len(arguments[1].labels) > 2:  # the probe looks at one example, and at two
             calls.append(loss)
         if len(calls) == 4:
             loss.register_hook(lambda gradient: gradient * math.inf)
@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_finite_ends_the_trial(
     honest, calls = fit_module.forward_loss, []
 
     def poisoned(*arguments):
-        if len(arguments[1].labels) == 1:  # the probe looks at one example
+        if len(arguments[1].labels) <= 2:  # the probe looks at one example, and at two
             return honest(*arguments)
         calls.append(1)
         return honest(*arguments) * (math.nan if len(calls) == 3 else 1.0)
