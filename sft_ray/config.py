@@ -23,17 +23,16 @@ from pydantic import (
 )
 
 from sft_ray import space as spaces
+from sft_ray.config_problems import delete_key, explain
 from sft_ray.errors import ConfigError, did_you_mean
 from sft_ray.yaml_text import read_tree
 
 # Fields of a trial's outcome that a search can keep small beside its score.
 COSTS = ("train_seconds", "trained_parameters", "memory_bytes")
 ENV_REFERENCE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-UNION_TAG = re.compile(r"^(constrained-)?(int|float|str|(literal|list|dict)\[.*)$")
 SECRET_OPTION = re.compile(r"(key|secret|token|password)[^=&]*=", re.IGNORECASE)
 # `user@` or `key:secret@`; secrets hold slashes, and a hub id an @ behind its name.
 USER_INFO = re.compile(r"://([^/@]*|[^/@]+:[^@]*)@")
-QUOTED = re.compile(r"'([^']*)'")
 
 
 def expand_environment(value: Any) -> Any:
@@ -433,7 +432,7 @@ class Experiment(Section):
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            raise ConfigError(*(f"{source}: {p}" for p in explain(error))) from None
+            raise ConfigError(*(f"{source}: {p}" for p in explain(error, cls))) from None
 
     @classmethod
     def what_is_valid(cls, tree: dict[str, Any]) -> Self | None:
@@ -442,7 +441,7 @@ class Experiment(Section):
             return cls.model_validate(tree)
         except ValidationError as error:
             for problem in error.errors():
-                _delete(tree, problem["loc"])
+                delete_key(tree, problem["loc"])
             try:
                 return cls.model_validate(tree)
             except ValidationError:
@@ -475,74 +474,6 @@ def _absolute(place: str | None) -> str | None:
     return str(Path(place).absolute()) if place and Path(place).exists() else place
 
 
-def explain(error: ValidationError, root: type[Section] | None = None) -> list[str]:
-    """One line per problem: dotted path, rule, what was got, how to mend it.
-
-    `root` is what was validated; an experiment if left out.
-    """
-    lines: dict[str, str] = {}
-    found = [(_dotted(problem["loc"]), problem) for problem in error.errors()]
-    for path, problem in found:
-        if any(other.startswith(f"{path}.") for other, _ in found):
-            continue  # another member of a union, and the one that was meant is told about
-        if path == "search.space" and problem["type"] == "value_error":
-            lines |= {line: line for line in str(problem["ctx"]["error"]).splitlines()}
-        elif path in lines:  # another member of the same union
-            first, got = lines[path].split(", got ", 1)
-            lines[path] = f"{first} or {_rule(problem).removeprefix('input should be ')}, got {got}"
-        else:
-            lines[path] = f"{path}: {_explanation(problem, root or Experiment)}".removeprefix(": ")
-    return list(lines.values())
-
-
-def _dotted(loc: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in _without_union_tags(loc))
-
-
-def _explanation(problem: Any, root: type[Section]) -> str:
-    if problem["type"] == "extra_forbidden":
-        known = _section_at(root, problem["loc"][:-1])
-        return f"unknown key; {did_you_mean(str(problem['loc'][-1]), known)}"
-    if problem["type"] == "missing":
-        return "this key is required"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    got, hint = problem["input"], ""
-    if problem["type"] == "literal_error" and isinstance(got, str):
-        hint = f"; {did_you_mean(got, re.findall(QUOTED, problem['ctx']['expected']))}"
-    return f"{_rule(problem)}, got {got!r}{hint}"
-
-
-def _rule(problem: Any) -> str:
-    """Pydantic's own words for the rule, without a capital."""
-    message: str = problem["msg"]
-    return message[:1].lower() + message[1:]
-
-
-def _without_union_tags(loc: tuple[int | str, ...]) -> list[int | str]:
-    """Pydantic appends the tried member of a union (`int`, `literal['auto']`) to the path."""
-    return [part for part in loc if not UNION_TAG.match(str(part))]
-
-
-def _section_at(root: type[Section], loc: tuple[int | str, ...]) -> list[str]:
-    model: Any = root
-    for part in loc:
-        annotation = model.model_fields[part].annotation
-        options = getattr(annotation, "__args__", (annotation,))
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
-    return list(model.model_fields)
-
-
-def _delete(tree: Any, loc: tuple[int | str, ...]) -> None:
-    path = _without_union_tags(loc)
-    for part in path[:-1]:
-        if not isinstance(tree, dict) or part not in tree:
-            return
-        tree = tree[part]
-    if isinstance(tree, dict) and path:
-        tree.pop(path[-1], None)
-
-
 def apply_values(train: Train, values: dict[str, Any]) -> Train:
     """`train` with `train.<field>` paths replaced; values are validated."""
     fields = {path.removeprefix("train."): value for path, value in values.items()}
@@ -568,7 +499,7 @@ def _space_problems(raw: dict[str, Any]) -> list[str]:
         try:
             apply_values(Train(), {path: value})
         except ValidationError as error:
-            tail = explain(error)[0].split(": ", 1)[-1]
+            tail = explain(error, Train)[0].split(": ", 1)[-1]
             problems.append(f"search.space.{path}: {tail}")
             told.add(path)
     return problems

@@ -14,7 +14,17 @@ MODULES = sorted((ROOT / "sft_ray").rglob("*.py"))
 # From the ground up: a module may import from its own layer and those before it.
 LAYERS = [
     {"errors", "recipes"},
-    {"cache", "environment", "interrupt", "retries", "space", "tags", "yaml_text", "screen"},
+    {
+        "cache",
+        "config_problems",
+        "environment",
+        "interrupt",
+        "retries",
+        "space",
+        "tags",
+        "yaml_text",
+        "screen",
+    },
     {"config"},
     {"ablation_file"},
     {"file_store"},

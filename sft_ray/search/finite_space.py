@@ -11,7 +11,8 @@ from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
 from sft_ray import space as spaces
-from sft_ray.config import Train, apply_values, explain
+from sft_ray.config import Train, apply_values
+from sft_ray.config_problems import explain
 from sft_ray.errors import ConfigError
 from sft_ray.search.samplers import grid_points
 from sft_ray.space import Choice, Numeric, OneOf, Space
@@ -32,7 +33,7 @@ class FiniteSpace:
         try:
             keys = [self.key_of(point) for point in points]
         except ValidationError as error:
-            problem = f"search.space: not all combinations work: {explain(error)[0]}"
+            problem = f"search.space: not all combinations work: {explain(error, Train)[0]}"
             raise ConfigError(problem) from None
         self.points = dict(zip(map(str, keys), points, strict=True))  # a point is never partial
 

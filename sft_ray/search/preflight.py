@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from sft_ray import space as spaces
-from sft_ray.config import Experiment, apply_values, explain
+from sft_ray.config import Experiment, Train, apply_values
+from sft_ray.config_problems import explain
 from sft_ray.errors import ConfigError, DataError, did_you_mean
 from sft_ray.recipes import recipe_of
 from sft_ray.search.cluster import plan_layout
@@ -127,9 +128,8 @@ def _schedule_problems(experiment: Experiment) -> list[str]:
         try:
             apply_values(experiment.train, dict(zip(SCHEDULE_PATHS, corner, strict=True)))
         except ValidationError as error:
-            return [
-                f"search.space: not all combinations work: {explain(error)[0]}; narrow their ranges"
-            ]
+            problem = explain(error, Train)[0]
+            return [f"search.space: not all combinations work: {problem}; narrow their ranges"]
     return []
 
 

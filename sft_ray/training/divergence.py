@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from sft_ray.training.examples import Dataset
-from sft_ray.training.tasks import LossOptions, Task
+from sft_ray.training.losses import LossOptions
+from sft_ray.training.tasks import Task
 from sft_ray.training.world import World
 
 ASKED_AT_PERCENT = 33

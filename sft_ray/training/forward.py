@@ -13,10 +13,11 @@ from sft_ray.training import batches
 from sft_ray.training.batches import Batch, Trunk
 from sft_ray.training.beat import EVALUATION, Beat, no_beat
 from sft_ray.training.examples import IGNORED, Examples
+from sft_ray.training.losses import LossOptions
 from sft_ray.training.metrics import Floats
 from sft_ray.training.passes import passing
 from sft_ray.training.setup import Setup
-from sft_ray.training.tasks import LossOptions, Task
+from sft_ray.training.tasks import Task
 from sft_ray.training.world import World
 
 

@@ -10,7 +10,8 @@ from scipy.special import softmax
 
 from sft_ray.training.divergence import DivergenceWatch, constant_loss
 from sft_ray.training.examples import Dataset, Examples, LabelSet
-from sft_ray.training.tasks import LossOptions, find_task
+from sft_ray.training.losses import LossOptions
+from sft_ray.training.tasks import find_task
 from sft_ray.training.world import World
 from tests.models import load_tiny, run_fit
 

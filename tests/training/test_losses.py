@@ -14,9 +14,7 @@ from sft_ray.config import Train
 from sft_ray.training.batches import collate
 from sft_ray.training.examples import IGNORED, Dataset
 from sft_ray.training.forward import forward_loss, loss_options
-from sft_ray.training.setup import Setup
-from sft_ray.training.tasks import (
-    TASKS,
+from sft_ray.training.losses import (
     LossOptions,
     binary_cross_entropy,
     cross_entropy,
@@ -24,6 +22,8 @@ from sft_ray.training.tasks import (
     squared_error,
     token_cross_entropy,
 )
+from sft_ray.training.setup import Setup
+from sft_ray.training.tasks import TASKS
 from sft_ray.training.world import World
 from tests.models import CPU, PAD, dataset_of, load_tiny, run_fit, task_dataset, task_rows
 

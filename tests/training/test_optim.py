@@ -16,10 +16,10 @@ from sft_ray.errors import ConfigError
 from sft_ray.training.batches import collate, global_batches
 from sft_ray.training.examples import Dataset
 from sft_ray.training.forward import evaluate, forward_loss
+from sft_ray.training.losses import LossOptions
 from sft_ray.training.model import FAMILIES, Pretrained
 from sft_ray.training.optim import build_optimizer, build_schedule
 from sft_ray.training.regularize import bind_penalty, is_penalized
-from sft_ray.training.tasks import LossOptions
 from sft_ray.training.world import World
 from tests.models import CPU, PAD, TASK, load_tiny, run_fit, tiny_model_folder, toy_dataset
 

@@ -14,9 +14,9 @@ from sft_ray.training import regularize
 from sft_ray.training.batches import collate
 from sft_ray.training.examples import Dataset
 from sft_ray.training.forward import forward_loss
+from sft_ray.training.losses import LossOptions
 from sft_ray.training.model import Pretrained
 from sft_ray.training.regularize import bind_penalty
-from sft_ray.training.tasks import LossOptions
 from tests.models import (
     CPU,
     NEVER_IN_TOY_ROWS,

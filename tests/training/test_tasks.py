@@ -468,7 +468,7 @@ def test_a_question_of_more_than_half_the_length_is_cut_and_counted(build) -> No
 
 
 def test_answers_are_never_longer_than_their_limit_nor_reversed(build, monkeypatch) -> None:
-    monkeypatch.setattr("sft_ray.training.tasks.MAX_ANSWER_TOKENS", 3)
+    monkeypatch.setattr("sft_ray.training.answers.MAX_ANSWER_TOKENS", 3)
     dataset = build(ANSWER, [question("the old cat saw a new house", "cat")] * 2)
     examples, rng = dataset.validation, np.random.default_rng(0)
     for _ in range(30):
