@@ -1,9 +1,9 @@
 """Two workers with one thread each beside one worker with two threads, for every frozen depth.
 
-Both take the same global batches with our training step; the two workers meet over gloo as in a
-trial.  Layouts take turns, each turn in new processes; seconds are of the steps alone, behind some
-warm ones, with the cache of trunks filled.  A ratio of 1 says that two processes train as fast as
-one with two threads.
+Both take the same global batches with our training step; the two workers sum gradients through the
+memory that they share, as in a trial.  Layouts take turns, each turn in new processes; seconds are
+of the steps alone, behind some warm ones, with the cache of trunks filled.  A ratio of 1 says that
+two processes train as fast as one with two threads.
 """
 
 from __future__ import annotations

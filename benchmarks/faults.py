@@ -272,7 +272,7 @@ def plant(module):
             import torch
             torch.empty(1 << 55)
         if action == "nan":
-            for parameter in trial.model.parameters():
+            for parameter in trial.trainable:
                 parameter.data.fill_(float("nan"))
         if action == "hang":
             time.sleep(1e6)

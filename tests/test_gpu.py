@@ -12,11 +12,11 @@ from sft_ray.search.cluster import plan_layout
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.training.examples import Dataset
 from sft_ray.training.fitting import fit
-from sft_ray.training.model import load_pretrained
+from sft_ray.training.model import FAMILIES, load_pretrained
 from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup
 from sft_ray.training.world import World, resolve_precision
-from tests.models import PAD, TASK, toy_dataset
+from tests.models import PAD, TASK, tiny_model_folder, toy_dataset
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -58,6 +58,22 @@ def test_a_gpu_computes_the_same_losses_as_a_cpu_in_fp32(tiny_model: Path, tmp_p
     dataset = toy_dataset(tmp_path, tiny_model)
     on_gpu, on_cpu = (
         train_losses(device, tiny_model, dataset, precision="fp32") for device in ("cuda", "cpu")
+    )
+    assert on_gpu == pytest.approx(on_cpu, abs=1e-4)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("micro_batch", ["auto", 1])  # with padding, and without any
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_computes_the_same_on_a_gpu(
+    tmp_path: Path, family: str, micro_batch: int | str
+) -> None:
+    model = tiny_model_folder(tmp_path / "model", family)
+    dataset = toy_dataset(tmp_path, model, train=32, validation=16)
+    settings = {"precision": "fp32", "epochs": 1, "micro_batch": micro_batch}
+    on_gpu, on_cpu = (
+        train_losses(device, model, dataset, **settings) for device in ("cuda", "cpu")
     )
     assert on_gpu == pytest.approx(on_cpu, abs=1e-4)
 

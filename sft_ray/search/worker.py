@@ -60,7 +60,9 @@ def run_worker(settings: dict[str, Any], rank: int, size: int, device: str, puls
     mailbox = settings["mailbox"]
     try:
         loaded = load(settings, join_world(rank, size, torch.device(device)), pulse)
-    except Exception:
+    except Exception as error:
+        if is_lost_peer(error):
+            raise
         ray.get(mailbox.break_down.remote(traceback.format_exc()))
         return  # a raise would have the workers start again
     # What lives for ever need not be looked at by every collection between trials.

@@ -43,7 +43,8 @@ def attend_with_dropout(
 
 @lru_cache(maxsize=2)  # for all layers that a batch goes through, which look far or near
 def _head_rows(layout: Layout, heads: int, reach: int | None) -> list[_HeadRows]:
-    return [_HeadRows(group, heads, reach) for group in layout.groups]
+    masks = layout.masks(reach)
+    return [_HeadRows(group, heads, mask) for group, mask in zip(layout.groups, masks, strict=True)]
 
 
 class _HeadRows:
@@ -58,11 +59,11 @@ class _HeadRows:
             if it may look at all.
     """
 
-    def __init__(self, group: Group, heads: int, reach: int | None) -> None:
+    def __init__(self, group: Group, heads: int, visible: torch.Tensor | None) -> None:
         size, length = group.shape
         self.shape = (size * heads, length, -1)
         self.padding = None if group.mask is None else ~group.mask
-        visible, self.hidden = group.visible(reach), None
+        self.hidden = None
         if visible is not None:
             self.hidden = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
         self.is_short = length <= SHORT

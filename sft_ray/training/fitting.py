@@ -427,13 +427,14 @@ class _Trial:
         )
         return int(last["index"]) + 1
 
-    def probe(self, known: dict[tuple[int | str, int, str, bool], Probe]) -> Probe:
+    def probe(self, known: dict[tuple[int | str, int, int, str, bool], Probe]) -> Probe:
         """What was found of the micro-batch, once per kind of trial."""
         if self.world.device.type == "cuda" and self.train.micro_batch != "auto":
             return Probe(self.train.micro_batch)
         # What an example keeps on a CPU does not depend on how many there are.
         batch_size = self.train.batch_size if self.world.device.type == "cuda" else 1
-        key = (self.train.frozen_layers, batch_size, str(self.dtype), self.compiles)
+        longest = int(self.dataset.train.lengths.max())
+        key = (self.train.frozen_layers, batch_size, longest, str(self.dtype), self.compiles)
         if key not in known:
             known[key] = self.probe_micro_batch()
         return known[key]

@@ -15,7 +15,7 @@ SHARE_FOR_ACTIVATIONS = 0.5  # of a CPU worker's memory; weights and optimiser n
 
 @dataclass(frozen=True)
 class Probe:
-    """What was found for one (frozen layers, batch size, number format, compiled).
+    """What was found for one kind of trial, see `Setup.micro_batches`.
 
     Attributes:
         fits: most examples that go through the model at once.

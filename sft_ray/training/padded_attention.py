@@ -16,7 +16,6 @@ from torch import nn
 from sft_ray.training.unpadded import Group, Layout
 
 SQUARE = ("attention_mask", "position_bias", "relative_pos")  # [1 or batch, …, length, length]
-ROWS = ("position_embeddings",)  # tensors of [1 or batch, length, width]
 
 
 class PaddedAttention:
@@ -89,9 +88,6 @@ def cut(named: dict[str, Any], group: Group) -> dict[str, Any]:
     for name in SQUARE:
         if found.get(name) is not None:
             found[name] = _sequences(found[name], group)[..., :length, :length]
-    for name in ROWS:
-        if found.get(name) is not None:
-            found[name] = tuple(_sequences(part, group)[:, :length] for part in found[name])
     return found
 
 

@@ -143,8 +143,11 @@ class _Embeddings:
         now = _now.get()
         if now is None or now.trunk_TH is None:
             return self._real(*args, **kwargs)
-        # Only its shape is looked at, until the first layer that runs.
-        return now.trunk_TH.new_zeros(()).expand(*now.layout.shape, now.trunk_TH.shape[-1])
+        # Only its shape is looked at until the first layer that runs, and its number format: the
+        # embeddings' own, which positions are told in, and not what a trunk is kept in.
+        dtype = torch.promote_types(now.trunk_TH.dtype, torch.float32)
+        nothing = now.trunk_TH.new_zeros((), dtype=dtype)
+        return nothing.expand(*now.layout.shape, now.trunk_TH.shape[-1])
 
 
 class _Layer:

@@ -24,7 +24,8 @@ class Setup:
     """One worker's share of an experiment, ready for any number of trials.
 
     Attributes:
-        micro_batches: (frozen layers, batch size, number format, compiled) -> what the probe found.
+        micro_batches: what the probe found for (frozen layers, batch size if on a GPU, longest
+            text, number format, compiled).
         constant_losses: label smoothing and class weights -> loss of the best constant answer.
         trunk_cache: outputs of frozen trunks; None computes them each time.
     """
@@ -34,7 +35,7 @@ class Setup:
     pretrained: Pretrained
     tokenizer: Any
     world: World
-    micro_batches: dict[tuple[int | str, int, str, bool], Probe] = field(default_factory=dict)
+    micro_batches: dict[tuple[int | str, int, int, str, bool], Probe] = field(default_factory=dict)
     constant_losses: dict[str, float | None] = field(default_factory=dict)
     trunk_cache: TrunkCache | None = None
 

@@ -11,12 +11,14 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
 
 MOST_BYTES = 64 << 20  # of one worker's tensors at a time
+PATIENCE_SECONDS = dist.default_pg_timeout.total_seconds()  # with a worker that says nothing
+GONE = "a worker of this machine is gone"
 
 
 class SharedSum:
@@ -30,7 +32,7 @@ class SharedSum:
     def __init__(self, rank: int, size: int, memory: int, peers: Sequence[socket.socket]) -> None:
         self._rank, self._peers = rank, peers
         for peer in peers:
-            peer.settimeout(dist.default_pg_timeout.total_seconds())
+            peer.settimeout(PATIENCE_SECONDS)
         mapped = mmap.mmap(memory, size * MOST_BYTES)
         self._slots = torch.frombuffer(mapped, dtype=torch.uint8).view(size, MOST_BYTES)
 
@@ -44,19 +46,20 @@ class SharedSum:
         Raises:
             DistNetworkError: a worker is gone.
         """
-        # Everybody adds from rank 0 on.  The first two may begin with their own: a + b = b + a.
-        others = list(range(len(self._slots)))
-        others.remove(min(self._rank, 1))
+        # All add in one order, so that their sums are the same to the last bit: 1 + 0 + 2 + 3 ….
+        # Rank 0 begins with its own, too, because 0 + 1 = 1 + 0.
+        first, *others = [0, 1] if self._rank == 0 else [1, 0]
+        others += range(2, len(self._slots))
         for pieces in _portions(tensors):
             sizes = [piece.numel() for piece in pieces]
             held = self._slots.view(pieces[0].dtype)[:, : sum(sizes)]
-            of = [slot.split(sizes) for slot in held]
-            torch._foreach_copy_(of[self._rank], pieces)
+            of_rank = [slot.split(sizes) for slot in held]
+            torch._foreach_copy_(of_rank[self._rank], pieces)
             self._meet()  # everybody has written
-            if self._rank > 1:
-                torch._foreach_copy_(pieces, of[1])
+            if first != self._rank:
+                torch._foreach_copy_(pieces, of_rank[first])
             for other in others:
-                torch._foreach_add_(pieces, of[other])
+                torch._foreach_add_(pieces, of_rank[other])
             self._meet()  # everybody has read
 
     def _meet(self) -> None:
@@ -69,9 +72,9 @@ class SharedSum:
                 for peer in self._peers:
                     peer.sendall(b"!")
         except OSError as error:
-            raise dist.DistNetworkError(f"a worker of this machine is gone: {error}") from None
+            raise dist.DistNetworkError(f"{GONE}: {error}") from None
         if b"" in arrived:
-            raise dist.DistNetworkError("a worker of this machine is gone")
+            raise dist.DistNetworkError(GONE)
 
 
 def _portions(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -92,49 +95,67 @@ def _portions(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 def open_shared_sum(rank: int, size: int) -> SharedSum | None:
     """Have all workers of the default process group share memory; None if they cannot.
 
-    They cannot where they are on several machines, or where the system (Linux can) has no memory
-    that is handed on as a file.  What is made here has no name that outlives the call, so nothing
-    is left of a worker that is killed.
+    They cannot where they are on several machines, or where the system has no memory that is
+    handed on as a file (Linux has).  Nothing that is made here has a name for longer than the call,
+    so nothing is left of a worker that is killed.
+
+    Raises:
+        DistNetworkError: a worker is gone.
     """
-    with tempfile.TemporaryDirectory(prefix="sft_ray-") as folder:
-        listener = _listen(Path(folder) / "rank-0", size) if rank == 0 else None
-        address: list[str | None] = [listener.getsockname() if listener else None]
-        dist.broadcast_object_list(address)
-        mine = listener or _connect(address[0])
-        ready = torch.tensor(0 if mine is None else 1)
-        dist.all_reduce(ready, dist.ReduceOp.MIN)
-        if mine is None:
-            return None
-        if not ready:
-            mine.close()
-            return None
-        if listener is None:
-            _, [memory], _, _ = socket.recv_fds(mine, 1, 1)
-            peers = [mine]
-        else:
+    try:
+        return _offer(size) if rank == 0 else _take_up(rank, size)
+    except OSError as error:
+        raise dist.DistNetworkError(f"{GONE}: {error}") from None
+
+
+def _offer(size: int) -> SharedSum | None:
+    """Rank 0 makes the memory, and hands it to the others if all of them reach it."""
+    with ExitStack() as stack:
+        address = None
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sft_ray-"))
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.settimeout(PATIENCE_SECONDS)
+            listener.bind(f"{folder}/rank-0")
+            listener.listen(size)
             memory = os.memfd_create("sft_ray")
+            stack.callback(os.close, memory)  # which ends no mapping of it
             os.ftruncate(memory, size * MOST_BYTES)
-            peers = [listener.accept()[0] for _ in range(size - 1)]  # they have connected
-            for peer in peers:
-                socket.send_fds(peer, [b"!"], [memory])
-            listener.close()
+            address = listener.getsockname()
+        except (OSError, AttributeError):  # too long a path, no room, no such call
+            pass
+        dist.broadcast_object_list([address])
+        if not _all_say(address is not None):
+            return None
+        peers = [listener.accept()[0] for _ in range(size - 1)]  # they have connected
+        for peer in peers:
+            socket.send_fds(peer, [b"!"], [memory])
+        return SharedSum(0, size, memory, peers)
+
+
+def _take_up(rank: int, size: int) -> SharedSum | None:
+    """Any other worker connects to rank 0 and is handed the memory."""
+    address: list[str | None] = [None]
+    dist.broadcast_object_list(address)
+    connection = _connect(address[0])
+    if not _all_say(connection is not None) or connection is None:
+        if connection is not None:
+            connection.close()
+        return None
+    _, files, _, _ = socket.recv_fds(connection, 1, 1)
+    if not files:
+        raise dist.DistNetworkError(GONE)
     try:
-        return SharedSum(rank, size, memory, peers)
+        return SharedSum(rank, size, files[0], [connection])
     finally:
-        os.close(memory)  # mapped by now
+        os.close(files[0])
 
 
-def _listen(path: Path, size: int) -> socket.socket | None:
-    if not hasattr(os, "memfd_create"):
-        return None
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        listener.bind(str(path))
-    except OSError:  # too long a path
-        listener.close()
-        return None
-    listener.listen(size)
-    return listener
+def _all_say(yes: bool) -> bool:
+    """Whether every worker of the group does."""
+    found = torch.tensor(int(yes))
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return bool(found)
 
 
 def _connect(address: str | None) -> socket.socket | None:
@@ -142,6 +163,7 @@ def _connect(address: str | None) -> socket.socket | None:
     if address is None:
         return None
     connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(PATIENCE_SECONDS)
     try:
         connection.connect(address)
     except OSError:

@@ -49,16 +49,15 @@ class Group:
     places: torch.Tensor | None
     mask: torch.Tensor | None
 
-    def visible(self, reach: int | None) -> torch.Tensor | None:
+    def visible(self, reach: int, device: torch.device) -> torch.Tensor | None:
         """True where a token may look, [sequences or 1, 1, length or 1, length]; None: anywhere.
 
         Args:
-            reach: how far to either side it looks; None has no bound.
+            reach: how far to either side it looks.
         """
         length = self.shape[1]
-        if reach is None or length <= reach + 1:
+        if length <= reach + 1:
             return self.mask
-        device = None if self.mask is None else self.mask.device
         at = torch.arange(length, device=device)
         near = ((at[:, None] - at).abs() <= reach)[None, None]
         # Padding looks at itself: attention to nothing at all may give no number.
@@ -158,6 +157,24 @@ class Layout:
             filler,
         )
 
+    def masks(self, reach: int | None) -> list[torch.Tensor | None]:
+        """Of each group, where a token may look that looks so far to either side."""
+        if reach is None:
+            return [group.mask for group in self.groups]
+        if torch.compiler.is_compiling():  # code that is compiled remembers nothing
+            return self._looks(reach)
+        if reach not in self._near:
+            self._near[reach] = self._looks(reach)
+        return self._near[reach]
+
+    def _looks(self, reach: int) -> list[torch.Tensor | None]:
+        return [group.visible(reach, self.places.device) for group in self.groups]
+
+    @cached_property
+    def _near(self) -> dict[int, list[torch.Tensor | None]]:
+        """What was found for all layers."""
+        return {}
+
     def positions(self, padded_work: float) -> float:
         """Tokens that the layers could have computed on by what they do.
 
@@ -221,12 +238,12 @@ def attend(
             sequence only.
     """
     parts = []
-    for group in layout.groups:
+    for group, mask in zip(layout.groups, layout.masks(reach), strict=True):
         found = F.scaled_dot_product_attention(
             group.of_first_tokens(query) if first_tokens else group.pad(query),
             group.pad(key),
             group.pad(value),
-            attn_mask=group.visible(reach),
+            attn_mask=mask,
             dropout_p=dropout,
             scale=scaling,
         )

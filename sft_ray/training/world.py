@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,10 +63,11 @@ class World:
         """What backward divides gradients by, beside summing them."""
         return self.size if self.shared is None else 1
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum the gradients over all workers, where backward did not."""
         if self.shared is not None:
             gradients = [p.grad for p in parameters if p.grad is not None]
+            assert len(gradients) == len(parameters), "a trained weight has no gradient"
             self.shared.sum(gradients)
 
     def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:

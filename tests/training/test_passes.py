@@ -115,6 +115,21 @@ def test_in_bf16_layers_hand_each_other_bf16(pretrained: Pretrained, few: Datase
     assert {hidden_TH.dtype for hidden_TH in between} == {torch.bfloat16}
 
 
+def test_in_bf16_the_upper_half_on_a_trunk_that_was_kept_is_the_whole(
+    pretrained: Pretrained, few: Dataset
+) -> None:
+    pretrained.reset(2)
+    pretrained.model.eval()
+    batch = ragged_batch(few)
+    layout = batch.one_pass.layout
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole = model_outputs(pretrained.model, batch)
+        trunk_TH = trunk_output(pretrained.model, batch.inputs, Pass(layout, stop=2))
+        with passing(Pass(layout, depth=2, trunk_TH=trunk_TH)):
+            halves = pretrained.model(**batch.inputs).logits
+    torch.testing.assert_close(halves, whole, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_layers_see_tokens_without_padding_and_the_last_one_those_that_are_read(
     name: str, few: Dataset, tmp_path: Path
@@ -163,12 +178,15 @@ def test_attention_of_its_own_sees_neighbours_of_like_length(
 @pytest.mark.parametrize("lengths", [[6, 6], [2, 6, 4]])
 def test_with_a_reach_a_token_sees_its_neighbours_and_padding_itself(lengths: list[int]) -> None:
     [group] = Layout.of(np.array(lengths), CPU).groups
-    seen = group.visible(2).expand(len(lengths), 1, 6, 6)
+    seen = group.visible(2, CPU).expand(len(lengths), 1, 6, 6)
     at = torch.arange(6)
     for sequence, length in enumerate(lengths):
         near = ((at[:, None] - at).abs() <= 2) & (at < length)
         assert torch.equal(seen[sequence, 0], near | torch.eye(6).bool())
-    assert group.visible(5) is group.mask
+    assert group.visible(5, CPU) is group.mask
+    elsewhere = torch.device("meta")
+    [unpadded] = Layout.of(np.array([6, 6]), CPU).groups
+    assert unpadded.visible(2, elsewhere).device == elsewhere
 
 
 def test_tight_groups_begin_anew_before_they_are_a_quarter_padding() -> None:

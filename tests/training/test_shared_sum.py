@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,5 +84,28 @@ def test_workers_on_several_machines_do_without(tmp_path: Path) -> None:
     run_group("tests.training.apart_worker", 3, [], tmp_path)
 
 
-def test_a_path_too_long_for_a_socket_is_no_error(tmp_path: Path) -> None:
-    assert shared_sum._listen(tmp_path / ("long" * 60), 2) is None
+@pytest.mark.parametrize("missing", ["folder", "path", "memory"])
+def test_what_the_first_worker_cannot_make_is_no_error(
+    monkeypatch, tmp_path: Path, missing: str
+) -> None:
+    told = []
+    monkeypatch.setattr(dist, "broadcast_object_list", told.append)
+    monkeypatch.setattr(shared_sum, "_all_say", lambda yes: yes)
+    temporary = {"folder": tmp_path / "none", "path": tmp_path / ("long" * 40), "memory": tmp_path}
+    (tmp_path / ("long" * 40)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary[missing]))
+    if missing == "memory":
+        monkeypatch.delattr(os, "memfd_create")
+    assert shared_sum.open_shared_sum(0, 2) is None
+    assert told == [[None]]
+    assert not any(path.is_file() or path.is_socket() for path in tmp_path.rglob("*"))
+
+
+def test_a_first_worker_that_ends_before_it_hands_the_memory_on_is_gone(monkeypatch) -> None:
+    mine, theirs = socket.socketpair()
+    theirs.close()
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda told: None)
+    monkeypatch.setattr(shared_sum, "_all_say", lambda yes: yes)
+    monkeypatch.setattr(shared_sum, "_connect", lambda address: mine)
+    with pytest.raises(dist.DistNetworkError, match=shared_sum.GONE), mine:
+        shared_sum.open_shared_sum(1, 2)
