@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 MOST_BYTES = 64 << 20  # of one worker's tensors at a time
-PATIENCE_SECONDS = dist.default_pg_timeout.total_seconds()  # with a worker that says nothing
+PATIENCE_SECONDS = 1800.0  # with a worker that says nothing; as torch has with a collective
 GONE = "a worker of this machine is gone"
 
 
