@@ -1,9 +1,9 @@
 """Layers of a model as torch.compile makes them.
 
 Compiled code fits one shape, so batches are filled up to shapes that come again (see
-`unpadded.Layout`).  What was compiled lives as long as the model: later trials run it
-as it is, on weights of their own.  Only the passes of training are compiled, not evaluation.  CUDA
-graphs are left out: whether they are safe where a step has several micro-batches, whose activations
+`unpadded.Layout`).  What was compiled lives as long as the model: later trials run it as it is, on
+weights of their own.  Only the passes of training are compiled, not evaluation.  CUDA graphs are
+left out: whether they are safe where a step has several micro-batches, whose activations
 live at once with those of other layers, has not been tried on a GPU.
 """
 

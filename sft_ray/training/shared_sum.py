@@ -10,7 +10,7 @@ import mmap
 import os
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -92,23 +92,26 @@ def _portions(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     yield portion
 
 
-def open_shared_sum(rank: int, size: int) -> SharedSum | None:
+def open_shared_sum(rank: int, size: int, minimum: Callable[[int], int]) -> SharedSum | None:
     """Have all workers of the default process group share memory; None if they cannot.
 
     They cannot where they are on several machines, or where the system has no memory that is
     handed on as a file (Linux has).  Nothing that is made here has a name for longer than the call,
     so nothing is left of a worker that is killed.
 
+    Args:
+        minimum: the smallest of all workers' values.
+
     Raises:
         DistNetworkError: a worker is gone.
     """
     try:
-        return _offer(size) if rank == 0 else _take_up(rank, size)
+        return _offer(size, minimum) if rank == 0 else _take_up(rank, size, minimum)
     except OSError as error:
         raise dist.DistNetworkError(f"{GONE}: {error}") from None
 
 
-def _offer(size: int) -> SharedSum | None:
+def _offer(size: int, minimum: Callable[[int], int]) -> SharedSum | None:
     """Rank 0 makes the memory, and hands it to the others if all of them reach it."""
     with ExitStack() as stack:
         address = None
@@ -125,7 +128,7 @@ def _offer(size: int) -> SharedSum | None:
         except (OSError, AttributeError):  # too long a path, no room, no such call
             pass
         dist.broadcast_object_list([address])
-        if not _all_say(address is not None):
+        if not minimum(int(address is not None)):
             return None
         peers = [listener.accept()[0] for _ in range(size - 1)]  # they have connected
         for peer in peers:
@@ -133,12 +136,12 @@ def _offer(size: int) -> SharedSum | None:
         return SharedSum(0, size, memory, peers)
 
 
-def _take_up(rank: int, size: int) -> SharedSum | None:
+def _take_up(rank: int, size: int, minimum: Callable[[int], int]) -> SharedSum | None:
     """Any other worker connects to rank 0 and is handed the memory."""
     address: list[str | None] = [None]
     dist.broadcast_object_list(address)
     connection = _connect(address[0])
-    if not _all_say(connection is not None) or connection is None:
+    if not minimum(int(connection is not None)) or connection is None:
         if connection is not None:
             connection.close()
         return None
@@ -149,13 +152,6 @@ def _take_up(rank: int, size: int) -> SharedSum | None:
         return SharedSum(rank, size, files[0], [connection])
     finally:
         os.close(files[0])
-
-
-def _all_say(yes: bool) -> bool:
-    """Whether every worker of the group does."""
-    found = torch.tensor(int(yes))
-    dist.all_reduce(found, dist.ReduceOp.MIN)
-    return bool(found)
 
 
 def _connect(address: str | None) -> socket.socket | None:

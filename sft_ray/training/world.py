@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -95,8 +95,10 @@ class World:
 
 def join_world(rank: int, size: int, device: torch.device) -> World:
     """A worker's place in the default process group; every worker has to call it."""
-    shares = size > 1 and device.type == "cpu"
-    return World(rank, size, device, open_shared_sum(rank, size) if shares else None)
+    world = World(rank, size, device)
+    if size == 1 or device.type != "cpu":
+        return world
+    return replace(world, shared=open_shared_sum(rank, size, world.minimum))
 
 
 def resolve_precision(precision: str, device: torch.device) -> tuple[torch.dtype, str]:

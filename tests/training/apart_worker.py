@@ -5,6 +5,7 @@ python -m tests.training.apart_worker RANK SIZE OUT
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -20,9 +21,12 @@ def run_worker(rank: int, size: int, out: Path) -> None:
         reach = shared_sum._connect
         shared_sum._connect = lambda address: reach(f"{address}-elsewhere")
     world = join(rank, size, out)
-    assert world.shared is None
-    assert world.averaged_over == size
-    assert world.sum(torch.ones(1)).item() == size  # all of them go on
+    found = {
+        "shares": world.shared is not None,
+        "averaged_over": world.averaged_over,
+        "sum": world.sum(torch.ones(1)).item(),
+    }
+    (out / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
