@@ -10,6 +10,7 @@ from sft_ray.config import Experiment, Train
 from sft_ray.search import gpu_probe, sharing
 from sft_ray.search.cluster import plan_layout
 from sft_ray.search.preflight import prepare_experiment
+from sft_ray.training import gpu_attention
 from sft_ray.training.examples import Dataset
 from sft_ray.training.fitting import fit
 from sft_ray.training.model import FAMILIES, load_pretrained
@@ -76,6 +77,35 @@ def test_every_family_computes_the_same_on_a_gpu(
         train_losses(device, model, dataset, **settings) for device in ("cuda", "cpu")
     )
     assert on_gpu == pytest.approx(on_cpu, abs=1e-4)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("reach", "first_tokens"), [(None, False), (None, True), (64, False)])
+def test_attention_on_a_gpu_needs_no_padding(
+    dtype: torch.dtype, reach: int | None, first_tokens: bool
+) -> None:
+    if reach is not None and dtype == torch.float32:
+        pytest.skip("FlashAttention alone looks near only")
+    device = torch.device("cuda", torch.cuda.current_device())
+    for width in (32, 64):
+        assert gpu_attention._works(device, dtype, width, reach, first_tokens)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_in_bf16_a_gpu_trains_alike_with_and_without_padding_in_attention(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float
+) -> None:
+    dataset = toy_dataset(tmp_path, tiny_model)
+    settings = {"precision": "bf16", "dropout": dropout}
+    unpadded = train_losses("cuda", tiny_model, dataset, **settings)
+    monkeypatch.setattr(gpu_attention, "is_ours", lambda *_: False)
+    padded = train_losses("cuda", tiny_model, dataset, **settings)
+    # With dropout other random numbers fall on other tokens.
+    assert unpadded == pytest.approx(padded, abs=0.05 if dropout else 0.02)
 
 
 @needs_gpu

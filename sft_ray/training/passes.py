@@ -19,9 +19,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sft_ray.training import cpu_dropout
+from sft_ray.training import cpu_dropout, gpu_attention
 from sft_ray.training.compiled import CompiledLayers
 from sft_ray.training.cpu_attention import attend_with_dropout
+from sft_ray.training.gpu_attention import attend_varlen
 from sft_ray.training.padded_attention import PaddedAttention, PaddedConvolution
 from sft_ray.training.unpadded import Layout, attend
 
@@ -264,8 +265,13 @@ def _attention(
             getattr(module, name)(packed.all_1TH).unflatten(-1, (-1, key.shape[-1])).transpose(1, 2)
             for name in names
         )
-    how = attend_with_dropout if cpu_dropout.is_ours(query, dropout) else attend
     reach = None if sliding_window is None else sliding_window - 1  # the window counts the token
+    if cpu_dropout.is_ours(query, dropout):
+        how = attend_with_dropout
+    elif gpu_attention.is_ours(packed.layout, query, reach, narrow):
+        how = attend_varlen
+    else:
+        how = attend
     found = how(
         packed.layout, query, key, value, dropout, scaling, reach=reach, first_tokens=narrow
     )

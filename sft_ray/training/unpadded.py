@@ -157,6 +157,17 @@ class Layout:
             filler,
         )
 
+    @cached_property
+    def bounds(self) -> torch.Tensor:
+        """Where sequences begin in the packed batch, and the last ends, int32 [sequences + 1]."""
+        ends = np.concatenate([[0], np.cumsum(self.lengths)])
+        return _to_device(ends.astype(np.int32), self.places.device)
+
+    @cached_property
+    def first_bounds(self) -> torch.Tensor:
+        """The same if sequences had their first tokens only."""
+        return torch.arange(len(self.lengths) + 1, dtype=torch.int32, device=self.places.device)
+
     def masks(self, reach: int | None) -> list[torch.Tensor | None]:
         """Of each group, where a token may look that looks so far to either side."""
         if reach is None:
