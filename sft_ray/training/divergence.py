@@ -1,6 +1,8 @@
-"""Whether a trial learns anything: its training loss beside that of always answering the same."""
+"""Whether a trial can learn anything: gradients that are numbers, and a loss below a constant's."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -11,6 +13,7 @@ from sft_ray.training.world import World
 
 ASKED_AT_PERCENT = 33
 WINDOW = 0.1  # of all steps, up to the one at which it is asked
+STEPS_PER_LOOK = 16  # at the gradients of a GPU
 FEWEST_STEPS = 5  # a mean over fewer batches says more about the batches
 
 
@@ -43,6 +46,36 @@ def constant_loss(task: Task, dataset: Dataset, options: LossOptions) -> float |
     torch.optim.LBFGS([constant], line_search_fn="strong_wolfe").step(closure)
     with torch.no_grad():
         return float(mean_loss())
+
+
+class GradientWatch:
+    """The first step whose gradient is not finite.
+
+    To ask a GPU is to wait until it has done all that it was given.  So it goes on, and is asked
+    now and then: a trial that such a gradient went into ends all the same.
+
+    Args:
+        waits: whether to ask at every step.
+    """
+
+    def __init__(self, device: torch.device, waits: bool) -> None:
+        self.waits = waits
+        self._never = torch.full((), torch.iinfo(torch.int64).max, device=device)
+        self._first_bad = self._never
+
+    def see(self, step: int, norm: torch.Tensor) -> int | None:
+        """Take in the norm of a step's gradient; the first step that is known to be at fault."""
+        if self.waits:
+            return None if math.isfinite(norm) else step
+        bad = torch.where(norm.isfinite(), self._never, step)
+        self._first_bad = torch.minimum(self._first_bad, bad)
+        return self.look() if step % STEPS_PER_LOOK == 0 else None
+
+    def look(self) -> int | None:
+        """The first step that was at fault."""
+        if self.waits or self._first_bad == self._never:
+            return None
+        return int(self._first_bad)
 
 
 class DivergenceWatch:

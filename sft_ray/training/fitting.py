@@ -21,11 +21,11 @@ from sft_ray.training.beat import TRAINING, Beat, no_beat
 from sft_ray.training.checkpoint import ResumeState
 from sft_ray.training.compiled import is_compiled
 from sft_ray.training.cpu_memory import give_back_free_memory
-from sft_ray.training.divergence import DivergenceWatch, constant_loss
+from sft_ray.training.divergence import DivergenceWatch, GradientWatch, constant_loss
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.forward import evaluate, forward_loss, loss_options
 from sft_ray.training.micro_batch import Probe
-from sft_ray.training.optim import build_optimizer, build_schedule
+from sft_ray.training.optim import build_optimizer, build_schedule, clip_gradients
 from sft_ray.training.progress import (
     Best,
     Mark,
@@ -169,6 +169,9 @@ class _Trial:
         limit = None
         if end_diverged:
             limit = self.constant_loss(setup.constant_losses)
+        # fp16 takes an overflow for no fault, and has to know before it takes the step.
+        waits = self.world.device.type == "cpu" or self.scaler.is_enabled()
+        self.gradients = GradientWatch(self.world.device, waits)
         self.watch = DivergenceWatch(limit, self.num_steps, self.world)
         self.trunks = self.open_trunks(setup.trunk_cache)
 
@@ -226,16 +229,14 @@ class _Trial:
         self.scaler.unscale_(self.optimizer)
         self.penalty.add_gradient()
         norm = nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None])
-        length = float(norm)  # waits for the device, once
         # The norm is the same on every rank, so all of them stop here or none.
-        if math.isfinite(length):
-            if length > self.train.max_grad_norm:
-                nn.utils.clip_grads_with_norm_(self.trainable, self.train.max_grad_norm, norm)
+        bad_step = self.gradients.see(self.step, norm)
+        if bad_step is None:
+            clip_gradients(self.trainable, norm, self.train.max_grad_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         elif not self.lower_loss_scale():
-            rate = self.optimizer.param_groups[0]["lr"]
-            return f"loss or gradient not finite at step {self.step}, learning rate {rate:.3g}"
+            return self.gradient_fault(bad_step)
         self.optimizer.zero_grad()
         self.set_rates(self.step)
         self.count += count
@@ -268,6 +269,11 @@ class _Trial:
         # The step wants the sum over the global batch divided by its count.
         self.scaler.scale(loss * (self.world.averaged_over / count)).backward()
         return loss.detach()
+
+    def gradient_fault(self, bad_step: int) -> str:
+        self.set_rates(bad_step - 1)
+        rate = self.optimizer.param_groups[0]["lr"]
+        return f"loss or gradient not finite at step {bad_step}, learning rate {rate:.3g}"
 
     def lower_loss_scale(self) -> bool:
         """After fp16 gradients overflowed: leave the step out, go on at half the loss scale."""
@@ -306,6 +312,9 @@ class _Trial:
             assert self.last is not None  # no mark comes before the first step
             self.last = replace(self.last, index=index, percent=mark.percent)
             return self.last
+        bad_step = self.gradients.look()
+        if bad_step is not None:
+            return self.progress(index, mark, self.gradient_fault(bad_step))
         self.clock.enter("eval")
         validation, found = self.dataset.validation, {}
         outputs = evaluate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,13 @@ def build_optimizer(train: Train, pretrained: Pretrained) -> torch.optim.Optimiz
     )
     optimizer.register_step_pre_hook(lambda *_: _decay(optimizer, decays))
     return optimizer
+
+
+def clip_gradients(trained: Sequence[torch.nn.Parameter], norm: torch.Tensor, most: float) -> None:
+    """Shorten gradients of this norm to `most`, if they are longer."""
+    # A GPU is not asked whether they are: it would have to be waited for.
+    if norm.device.type != "cpu" or norm > most:
+        torch.nn.utils.clip_grads_with_norm_(trained, most, norm)
 
 
 @torch.no_grad()

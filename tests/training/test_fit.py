@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from sft_ray.config import Regularization
+from sft_ray.training import fitting as fit_module
 from sft_ray.training import metrics
+from sft_ray.training.divergence import STEPS_PER_LOOK, GradientWatch
 from sft_ray.training.examples import Dataset
 from sft_ray.training.forward import evaluate
 from sft_ray.training.model import Pretrained
@@ -127,6 +129,36 @@ def test_a_fault_keeps_the_best_of_the_marks_before_it(pretrained, toy) -> None:
     assert "not finite at step 3" in fault.fault
     assert fault.best == sound.best
     assert fault.best.metrics == sound.metrics
+
+
+class Deferred(GradientWatch):
+    """As on a GPU, which is not asked at every step."""
+
+    def __init__(self, device, waits) -> None:
+        super().__init__(device, waits=False)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "rungs", "ended_at"),
+    [(32, (50,), 5), (16, (), STEPS_PER_LOOK)],  # at a mark; on the way to one
+)
+def test_a_gradient_that_a_gpu_was_not_asked_for_is_found_later(
+    pretrained, toy, monkeypatch, batch_size, rungs, ended_at
+) -> None:
+    monkeypatch.setattr(fit_module, "GradientWatch", Deferred)
+    settings = {"batch_size": batch_size, "rungs": rungs, "epochs": 1, "warmup": 0.0}
+    (report,) = run_fit(pretrained, toy, **settings, learning_rate=1e30)
+    rate = 1e30 * (1 - 1 / report.num_steps)
+    assert f"not finite at step 2, learning rate {rate:.3g}" in report.fault
+    assert report.step == ended_at
+    assert report.best is None
+
+
+def test_a_gpu_that_is_asked_now_and_then_trains_the_same(pretrained, toy, monkeypatch) -> None:
+    settings = {"epochs": 1, "batch_size": 4, "max_grad_norm": 0.1}
+    expected = run_fit(pretrained, toy, **settings)
+    monkeypatch.setattr(fit_module, "GradientWatch", Deferred)
+    assert without_times(run_fit(pretrained, toy, **settings)) == without_times(expected)
 
 
 def test_a_fault_leaves_nothing_behind_for_the_next_trial(pretrained, toy) -> None:
