@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import IGNORED, Examples
@@ -132,20 +133,24 @@ def collate(
     trunk: Trunk | None = None,
     fill_to: int | None = None,
 ) -> Batch:
-    """Pad and move one share; an empty share becomes one example of weight 0.
+    """Pad and move one share.
 
-    A worker without examples must still take part in the step's collectives.
+    Where examples are missing stands the first token of the first one, with weight 0: a worker
+    without any must still take part in the step's collectives.
 
     Args:
         trunk: where the pass begins, if not at the embeddings.
-        fill_to: see `Layout.of`.
+        fill_to: most examples of any batch, for passes that want shapes that come again; there are
+            as many, and their length and tokens are filled up too.  None leaves them as they are.
     """
-    weights = torch.ones(max(len(indices), 1))
-    if len(indices) == 0:
-        indices, weights = np.array([0]), torch.zeros(1)
+    size = max(len(indices), fill_to or 1)
+    is_own = np.arange(size) < len(indices)
+    indices = np.concatenate([indices, np.zeros(size - len(indices), dtype=np.int64)])
     starts = examples.offsets[indices]
-    lengths = kept_lengths(examples.lengths[indices], trunk.most_tokens if trunk else None)
-    within_BL = np.arange(lengths.max())[None, :]
+    kept = kept_lengths(examples.lengths[indices], trunk.most_tokens if trunk else None)
+    lengths = np.where(is_own, kept, 1)
+    layout = Layout.of(lengths, device, is_fixed=fill_to is not None)
+    within_BL = np.arange(layout.shape[1])[None, :]
     mask_BL = within_BL < lengths[:, None]
     source_BL = np.where(mask_BL, starts[:, None] + within_BL, 0)
     inputs = {
@@ -160,20 +165,23 @@ def collate(
         labels = np.where(mask_BL, examples.labels[source_BL], IGNORED)
     else:
         labels = examples.labels[indices]
+        labels[~is_own] = 0  # an answer that the first token may have
 
     def to_device(tensor: torch.Tensor) -> torch.Tensor:
         if device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
 
-    one_pass = Pass(Layout.of(lengths, device, fill_to=fill_to))
+    one_pass = Pass(layout)
     if trunk is not None:
         items = indices if examples.items is None else examples.items[indices]
-        trunk_TH = to_device(trunk.rows(items, lengths))
+        rows_TH = trunk.rows(items, lengths)
+        missing = len(layout.places) - len(rows_TH)
+        trunk_TH = to_device(F.pad(rows_TH, (0, 0, 0, missing)) if missing else rows_TH)
         one_pass = replace(one_pass, depth=trunk.depth, trunk_TH=trunk_TH)
     return Batch(
         inputs={k: to_device(torch.from_numpy(v.astype(np.int64))) for k, v in inputs.items()},
         labels=to_device(torch.from_numpy(labels)),
-        weights=to_device(weights),
+        weights=to_device(torch.from_numpy(is_own.astype(np.float32))),
         one_pass=one_pass,
     )

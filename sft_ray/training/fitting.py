@@ -263,7 +263,7 @@ class _Trial:
             one_pass = replace(batch.one_pass, compiled=self.pretrained.compiled)
             batch = replace(batch, one_pass=one_pass)
         layout = batch.one_pass.layout
-        self.tokens += int(layout.lengths.sum())
+        self.tokens += int(layout.lengths[: len(part)].sum())
         self.positions += layout.positions(self.padded_work)
         loss = forward_loss(self.model, batch, self.task, self.loss_options, self.dtype)
         # The step wants the sum over the global batch divided by its count.

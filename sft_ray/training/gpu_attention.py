@@ -30,9 +30,10 @@ def is_ours(layout: Layout, query: torch.Tensor, reach: int | None, first_tokens
     """Whether `attend_varlen` can and may answer; arguments as there."""
     if query.device.type != "cuda" or torch.compiler.is_compiling():
         return False
-    # Rows that no sequence has would come back as whatever lay in the memory before.
-    is_full = int(layout.lengths.sum()) == len(layout.places) + layout.filler
-    return is_full and _works(query.device, _dtype(query), query.shape[-1], reach, first_tokens)
+    if layout.is_fixed or layout.filler:
+        # Rows that no sequence has would come back as whatever lay in the memory before.
+        return False
+    return _works(query.device, _dtype(query), query.shape[-1], reach, first_tokens)
 
 
 def attend_varlen(

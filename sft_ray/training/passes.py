@@ -178,7 +178,7 @@ class _Layer:
             # Queries, and all behind attention, of the first tokens; see `_attention`.
             first_1BH = hidden.index_select(1, now.layout.starts)
             first_1BH = self._run(now, first_1BH, hidden, *args, **kwargs)
-            return first_1BH.transpose(0, 1)[: now.layout.shape[0]]
+            return first_1BH.transpose(0, 1)
         found = self._run(now, hidden, None, *args, **kwargs)
         hidden, *others = found if self._gives_tuples else (found,)
         if self._index + 1 == now.stop:

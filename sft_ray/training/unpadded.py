@@ -90,10 +90,11 @@ class Layout:
     Attributes:
         shape: (sequences, length of the longest).
         places: of the tokens among all positions of the padded batch, [tokens].
-        starts: of the sequences in the packed batch, [sequences]; 0 for those that fill up.
+        starts: of the sequences in the packed batch, [sequences].
         groups: of neighbours; cheapest if the batch is sorted by length.
         lengths: of the sequences, [sequences].
         filler: tokens behind the batch's own, which nothing that is kept looks at.
+        is_fixed: whether its shapes come again, and all else of it lies in its tensors.
     """
 
     shape: tuple[int, int]
@@ -102,17 +103,17 @@ class Layout:
     groups: tuple[Group, ...]
     lengths: IntArray
     filler: int = 0
+    is_fixed: bool = False
 
     @classmethod
-    def of(cls, lengths: IntArray, device: torch.device, *, fill_to: int | None = None) -> Layout:
+    def of(cls, lengths: IntArray, device: torch.device, *, is_fixed: bool = False) -> Layout:
         """The layout of sequences with these lengths, [n].
 
         Args:
-            fill_to: most sequences of any batch, if layers are compiled; tokens, sequences and the
-                length of the longest are filled up.  None fills up the tokens, on a CPU.
+            is_fixed: fill up the length of the longest and the tokens, so that shapes come again.
         """
-        if fill_to is not None:
-            return cls._filled(lengths, device, fill_to)
+        if is_fixed:
+            return cls._fixed(lengths, device)
         # A GPU rather pads more than it starts many small kernels.
         size = SEQUENCES_PER_GROUP if device.type == "cpu" else len(lengths)
         groups = _groups(lengths, range(0, len(lengths), size), device)
@@ -136,26 +137,18 @@ class Layout:
         return _groups(self.lengths, starts, device)
 
     @classmethod
-    def _filled(cls, lengths: IntArray, device: torch.device, fill_to: int) -> Layout:
-        size, longest, tokens = len(lengths), int(lengths.max()), int(lengths.sum())
-        shape = (max(size, fill_to), filled(longest, LENGTH_STEPS, LEAST_LENGTH))
-        filler = min(filled(tokens, TOKEN_STEPS), shape[0] * shape[1]) - tokens
-        mask_BL = np.arange(shape[1])[None, :] < np.pad(lengths, (0, shape[0] - size))[:, None]
+    def _fixed(cls, lengths: IntArray, device: torch.device) -> Layout:
+        longest, tokens = int(lengths.max()), int(lengths.sum())
+        shape = (len(lengths), filled(longest, LENGTH_STEPS, LEAST_LENGTH))
+        most = min(filled(tokens, TOKEN_STEPS), shape[0] * shape[1])
+        mask_BL = np.arange(shape[1])[None, :] < lengths[:, None]
         # What fills up lies where attention pads anyway.
-        free = np.flatnonzero(~mask_BL)[:filler]
+        free = np.flatnonzero(~mask_BL)[: most - tokens]
         places = _to_device(np.concatenate([np.flatnonzero(mask_BL), free]), device)
-        mask_BL[size:, 0] = True  # attention to nothing at all may give no number
+        starts = _to_device(np.cumsum(lengths) - lengths, device)
         mask = _to_device(mask_BL[:, None, None, :], device)
-        starts = np.zeros(shape[0], dtype=np.int64)
-        starts[:size] = np.cumsum(lengths) - lengths
-        return cls(
-            (size, longest),
-            _to_device(np.flatnonzero(_tokens(lengths)), device),
-            _to_device(starts, device),
-            (Group(0, tokens + filler, 0, shape, places, mask),),
-            lengths,
-            filler,
-        )
+        groups = (Group(0, most, 0, shape, places, mask),)
+        return cls(shape, places, starts, groups, lengths, is_fixed=True)
 
     @cached_property
     def bounds(self) -> torch.Tensor:

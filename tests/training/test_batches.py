@@ -126,9 +126,9 @@ def test_collate_gives_pairs_their_segments_and_padding_segment_0() -> None:
     assert batch.inputs["token_type_ids"].tolist() == expected
 
 
-def test_an_empty_share_is_one_example_that_counts_nothing() -> None:
+def test_an_empty_share_is_one_token_that_counts_nothing() -> None:
     batch = collate(ragged(np.array([4, 2])), np.array([], int), pad_token=7, device=CPU)
-    assert batch.inputs["input_ids"].shape == (1, 4)
+    assert batch.inputs["input_ids"].shape == (1, 1)
     assert batch.labels.shape == (1,)
     assert batch.weights.tolist() == [0]
 

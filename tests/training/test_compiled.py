@@ -14,7 +14,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 from sft_ray.training import compiled
-from sft_ray.training.batches import Batch, collate
+from sft_ray.training.batches import Batch, Trunk, collate
 from sft_ray.training.compiled import CompiledLayers, is_compiled
 from sft_ray.training.examples import Dataset
 from sft_ray.training.forward import model_outputs
@@ -71,13 +71,14 @@ def fails(graph: Any, inputs: Any) -> Callable[..., Any]:
     raise RuntimeError("no compiler")
 
 
-def batch_of(few: Dataset, fill_to: int | None) -> Batch:
-    return collate(few.train, np.arange(15), pad_token=PAD, device=CPU, fill_to=fill_to)
+def batch_of(few: Dataset, fill_to: int | None, trunk: Trunk | None = None) -> Batch:
+    items = np.arange(15)
+    return collate(few.train, items, pad_token=PAD, device=CPU, trunk=trunk, fill_to=fill_to)
 
 
 def answers(pretrained: Pretrained, batch: Batch) -> dict[str, torch.Tensor]:
     """Logits, and the gradients of all that is trained."""
-    logits = model_outputs(pretrained.model, batch)
+    logits = model_outputs(pretrained.model, batch)[batch.weights == 1]
     logits.square().sum().backward()
     found = {n: p.grad.clone() for n, p in pretrained.trainable().items() if p.grad is not None}
     pretrained.model.zero_grad()
@@ -97,7 +98,8 @@ def test_neither_filling_up_nor_compiling_changes_logits_or_gradients(
     pretrained.reset(k, dropout=0.0)
     theirs = answers(pretrained, batch_of(few, None))
     batch = batch_of(few, fill_to=16)
-    assert batch.one_pass.layout.filler > 0
+    layout = batch.one_pass.layout
+    assert len(layout.places) > layout.lengths.sum()
     assert_equal(answers(pretrained, batch), theirs)
     layers = CompiledLayers("eager")
     one_pass = replace(batch.one_pass, compiled=layers)
@@ -110,14 +112,16 @@ def test_what_the_lower_layers_gave_is_filled_up_too(
     pretrained: Pretrained, few: Dataset, k: int
 ) -> None:
     pretrained.reset(k, dropout=0.0)
-    plain, batch = batch_of(few, None), batch_of(few, fill_to=16)
+    plain = batch_of(few, None)
     with torch.no_grad():
         trunk_TH = trunk_output(pretrained.model, plain.inputs, replace(plain.one_pass, stop=k))
-        again_TH = trunk_output(pretrained.model, batch.inputs, replace(batch.one_pass, stop=k))
-    torch.testing.assert_close(again_TH, trunk_TH, atol=1e-5, rtol=1e-5)
     theirs = answers(pretrained, plain)
     layers = CompiledLayers("eager")
-    one_pass = replace(batch.one_pass, depth=k, trunk_TH=trunk_TH, compiled=layers)
+    trunk = Trunk(
+        k, [trunk_TH.numpy()], np.zeros(15, dtype=int), plain.one_pass.layout.starts.numpy()
+    )
+    batch = batch_of(few, 16, trunk)
+    one_pass = replace(batch.one_pass, compiled=layers)
     assert_equal(answers(pretrained, replace(batch, one_pass=one_pass)), theirs)
     assert layers.works
 
@@ -133,20 +137,32 @@ def test_few_numbers_are_filled_up_to_and_little_is() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[3, 1, 5, 9, 4], [16] * 8, [1], [16, 16, 16, 15]])
-def test_a_filled_layout_packs_and_unpacks_what_it_was_given(lengths: list[int]) -> None:
-    layout = Layout.of(np.array(lengths), CPU, fill_to=8)
-    (group,) = layout.groups
-    padded_BLH = torch.randn(len(lengths), max(lengths), 4)
-    mask = torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
+def test_a_fixed_layout_packs_and_unpacks_what_it_was_given(lengths: list[int]) -> None:
+    layout = Layout.of(np.array(lengths), CPU, is_fixed=True)
+    size, length = layout.shape
+    padded_BLH = torch.randn(size, length, 4)
+    mask = torch.arange(length)[None, :] < torch.tensor(lengths)[:, None]
     packed_TH = layout.pack(padded_BLH)
-    assert len(packed_TH) == group.last == sum(lengths) + layout.filler
     assert torch.equal(packed_TH[: sum(lengths)], padded_BLH[mask])
-    assert torch.equal(layout.own(packed_TH), padded_BLH[mask])
-    noisy_TH = torch.cat([layout.own(packed_TH), torch.full((layout.filler, 4), 7.0)])
-    assert torch.equal(layout.unpack(noisy_TH), padded_BLH * mask[:, :, None])
-    assert len(layout.starts) == group.shape[0] == 8
-    assert len(set(group.places.tolist())) == group.last <= group.shape[0] * group.shape[1]
-    assert group.mask.any(dim=-1).all()
+    assert torch.equal(layout.unpack(packed_TH)[mask], padded_BLH[mask])
+    assert torch.equal(packed_TH[layout.starts], padded_BLH[:, 0])
+    assert len(set(layout.places.tolist())) == len(packed_TH) <= size * length
+    (group,) = layout.groups
+    assert (group.shape, group.last) == (layout.shape, len(packed_TH))
+    assert torch.equal(group.mask[:, 0, 0], mask)
+    padded = group.pad(packed_TH[None, None])
+    assert torch.equal(padded[:, 0][mask], padded_BLH[mask])
+
+
+def test_batches_of_the_same_shape_differ_in_their_tensors_alone(few: Dataset) -> None:
+    batches = [
+        collate(few.train, items, pad_token=PAD, device=CPU, fill_to=16)
+        for items in (np.arange(16), np.arange(16)[::-1], np.array([3]))
+    ]
+    like, other, lone = (batch.one_pass.layout for batch in batches)
+    assert (like.shape, len(like.places)) == (other.shape, len(other.places))
+    assert lone.shape[0] == like.shape[0] == 16
+    assert batches[2].weights.tolist() == [1.0] + 15 * [0.0]
 
 
 def losses(reports: list[Progress]) -> list[float]:
