@@ -217,6 +217,7 @@ class Train(Section):
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # most per worker and pass
     epochs: Annotated[int, Field(ge=1, le=1000)] = 3
     compile: bool | Literal["auto"] = "auto"  # layers that pack; auto: off, not measured yet
+    cuda_graphs: bool = False  # of the same families, one worker per trial; not measured yet
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     regularization: Regularization = Regularization(kind="weight_decay", strength=0.01)
     frozen_layers: Annotated[int, Field(ge=0)] | Literal["all"] = 0

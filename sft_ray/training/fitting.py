@@ -16,11 +16,12 @@ from torch import nn
 
 from sft_ray.config import Train
 from sft_ray.training import batches, micro_batch
-from sft_ray.training.batches import Trunk
+from sft_ray.training.batches import Batch, Trunk
 from sft_ray.training.beat import TRAINING, Beat, no_beat
 from sft_ray.training.checkpoint import ResumeState
 from sft_ray.training.compiled import is_compiled
 from sft_ray.training.cpu_memory import give_back_free_memory
+from sft_ray.training.cuda_graphs import is_recorded
 from sft_ray.training.divergence import DivergenceWatch, GradientWatch, constant_loss
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.forward import evaluate, forward_loss, loss_options
@@ -145,6 +146,7 @@ class _Trial:
         )
         self.padded_work = self.pretrained.padded_work
         self.compiles = is_compiled(train.compile, pads=self.padded_work > 0)
+        self.records = is_recorded(train.cuda_graphs, self.world, pads=self.padded_work > 0)
         self.probed = self.probe(setup.micro_batches)
         self.most_per_pass = self.choose_micro_batch(self.probed, most_per_pass)
         if self.world.device.type == "cuda":  # what the probe tried is not the trial's
@@ -174,6 +176,10 @@ class _Trial:
         self.gradients = GradientWatch(self.world.device, waits)
         self.watch = DivergenceWatch(limit, self.num_steps, self.world)
         self.trunks = self.open_trunks(setup.trunk_cache)
+        if self.records:
+            fields = ("frozen_layers", "dropout", "label_smoothing", "class_weights", "compile")
+            settings = repr([self.dtype, *(getattr(train, field) for field in fields)])
+            self.pretrained.recorded.begin(self.pretrained.model, settings)
 
     def open_trunks(self, cache: TrunkCache | None) -> dict[Split, Trunk | None]:
         """Outputs of the frozen layers, as far as they are cached."""
@@ -237,7 +243,7 @@ class _Trial:
             self.scaler.update()
         elif not self.lower_loss_scale():
             return self.gradient_fault(bad_step)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.records)
         self.set_rates(self.step)
         self.count += count
         self.examples_seen += len(indices)
@@ -251,13 +257,14 @@ class _Trial:
         trunk = self.trunks["train"]
         has_layers = trunk is None or trunk.depth < self.pretrained.num_layers
         compiles = self.compiles and has_layers
+        is_fixed = compiles or self.records
         batch = batches.collate(
             self.dataset.train,
             part,
             pad_token=self.pad_token,
             device=self.world.device,
             trunk=trunk,
-            fill_to=self.most_per_pass if compiles else None,
+            fill_to=self.most_per_pass if is_fixed else None,
         )
         if compiles:
             one_pass = replace(batch.one_pass, compiled=self.pretrained.compiled)
@@ -265,9 +272,17 @@ class _Trial:
         layout = batch.one_pass.layout
         self.tokens += int(layout.lengths[: len(part)].sum())
         self.positions += layout.positions(self.padded_work)
-        loss = forward_loss(self.model, batch, self.task, self.loss_options, self.dtype)
         # The step wants the sum over the global batch divided by its count.
-        self.scaler.scale(loss * (self.world.averaged_over / count)).backward()
+        share, device = self.world.averaged_over / count, self.world.device
+        factor = self.scaler.scale(torch.full((), share, dtype=torch.float64, device=device))
+        if self.records:
+            return self.pretrained.recorded.run(self.forward_backward, batch, factor)
+        return self.forward_backward(batch, factor)
+
+    def forward_backward(self, batch: Batch, factor: torch.Tensor) -> torch.Tensor:
+        """Gradients of the loss times `factor`, and the summed loss itself."""
+        loss = forward_loss(self.model, batch, self.task, self.loss_options, self.dtype)
+        (loss * factor).backward()
         return loss.detach()
 
     def gradient_fault(self, bad_step: int) -> str:
@@ -436,14 +451,15 @@ class _Trial:
         )
         return int(last["index"]) + 1
 
-    def probe(self, known: dict[tuple[int | str, int, int, str, bool], Probe]) -> Probe:
+    def probe(self, known: dict[tuple[int | str, int, int, str, bool, bool], Probe]) -> Probe:
         """What was found of the micro-batch, once per kind of trial."""
         if self.world.device.type == "cuda" and self.train.micro_batch != "auto":
             return Probe(self.train.micro_batch)
         # What an example keeps on a CPU does not depend on how many there are.
         batch_size = self.train.batch_size if self.world.device.type == "cuda" else 1
         longest = int(self.dataset.train.lengths.max())
-        key = (self.train.frozen_layers, batch_size, longest, str(self.dtype), self.compiles)
+        how = (str(self.dtype), self.compiles, self.records)
+        key = (self.train.frozen_layers, batch_size, longest, *how)
         if key not in known:
             known[key] = self.probe_micro_batch()
         return known[key]
@@ -471,7 +487,7 @@ class _Trial:
                 indices,
                 pad_token=self.pad_token,
                 device=self.world.device,
-                fill_to=len(indices) if self.compiles else None,
+                fill_to=len(indices) if self.compiles or self.records else None,
             )
             return forward_loss(model, batch, self.task, self.loss_options, self.dtype)
 

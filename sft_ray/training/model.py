@@ -25,6 +25,7 @@ from torch import nn
 from sft_ray.errors import ConfigError
 from sft_ray.training.compiled import CompiledLayers
 from sft_ray.training.cpu_dropout import hasten_dropout
+from sft_ray.training.cuda_graphs import RecordedPasses
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import LabelSet
 from sft_ray.training.hub import is_missing_folder
@@ -268,6 +269,7 @@ class Pretrained:
         seed: that they were drawn from.
         full_embedding: the whole embedding matrix on the CPU, for writing the model back; or None.
         compiled: its layers as they were compiled, for all trials.
+        recorded: its passes as they were recorded, for all trials.
     """
 
     def __init__(
@@ -301,6 +303,7 @@ class Pretrained:
         if model.device.type == "cpu":
             hasten_dropout(model)
         self.compiled = CompiledLayers()
+        self.recorded = RecordedPasses()
         let_pass(model)
 
     @property

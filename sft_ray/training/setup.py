@@ -12,6 +12,7 @@ from sft_ray.config import Experiment
 from sft_ray.training.cpu_memory import suit_training
 from sft_ray.training.data import load_tokenizer, open_dataset
 from sft_ray.training.examples import Dataset
+from sft_ray.training.losses import LossOptions
 from sft_ray.training.micro_batch import Probe
 from sft_ray.training.model import Pretrained, load_pretrained, resolve_model
 from sft_ray.training.tasks import Task, find_task
@@ -25,8 +26,9 @@ class Setup:
 
     Attributes:
         micro_batches: what the probe found for (frozen layers, batch size if on a GPU, longest
-            text, number format, compiled).
-        constant_losses: label smoothing and class weights -> loss of the best constant answer.
+            text, number format, compiled, recorded).
+        loss_options: of label smoothing and class weights that a trial had.
+        constant_losses: the same -> loss of the best constant answer.
         trunk_cache: outputs of frozen trunks; None computes them each time.
     """
 
@@ -35,7 +37,10 @@ class Setup:
     pretrained: Pretrained
     tokenizer: Any
     world: World
-    micro_batches: dict[tuple[int | str, int, int, str, bool], Probe] = field(default_factory=dict)
+    micro_batches: dict[tuple[int | str, int, int, str, bool, bool], Probe] = field(
+        default_factory=dict
+    )
+    loss_options: dict[str, LossOptions] = field(default_factory=dict)
     constant_losses: dict[str, float | None] = field(default_factory=dict)
     trunk_cache: TrunkCache | None = None
 

@@ -165,7 +165,7 @@ class Layout:
         """Of each group, where a token may look that looks so far to either side."""
         if reach is None:
             return [group.mask for group in self.groups]
-        if torch.compiler.is_compiling():  # code that is compiled remembers nothing
+        if self.is_fixed:  # passes that are compiled or recorded remember nothing
             return self._looks(reach)
         if reach not in self._near:
             self._near[reach] = self._looks(reach)
