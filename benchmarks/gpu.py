@@ -1,14 +1,16 @@
 """On a GPU, on SST-2: steps beside `transformers.Trainer`, trials that share it, frozen layers.
 
 `steps`: examples per second, and model FLOPs as in benchmarks/throughput.py against the GPU's bf16
-matrix peak measured between the turns.  `ours` is a step of our training core; `dynamic` one of
-Trainer in bf16, each batch padded to its longest; `grouped` the same with the rows of a turn sorted
-by length first, as `group_by_length` has them; `compiled` with torch.compile.  All train the same
-rows in turns of a few steps.  Texts are SST-2's (`sst2`), or many of them joined and cut at 128
+matrix peak measured between the turns.  `ours` is a step of our training core, also with its layers
+compiled and with its passes recorded as CUDA graphs; `dynamic` one of Trainer in bf16, each batch
+padded to its longest; `grouped` the same with the rows of a turn sorted by length first, as
+`group_by_length` has them; `compiled` with torch.compile.  All train the same rows in turns of a
+few steps.  Texts are SST-2's (`sst2`), or many of them joined and cut at 128
 tokens (`full`).
 
 `search`: trials per hour of a real search of equal short trials, none of them pruned, with so many
-trials on each GPU; from the first slot's first trial to the end of the last.
+trials on each GPU, and with one and CUDA graphs; from the first slot's first trial to the end of
+the last.
 
 `trunk`: seconds of an epoch with k frozen layers, their output computed each time or kept.
 
@@ -31,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,8 +47,14 @@ from benchmarks import throughput, trunk_cache
 Row = dict[str, Any]
 LAYERS = {"bert-base": 12, "minilm": 6}
 LENGTHS, BATCH_SIZES = ("sst2", "full"), (16, 64)
-SYSTEMS = ("ours", "dynamic", "grouped", "dynamic compiled", "grouped compiled")
-SHARES = (1, 2, 4, 8, "auto")
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours compiled": {"compile": True},
+    "ours with graphs": {"cuda_graphs": True},
+}
+SYSTEMS = (*OURS, "dynamic", "grouped", "dynamic compiled", "grouped compiled")
+WITH_GRAPHS = "1 with graphs"
+SHARES = (1, 2, 4, 8, "auto", WITH_GRAPHS)
 JOINED = 12  # sentences of a text that is cut at 128 tokens
 TURNS, STEPS = 6, 10
 TRIALS, TRIAL_ROWS = 24, 2000
@@ -104,10 +112,16 @@ def write_full(data: Path, folder: Path) -> None:
 
 def measure_steps(folder: Path, model: str, name: str, batch_size: int, device: str) -> Row:
     """Examples per second and share of the peak of every system, medians over turns."""
-    setup, trial = throughput.load(folder, name, batch_size, model, device)
+    loaded = {
+        system: throughput.load(folder, name, batch_size, model, device, **train)
+        for system, train in OURS.items()
+    }
+    setup, trial = loaded["ours"]
     whole = throughput.trainer_step(setup, batch_size, padded=False)
     compiled = throughput.trainer_step(setup, batch_size, padded=False, compiled=True)
-    steps = dict(zip(SYSTEMS, (trial.take_step, whole, whole, compiled, compiled), strict=True))
+    steps: dict[str, Callable[[Any], Any]] = {name: t.take_step for name, (_, t) in loaded.items()}
+    steps |= {"dynamic": whole, "grouped": whole}
+    steps |= {"dynamic compiled": compiled, "grouped compiled": compiled}
     lengths, source = setup.dataset.train.lengths, throughput.endless(trial)
     seconds: dict[str, list[float]] = {system: [] for system in SYSTEMS}
     flops, peaks = [], []
@@ -116,7 +130,8 @@ def measure_steps(folder: Path, model: str, name: str, batch_size: int, device: 
         grouped = by_length(chosen, lengths)
         peaks.append(throughput.peak_flops(device, torch.bfloat16, PEAK_SIZE))
         flops.append(sum(throughput.model_flops(setup, 0, lengths[i]) for i in chosen))
-        for system in (*SYSTEMS[turn % 5 :], *SYSTEMS[: turn % 5]):
+        first = turn % len(SYSTEMS)
+        for system in (*SYSTEMS[first:], *SYSTEMS[:first]):
             setup.world.synchronize()
             began = time.perf_counter()
             for indices in grouped if "grouped" in system else chosen:
@@ -154,6 +169,7 @@ def measure_search(folder: Path, model: str, share: int | str) -> Row:
     from sft_ray.config import Experiment
     from sft_ray.search.tuner import run_search
 
+    graphs = share == WITH_GRAPHS
     with tempfile.TemporaryDirectory() as storage:
         tree = {
             "name": "gpu",
@@ -162,7 +178,7 @@ def measure_search(folder: Path, model: str, share: int | str) -> Row:
                 **{s: str(folder / f"sst2-{s}.parquet") for s in ("train", "validation")},
                 "limit": {"train": TRIAL_ROWS, "validation": 200},
             },
-            "train": {"epochs": 1, "batch_size": 32},
+            "train": {"epochs": 1, "batch_size": 32, "cuda_graphs": graphs},
             "search": {
                 "space": {"train.learning_rate": {"log_uniform": [1e-5, 1e-4]}},
                 "sampler": "random",
@@ -171,7 +187,7 @@ def measure_search(folder: Path, model: str, share: int | str) -> Row:
                 "default_recipe": False,
                 "trials": TRIALS,
             },
-            "resources": {"trials_per_gpu": share},
+            "resources": {"trials_per_gpu": 1 if graphs else share},
             "storage": storage,
         }
         began = datetime.now()  # without a zone, as the study has it

@@ -69,7 +69,7 @@ Step = Callable[[Any], None]
 
 
 def load(
-    data: Path, name: str, batch_size: int, model: str = MODEL, device: str = "cpu"
+    data: Path, name: str, batch_size: int, model: str = MODEL, device: str = "cpu", **train: Any
 ) -> tuple[Setup, _Trial]:
     tree = {
         "name": "throughput",
@@ -79,7 +79,7 @@ def load(
             "max_length": PADDED_LENGTH,
             "limit": {"train": 3000, "validation": 200},
         },
-        "train": {"batch_size": batch_size, "learning_rate": 1e-4, "epochs": 50},
+        "train": {"batch_size": batch_size, "learning_rate": 1e-4, "epochs": 50, **train},
     }
     prepared = prepare_experiment(Experiment.model_validate(tree))
     world = World(device=torch.device(device))

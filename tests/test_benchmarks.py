@@ -135,7 +135,7 @@ def test_the_gpu_bench_refuses_in_one_line_without_a_gpu(tmp_path: Path) -> None
 
 def test_every_unit_of_the_gpu_bench_is_measured_once_per_repeat() -> None:
     units = gpu.all_units(["steps", "search", "trunk"], ["bert-base", "minilm"], repeats=2)
-    assert len({json.dumps(unit) for unit in units}) == len(units) == 2 * (8 + 10 + 8)
+    assert len({json.dumps(unit) for unit in units}) == len(units) == 2 * (8 + 12 + 8)
     assert [unit[-1] for unit in units] == sorted(unit[-1] for unit in units)
     assert json.loads(json.dumps(units)) == units  # as rows that resume have them
     trunks = gpu.all_units(["trunk"], ["minilm"], repeats=1)
@@ -174,7 +174,7 @@ def test_the_table_of_the_gpu_bench_has_wanted_values_beside_the_found_ones() ->
     lines = gpu.table(rows).splitlines()
     assert "| bert-base | full | 64 | ours | 1,000 | 1.00 | 0.50 (0.45) |" in lines
     assert "| bert-base | full | 16 | ours | 1,000 | 1.00 | 0.50 |" in lines
-    assert "| bert-base | full | 64 | dynamic | 500 | 2.00 | 0.25 |" in lines
+    assert "| bert-base | full | 64 | dynamic | 250 | 4.00 | 0.12 |" in lines
     assert "| minilm | 1 | 1 | 100 | 1.00 (5.0) |" in lines
     assert "| minilm | 4 | 4 | 500 | 5.00 (5.0) |" in lines
     assert "| bert-base | auto: 2 | 2 | 50 | – (2.0) |" in lines

@@ -49,7 +49,9 @@ def train_losses(device: str, model: Path, dataset: Dataset, **train: object) ->
         seed=17,
         report=report,
     )
-    assert pretrained.compiled.works  # else its layers ran as they are
+    # Else its layers, or its passes, ran as they are.
+    assert pretrained.compiled.works
+    assert pretrained.recorded.works
     return found
 
 
@@ -146,6 +148,38 @@ def test_compiled_layers_train_as_uncompiled_ones_in_fp32(
         for chosen in (True, False)
     )
     assert compiled == pytest.approx(plain, abs=1e-4)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("micro_batch", ["auto", 4])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_recorded_passes_train_as_others(
+    tiny_model: Path, tmp_path: Path, precision: str, micro_batch: int | str
+) -> None:
+    dataset = toy_dataset(tmp_path, tiny_model)
+    settings = {"precision": precision, "micro_batch": micro_batch}
+    recorded, plain = (
+        train_losses("cuda", tiny_model, dataset, cuda_graphs=chosen, **settings)
+        for chosen in (True, False)
+    )
+    assert recorded == pytest.approx(plain, abs=1e-4 if precision == "fp32" else 0.02)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("frozen_layers", [0, 1, "all"])
+def test_recorded_passes_repeat_and_draw_new_numbers_at_every_step(
+    tiny_model: Path, tmp_path: Path, frozen_layers: int | str
+) -> None:
+    dataset = toy_dataset(tmp_path, tiny_model)
+    settings = {"precision": "fp32", "frozen_layers": frozen_layers, "cuda_graphs": True}
+    first, again = (
+        train_losses("cuda", tiny_model, dataset, dropout=0.5, **settings) for _ in range(2)
+    )
+    assert first == pytest.approx(again, abs=1e-4)
+    without = train_losses("cuda", tiny_model, dataset, **settings)
+    assert first != pytest.approx(without, abs=1e-4)
 
 
 @needs_gpu

@@ -2,9 +2,8 @@
 
 Compiled code fits one shape, so batches are filled up to shapes that come again (see
 `unpadded.Layout`).  What was compiled lives as long as the model: later trials run it as it is, on
-weights of their own.  Only the passes of training are compiled, not evaluation.  CUDA graphs are
-left out: whether they are safe where a step has several micro-batches, whose activations
-live at once with those of other layers, has not been tried on a GPU.
+weights of their own.  Only the passes of training are compiled, not evaluation.  CUDA graphs are of
+whole passes, see `cuda_graphs`, and not the compiler's.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def evaluate(
             found = model_outputs(model, batch)
         places = indices
         if task.per_token:
-            found = found[batch.inputs["attention_mask"].bool()]
+            found = found.flatten(0, 1)[batch.one_pass.layout.places]
             places = batches.token_positions(examples, indices)
         outputs[torch.from_numpy(places).to(world.device)] = found.to(weight_dtype)
     gathered: Floats = np.asarray(world.sum(outputs).cpu().numpy())
