@@ -49,9 +49,7 @@ def train_losses(device: str, model: Path, dataset: Dataset, **train: object) ->
         seed=17,
         report=report,
     )
-    # Else its layers, or its passes, ran as they are.
-    assert pretrained.compiled.works
-    assert pretrained.recorded.works
+    assert pretrained.compiled.works  # else its layers ran as they are
     return found
 
 
@@ -83,16 +81,22 @@ def test_every_family_computes_the_same_on_a_gpu(
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("reach", "first_tokens"), [(None, False), (None, True), (64, False)])
+@pytest.mark.parametrize(
+    ("dtype", "drops", "reach"),
+    [
+        (torch.bfloat16, True, None),
+        (torch.bfloat16, True, 64),
+        (torch.float16, True, None),
+        (torch.float32, False, None),
+    ],
+)
 def test_attention_on_a_gpu_needs_no_padding(
-    dtype: torch.dtype, reach: int | None, first_tokens: bool
+    dtype: torch.dtype, drops: bool, reach: int | None
 ) -> None:
-    if reach is not None and dtype == torch.float32:
-        pytest.skip("FlashAttention alone looks near only")
     device = torch.device("cuda", torch.cuda.current_device())
     for width in (32, 64):
-        assert gpu_attention._works(device, dtype, width, reach, first_tokens)
+        assert gpu_attention._works(device, dtype, width, drops, reach, False)
+        assert reach or gpu_attention._works(device, dtype, width, drops, None, True)
 
 
 @needs_gpu

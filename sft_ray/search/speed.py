@@ -90,7 +90,8 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
         train_seconds, trunk_seconds, gain_of_two = {}, {}, None
         for depth in depths:
             fixed = {"batch_size": batch_size, "frozen_layers": depth, "reinit_layers": 0}
-            fixed["compile"] = False  # takes longer than all that is measured here
+            # Either takes longer than all that is measured here.
+            fixed |= {"compile": False, "cuda_graphs": False}
             train = prepared.experiment.train.model_copy(update={**fixed, "epochs": MOST_STEPS + 1})
             step = _training(train, setup, prepared, layout.workers_per_trial)
             share = seconds * (1 - EVAL_SHARE) / len(depths)

@@ -11,7 +11,7 @@ import math
 import time
 import traceback
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,7 @@ def _run_trial(
         pulse.enter(TRAINING)
         paused = fit(
             train,
-            replace(setup, dataset=dataset),
+            setup.on(dataset),
             objective=objective,
             rungs=loaded.experiment.search.rungs,
             seed=seed,

@@ -149,7 +149,9 @@ def collate(
     starts = examples.offsets[indices]
     kept = kept_lengths(examples.lengths[indices], trunk.most_tokens if trunk else None)
     lengths = np.where(is_own, kept, 1)
-    layout = Layout.of(lengths, device, is_fixed=fill_to is not None)
+    # No text is longer than positions reach, and so is none that is filled up.
+    fill_below = None if fill_to is None else examples.longest
+    layout = Layout.of(lengths, device, fill_below=fill_below)
     within_BL = np.arange(layout.shape[1])[None, :]
     mask_BL = within_BL < lengths[:, None]
     source_BL = np.where(mask_BL, starts[:, None] + within_BL, 0)

@@ -6,8 +6,9 @@ import ctypes
 import os
 
 # Of products of matrices, by shape: a step needs about fifty, and shares most of them with others
-# of like size (see `unpadded.filled`).  oneDNN's own thousand may hold hundreds of megabytes.
-PRODUCTS_KEPT = "256"
+# of like size (see `unpadded.filled`).  oneDNN, and between it and torch its wrapper, remember a
+# thousand each of their own accord, which may hold hundreds of megabytes.
+PRODUCTS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "64"}
 # mallopt(3): the parameters' numbers, and bytes.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 KEPT_BYTES, MAPPED_BYTES = 2**30, 2**25  # no more than 2^25 is allowed for the latter
@@ -16,10 +17,11 @@ KEPT_BYTES, MAPPED_BYTES = 2**30, 2**25  # no more than 2^25 is allowed for the 
 def suit_training() -> None:
     """Settings of this process; before its first product, unless the user chose otherwise.
 
-    oneDNN remembers few shapes.  The C library (glibc) keeps what a step has freed for the next
-    one, instead of having the system map, clear and unmap the same pages at every step.
+    Few shapes of products are remembered.  The C library (glibc) keeps what a step has freed for
+    the next one, instead of having the system map, clear and unmap the same pages at every step.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS_KEPT)
+    for name, number in PRODUCTS_KEPT.items():
+        os.environ.setdefault(name, number)
     if not any(name.startswith("MALLOC_") for name in os.environ):
         _call("mallopt", TRIM_THRESHOLD, KEPT_BYTES)
         _call("mallopt", MMAP_THRESHOLD, MAPPED_BYTES)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sft_ray.errors import TrialError
 from sft_ray.training.batches import Batch
 from sft_ray.training.micro_batch import is_out_of_memory
 from sft_ray.training.world import World
@@ -34,38 +35,39 @@ def is_recorded(chosen: bool, world: World, pads: bool) -> bool:
 class _Recorded(NamedTuple):
     tensors: list[torch.Tensor]
     replay: Run
+    kept: Any
 
 
 class RecordedPasses:
     """Runs the passes of one model's trials.
 
-    If one cannot be recorded, all run as they are from then on.
-
     Args:
-        record: a pass on fixed memory -> what runs it again there, any number of times.
+        recorder: makes of a pass on fixed memory what runs it again there, any number of times.
     """
 
-    def __init__(self, record: Callable[[Run], Run] | None = None) -> None:
-        self._record = record or _Recorder()
-        self._graphs: dict[Hashable, _Recorded] = {}
+    def __init__(self, recorder: Callable[[], Callable[[Run], Run]] | None = None) -> None:
+        self._new_recorder = recorder or _Recorder
         self._gradients: dict[str, torch.Tensor] = {}
+        self._trained: list[nn.Parameter] = []
         self._trial: Hashable = None
-        self.works = True
+        self._kept: Any = None
+        self._forget()
 
-    def begin(self, model: nn.Module, settings: Hashable) -> None:
+    def begin(self, model: nn.Module, settings: Hashable, kept: Any = None) -> None:
         """Take up a trial, and give its trained weights gradients of 0.
 
         Args:
             settings: all but weights and batches that a pass depends on.
+            kept: holds further tensors that a pass reads; their values follow from `settings`.
         """
+        self._trained = [p for p in model.parameters() if p.requires_grad]
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 if name not in self._gradients:
                     self._gradients[name] = torch.zeros_like(parameter, requires_grad=False)
                 parameter.grad = self._gradients[name].zero_()
-        self._trained = [p for p in model.parameters() if p.requires_grad]
         places = tuple((p.data_ptr(), p.requires_grad) for p in model.parameters())
-        self._trial = (settings, places)
+        self._trial, self._kept = (settings, places), kept
 
     def run(
         self, forward_backward: ForwardBackward, batch: Batch, factor: torch.Tensor
@@ -74,33 +76,43 @@ class RecordedPasses:
 
         Args:
             batch: of fixed shapes, see `batches.collate`.
+
+        Raises:
+            TrialError: the pass cannot be recorded.
         """
-        if not self.works:
-            return forward_backward(batch, factor)
         tensors = [*_tensors(batch), factor]
-        layout = batch.one_pass.layout
         shapes = tuple((x.shape, x.dtype) for x in tensors)
-        key = (self._trial, shapes, layout.shape, batch.one_pass.depth)
-        known = self._graphs.get(key)
-        if known is not None:
-            for place, tensor in zip(known.tensors, tensors, strict=True):
+        one_pass = batch.one_pass
+        key = (self._trial, shapes, one_pass.layout.shape, one_pass.depth)
+        if key in self._graphs:
+            for place, tensor in zip(self._graphs[key].tensors, tensors, strict=True):
                 place.copy_(tensor)
-            return known.replay().clone()
+        else:
+            replay = self._record(lambda: forward_backward(batch, factor))
+            self._graphs[key] = _Recorded(tensors, replay, self._kept)
+        return self._graphs[key].replay().clone()
+
+    def _record(self, run: Run) -> Run:
         if len(self._graphs) == MOST_GRAPHS:
-            self._graphs.clear()
+            self._forget()
         gradients: list[Any] = [p.grad for p in self._trained]
         before = [gradient.clone() for gradient in gradients]
         try:
-            replay = self._record(lambda: forward_backward(batch, factor))
-        except Exception as error:  # what a graph cannot hold is said in many ways
+            return self._recorder(run)
+        except Exception as error:
+            self._forget()  # to make room; what is left of a recording serves no other
             if is_out_of_memory(error):
                 raise
-            self.works = False
-        torch._foreach_copy_(gradients, before)  # passes that are recorded add to them, too
-        if not self.works:
-            return forward_backward(batch, factor)
-        self._graphs[key] = _Recorded(tensors, replay)
-        return replay().clone()
+            raise TrialError(
+                f"train.cuda_graphs: a pass of this model cannot be recorded: {error}; set it to "
+                "false"
+            ) from error
+        finally:
+            torch._foreach_copy_(gradients, before)  # what is recorded runs, and adds to them
+
+    def _forget(self) -> None:
+        self._graphs: dict[Hashable, _Recorded] = {}
+        self._recorder = self._new_recorder()
 
 
 def _tensors(batch: Batch) -> list[torch.Tensor]:
@@ -118,21 +130,25 @@ class _Recorder:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream: Any = None  # memory is shared within a stream only
 
     def __call__(self, run: Run) -> Run:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        # Passes before the one that counts must not draw its random numbers.
-        state = torch.cuda.get_rng_state()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
+        if self._pool is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        current, state = torch.cuda.current_stream(), torch.cuda.get_rng_state()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            loss = run()
-        torch.cuda.set_rng_state(state)
+        try:
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UPS):
+                    run()
+            current.wait_stream(self._stream)
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                loss = run()
+        finally:
+            torch.cuda.set_stream(current)  # which a recording that fails may not do
+            # The pass that counts draws what it would have drawn without those before it.
+            torch.cuda.set_rng_state(state)
 
         def replay() -> torch.Tensor:
             graph.replay()

@@ -55,6 +55,11 @@ class Examples(Encoded):
         """Tokens per item, [n]."""
         return np.diff(self.offsets)
 
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest item."""
+        return int(self.lengths.max())
+
     @property
     def labels_per_token(self) -> bool:
         return self.words is not None

@@ -100,10 +100,11 @@ def fit(
         mark = marks[index]
         trial.clock.enter("train")
         while trial.step < mark.step:
-            if trial.is_to_pause():
-                return trial.pause()
             try:
-                fault = trial.take_step(next(steps))
+                if not trial.is_to_pause():
+                    fault = trial.take_step(next(steps))
+                elif (fault := trial.late_fault()) is None:
+                    return trial.pause()
             except Exception as error:
                 if micro_batch.is_out_of_memory(error):
                     raise micro_batch.StepOutOfMemoryError(trial.most_per_pass) from error
@@ -177,9 +178,11 @@ class _Trial:
         self.watch = DivergenceWatch(limit, self.num_steps, self.world)
         self.trunks = self.open_trunks(setup.trunk_cache)
         if self.records:
-            fields = ("frozen_layers", "dropout", "label_smoothing", "class_weights", "compile")
-            settings = repr([self.dtype, *(getattr(train, field) for field in fields)])
-            self.pretrained.recorded.begin(self.pretrained.model, settings)
+            fields = ("frozen_layers", "dropout", "label_smoothing", "compile")
+            weights = self.loss_options.class_weights
+            values = None if weights is None else weights.tolist()
+            settings = repr([self.dtype, values, *(getattr(train, field) for field in fields)])
+            self.pretrained.recorded.begin(self.pretrained.model, settings, self.loss_options)
 
     def open_trunks(self, cache: TrunkCache | None) -> dict[Split, Trunk | None]:
         """Outputs of the frozen layers, as far as they are cached."""
@@ -247,7 +250,8 @@ class _Trial:
         self.set_rates(self.step)
         self.count += count
         self.examples_seen += len(indices)
-        return self.watch.see(self.step, loss, count)
+        fault = self.watch.see(self.step, loss, count)
+        return fault and (self.late_fault() or fault)
 
     def backward(self, part: IntArray, count: int) -> torch.Tensor:
         """Gradients of one micro-batch, and its summed loss.
@@ -285,7 +289,13 @@ class _Trial:
         (loss * factor).backward()
         return loss.detach()
 
+    def late_fault(self) -> str | None:
+        """What steps went into that nobody has looked at yet."""
+        bad_step = self.gradients.look()
+        return None if bad_step is None else self.gradient_fault(bad_step)
+
     def gradient_fault(self, bad_step: int) -> str:
+        """What is said of a step, by its learning rate."""
         self.set_rates(bad_step - 1)
         rate = self.optimizer.param_groups[0]["lr"]
         return f"loss or gradient not finite at step {bad_step}, learning rate {rate:.3g}"
@@ -327,9 +337,8 @@ class _Trial:
             assert self.last is not None  # no mark comes before the first step
             self.last = replace(self.last, index=index, percent=mark.percent)
             return self.last
-        bad_step = self.gradients.look()
-        if bad_step is not None:
-            return self.progress(index, mark, self.gradient_fault(bad_step))
+        if (fault := self.late_fault()) is not None:
+            return self.progress(index, mark, fault)
         self.clock.enter("eval")
         validation, found = self.dataset.validation, {}
         outputs = evaluate(
@@ -457,7 +466,7 @@ class _Trial:
             return Probe(self.train.micro_batch)
         # What an example keeps on a CPU does not depend on how many there are.
         batch_size = self.train.batch_size if self.world.device.type == "cuda" else 1
-        longest = int(self.dataset.train.lengths.max())
+        longest = self.dataset.train.longest
         how = (str(self.dtype), self.compiles, self.records)
         key = (self.train.frozen_layers, batch_size, longest, *how)
         if key not in known:
@@ -502,7 +511,9 @@ class _Trial:
         try:
             if self.world.device.type == "cuda":
                 share = -(-self.train.batch_size // self.world.size)
-                found = Probe(micro_batch.largest_that_fits(attempt, share))
+                fits = micro_batch.largest_that_fits(attempt, share)
+                # A pass that is recorded keeps its memory while another warms up.
+                found = Probe(max(1, fits // 2) if self.records and fits < share else fits)
             else:
                 found = micro_batch.probe_on_a_cpu(kept)
         except micro_batch.NothingFitsError:
@@ -519,6 +530,8 @@ class _Trial:
         what a full micro-batch of the longest examples keeps for its backward pass.
         """
         if self.world.device.type == "cuda":
+            if self.records:  # what a recorded pass writes to is not allocated anew
+                return torch.cuda.max_memory_reserved(self.world.device)
             return torch.cuda.max_memory_allocated(self.world.device)
         states = self.optimizer.state.values()
         kept = [tensor for state in states for tensor in state.values() if torch.is_tensor(tensor)]

@@ -24,19 +24,11 @@ from sft_ray.training.world import World
 def loss_options(train: Train, setup: Setup) -> LossOptions:
     """Label smoothing and class weights; `balanced` weighs a class by 1 / its training share.
 
-    Balanced weights average 1 over the training labels, so the size of the loss stays.  Trials with
-    the same settings are given the same tensor.
+    Balanced weights average 1 over the training labels, so the size of the loss stays.
 
     Raises:
         ConfigError: weights for classes that the data does not have, or lacks.
     """
-    key = f"{train.label_smoothing} {train.class_weights}"
-    if key not in setup.loss_options:
-        setup.loss_options[key] = _new_loss_options(train, setup)
-    return setup.loss_options[key]
-
-
-def _new_loss_options(train: Train, setup: Setup) -> LossOptions:
     names, chosen = setup.dataset.label_names, train.class_weights
     if chosen is None or not setup.task.label_options:
         return LossOptions(train.label_smoothing)

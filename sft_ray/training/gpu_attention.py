@@ -23,17 +23,19 @@ HALVES = (torch.bfloat16, torch.float16)
 FLASH_CAPABILITY = (8, 0)  # of the GPU; as FlashAttention-2 wants it
 FLASH_MOST_WIDTH, WIDTH_STEP = 256, 8  # of a head
 LIKE = 0.05  # relative; bf16 rounds by 0.004, and another formula is off by about 1
-TRIED_LENGTHS, TRIED_HEADS = (3, 17, 40), 2
+TRIED_DROPOUT = 0.5
 
 
-def is_ours(layout: Layout, query: torch.Tensor, reach: int | None, first_tokens: bool) -> bool:
+def is_ours(
+    layout: Layout, query: torch.Tensor, dropout: float, reach: int | None, first_tokens: bool
+) -> bool:
     """Whether `attend_varlen` can and may answer; arguments as there."""
     if query.device.type != "cuda" or torch.compiler.is_compiling():
         return False
     if layout.is_fixed or layout.filler:
         # Rows that no sequence has would come back as whatever lay in the memory before.
         return False
-    return _works(query.device, _dtype(query), query.shape[-1], reach, first_tokens)
+    return _works(query.device, _dtype(query), query.shape[-1], dropout > 0, reach, first_tokens)
 
 
 def attend_varlen(
@@ -84,31 +86,61 @@ def _is_for_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 
 @lru_cache(maxsize=64)
 def _works(
-    device: torch.device, dtype: torch.dtype, width: int, reach: int | None, first_tokens: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    drops: bool,
+    reach: int | None,
+    first_tokens: bool,
 ) -> bool:
     """Whether a small batch gets from the kernel what padded attention gives it."""
-    has_kernel = dtype in (*HALVES, torch.float32) and width % WIDTH_STEP == 0
-    if not has_kernel or (reach is not None and not _is_for_flash(device, dtype, width)):
+    if dtype not in (*HALVES, torch.float32) or width % WIDTH_STEP:
         return False
-    layout = Layout.of(np.array(TRIED_LENGTHS), device)
-    # Its own generator: what a trial draws must not depend on whether this was asked before.
-    source = torch.Generator(device).manual_seed(0)
-    counts = [len(TRIED_LENGTHS) if first_tokens else sum(TRIED_LENGTHS), *2 * [sum(TRIED_LENGTHS)]]
-    drawn = [
-        torch.randn(1, TRIED_HEADS, n, width, device=device, generator=source).to(dtype)
-        for n in counts
-    ]
-
-    def answers(how: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-        leaves = [x.clone().requires_grad_() for x in drawn]
-        found = how(layout, *leaves, 0.0, None, reach=reach, first_tokens=first_tokens)
-        return [found.detach(), *torch.autograd.grad(found.float().square().sum(), leaves)]
-
+    # With sequences of several lengths the other kernel looks anywhere, and drops other weights
+    # backward than forward (pytorch issue 115590).
+    if (drops or reach is not None) and not _is_for_flash(device, dtype, width):
+        return False
+    # What a trial draws must not depend on whether this was asked before.
+    devices = [device] if device.type == "cuda" else []
+    no_autocast = torch.autocast(device.type, enabled=False)
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            pairs = zip(answers(attend_varlen), answers(attend), strict=True)
-            return all(bool((a - b).norm() <= LIKE * b.norm()) for a, b in pairs)
+        with torch.random.fork_rng(devices), torch.enable_grad(), no_autocast:
+            return _answers_alike(device, dtype, width, drops, reach, first_tokens)
     except Exception as error:  # a torch whose kernels are called otherwise, or that has none
         if is_out_of_memory(error):
             raise
         return False
+
+
+def _answers_alike(
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    drops: bool,
+    reach: int | None,
+    first_tokens: bool,
+) -> bool:
+    torch.manual_seed(0)
+    lengths = np.array([3, 17, 2 * (reach or 16) + 9])  # the last does not look at all of itself
+    layout, heads, tokens = Layout.of(lengths, device), 8, int(lengths.sum())
+    queries = len(lengths) if first_tokens else tokens
+    drawn = [torch.randn(1, heads, n, width, device=device) for n in (queries, tokens, tokens)]
+    drawn = [x.to(dtype) for x in drawn]
+    weights = torch.randn(1, queries, heads, width, device=device)
+
+    def answers(how: Callable[..., torch.Tensor], dropout: float) -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in drawn]
+        found = how(layout, *leaves, dropout, None, reach=reach, first_tokens=first_tokens)
+        found = found[:, :queries].float()
+        return [found.detach(), *torch.autograd.grad((found * weights).sum(), leaves)]
+
+    pairs = zip(answers(attend_varlen, 0.0), answers(attend, 0.0), strict=True)
+    if not all(bool((a - b).norm() <= LIKE * b.norm()) for a, b in pairs):
+        return False
+    if not drops:
+        return True
+    # Of every head: answers are linear in values if forward and backward drop the same weights.
+    found, _, _, of_values = answers(attend_varlen, TRIED_DROPOUT)
+    forward = (found * weights).sum(dim=(0, 1, 3))
+    backward = (drawn[2].float() * of_values.float()).sum(dim=(0, 2, 3))
+    return bool((forward - backward).norm() <= LIKE * forward.norm())

@@ -268,7 +268,7 @@ def _attention(
     reach = None if sliding_window is None else sliding_window - 1  # the window counts the token
     if cpu_dropout.is_ours(query, dropout):
         how = attend_with_dropout
-    elif gpu_attention.is_ours(packed.layout, query, reach, narrow):
+    elif gpu_attention.is_ours(packed.layout, query, dropout, reach, narrow):
         how = attend_varlen
     else:
         how = attend

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from sft_ray.config import Experiment
 from sft_ray.training.cpu_memory import suit_training
 from sft_ray.training.data import load_tokenizer, open_dataset
 from sft_ray.training.examples import Dataset
-from sft_ray.training.losses import LossOptions
 from sft_ray.training.micro_batch import Probe
 from sft_ray.training.model import Pretrained, load_pretrained, resolve_model
 from sft_ray.training.tasks import Task, find_task
@@ -27,8 +26,7 @@ class Setup:
     Attributes:
         micro_batches: what the probe found for (frozen layers, batch size if on a GPU, longest
             text, number format, compiled, recorded).
-        loss_options: of label smoothing and class weights that a trial had.
-        constant_losses: the same -> loss of the best constant answer.
+        constant_losses: label smoothing and class weights -> loss of the best constant answer.
         trunk_cache: outputs of frozen trunks; None computes them each time.
     """
 
@@ -40,9 +38,14 @@ class Setup:
     micro_batches: dict[tuple[int | str, int, int, str, bool, bool], Probe] = field(
         default_factory=dict
     )
-    loss_options: dict[str, LossOptions] = field(default_factory=dict)
     constant_losses: dict[str, float | None] = field(default_factory=dict)
     trunk_cache: TrunkCache | None = None
+
+    def on(self, dataset: Dataset) -> Setup:
+        """The same for other rows, of which nothing is known yet."""
+        if dataset is self.dataset:
+            return self
+        return replace(self, dataset=dataset, constant_losses={})
 
 
 def load_setup(

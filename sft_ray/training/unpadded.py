@@ -106,14 +106,17 @@ class Layout:
     is_fixed: bool = False
 
     @classmethod
-    def of(cls, lengths: IntArray, device: torch.device, *, is_fixed: bool = False) -> Layout:
+    def of(
+        cls, lengths: IntArray, device: torch.device, *, fill_below: int | None = None
+    ) -> Layout:
         """The layout of sequences with these lengths, [n].
 
         Args:
-            is_fixed: fill up the length of the longest and the tokens, so that shapes come again.
+            fill_below: fill up the tokens, and the length of the longest up to this one, so that
+                shapes come again.
         """
-        if is_fixed:
-            return cls._fixed(lengths, device)
+        if fill_below is not None:
+            return cls._fixed(lengths, device, fill_below)
         # A GPU rather pads more than it starts many small kernels.
         size = SEQUENCES_PER_GROUP if device.type == "cpu" else len(lengths)
         groups = _groups(lengths, range(0, len(lengths), size), device)
@@ -137,17 +140,17 @@ class Layout:
         return _groups(self.lengths, starts, device)
 
     @classmethod
-    def _fixed(cls, lengths: IntArray, device: torch.device) -> Layout:
+    def _fixed(cls, lengths: IntArray, device: torch.device, most: int) -> Layout:
         longest, tokens = int(lengths.max()), int(lengths.sum())
-        shape = (len(lengths), filled(longest, LENGTH_STEPS, LEAST_LENGTH))
-        most = min(filled(tokens, TOKEN_STEPS), shape[0] * shape[1])
+        shape = (len(lengths), min(filled(longest, LENGTH_STEPS, LEAST_LENGTH), most))
+        rows = min(filled(tokens, TOKEN_STEPS), shape[0] * shape[1])
         mask_BL = np.arange(shape[1])[None, :] < lengths[:, None]
         # What fills up lies where attention pads anyway.
-        free = np.flatnonzero(~mask_BL)[: most - tokens]
+        free = np.flatnonzero(~mask_BL)[: rows - tokens]
         places = _to_device(np.concatenate([np.flatnonzero(mask_BL), free]), device)
         starts = _to_device(np.cumsum(lengths) - lengths, device)
         mask = _to_device(mask_BL[:, None, None, :], device)
-        groups = (Group(0, most, 0, shape, places, mask),)
+        groups = (Group(0, rows, 0, shape, places, mask),)
         return cls(shape, places, starts, groups, lengths, is_fixed=True)
 
     @cached_property

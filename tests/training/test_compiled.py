@@ -138,7 +138,7 @@ def test_few_numbers_are_filled_up_to_and_little_is() -> None:
 
 @pytest.mark.parametrize("lengths", [[3, 1, 5, 9, 4], [16] * 8, [1], [16, 16, 16, 15]])
 def test_a_fixed_layout_packs_and_unpacks_what_it_was_given(lengths: list[int]) -> None:
-    layout = Layout.of(np.array(lengths), CPU, is_fixed=True)
+    layout = Layout.of(np.array(lengths), CPU, fill_below=16)
     size, length = layout.shape
     padded_BLH = torch.randn(size, length, 4)
     mask = torch.arange(length)[None, :] < torch.tensor(lengths)[:, None]
@@ -152,6 +152,12 @@ def test_a_fixed_layout_packs_and_unpacks_what_it_was_given(lengths: list[int]) 
     assert torch.equal(group.mask[:, 0, 0], mask)
     padded = group.pad(packed_TH[None, None])
     assert torch.equal(padded[:, 0][mask], padded_BLH[mask])
+
+
+def test_a_fixed_layout_is_no_longer_than_the_longest_text() -> None:
+    lengths = np.array([3, 70])
+    assert Layout.of(lengths, CPU, fill_below=128).shape == (2, 96)
+    assert Layout.of(lengths, CPU, fill_below=80).shape == (2, 80)  # all positions there may be
 
 
 def test_batches_of_the_same_shape_differ_in_their_tensors_alone(few: Dataset) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_ray.config import Regularization
+from sft_ray.errors import TrialError
 from sft_ray.training import cuda_graphs
 from sft_ray.training import fitting as fit_module
 from sft_ray.training.batches import collate
@@ -23,6 +24,7 @@ from sft_ray.training.cuda_graphs import RecordedPasses, is_recorded
 from sft_ray.training.examples import Dataset
 from sft_ray.training.forward import forward_loss
 from sft_ray.training.losses import LossOptions
+from sft_ray.training.micro_batch import StepOutOfMemoryError
 from sft_ray.training.model import FAMILIES, Pretrained, load_pretrained
 from sft_ray.training.progress import Progress
 from sft_ray.training.tasks import TASKS
@@ -77,18 +79,17 @@ def test_recorded_passes_train_as_others(
     folder = tiny_model_folder(tmp_path / "model", family, 2)
     expected = run_fit(load_tiny(folder, few), few, **{**TRAIN, **settings})
     pretrained = load_tiny(folder, few)
-    pretrained.recorded = RecordedPasses(Again())
+    pretrained.recorded = RecordedPasses(Again)
     found = run_fit(pretrained, few, cuda_graphs=True, **{**TRAIN, **settings})
     near = 1e-3 if "precision" in settings else 1e-5
     assert losses(found) == pytest.approx(losses(expected), abs=near)
     assert found[-1].metrics == pytest.approx(expected[-1].metrics, abs=10 * near)
-    assert pretrained.recorded.works
 
 
 @pytest.mark.usefixtures("_on_a_cpu")
 def test_trials_share_what_was_recorded(tiny_bert: Path, few: Dataset) -> None:
     pretrained, again = load_tiny(tiny_bert, few), Again()
-    pretrained.recorded = RecordedPasses(again)
+    pretrained.recorded = RecordedPasses(lambda: again)
 
     def train(**settings: Any) -> list[float]:
         chosen = {**TRAIN, "cuda_graphs": True, **settings}
@@ -107,18 +108,33 @@ def test_trials_share_what_was_recorded(tiny_bert: Path, few: Dataset) -> None:
     assert train(cuda_graphs=False) == pytest.approx(first, abs=1e-5)
 
 
-@pytest.mark.usefixtures("_on_a_cpu")
-def test_what_cannot_be_recorded_runs_as_it_is(tiny_bert: Path, few: Dataset) -> None:
-    def refuses(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        run()
-        raise RuntimeError("operation not permitted when stream is capturing")
+def refuses(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    run()
+    raise RuntimeError("operation not permitted when stream is capturing")
 
-    expected = losses(run_fit(load_tiny(tiny_bert, few), few, **TRAIN))
+
+@pytest.mark.usefixtures("_on_a_cpu")
+def test_what_cannot_be_recorded_is_said_with_the_way_out(tiny_bert: Path, few: Dataset) -> None:
     pretrained = load_tiny(tiny_bert, few)
-    pretrained.recorded = RecordedPasses(refuses)
-    found = losses(run_fit(pretrained, few, cuda_graphs=True, **TRAIN))
-    assert found == pytest.approx(expected, abs=1e-5)
-    assert not pretrained.recorded.works
+    pretrained.recorded = RecordedPasses(lambda: refuses)
+    with pytest.raises(TrialError, match=r"cuda_graphs: .* not permitted .*; set it to false"):
+        run_fit(pretrained, few, cuda_graphs=True, **TRAIN)
+
+
+@pytest.mark.usefixtures("_on_a_cpu")
+def test_no_room_to_record_is_out_of_memory(tiny_bert: Path, few: Dataset) -> None:
+    again = Again()
+
+    def has_no_room(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        if again.count == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return again(run)
+
+    pretrained = load_tiny(tiny_bert, few)
+    pretrained.recorded = RecordedPasses(lambda: has_no_room)
+    with pytest.raises(StepOutOfMemoryError):
+        run_fit(pretrained, few, cuda_graphs=True, **TRAIN)
+    assert not pretrained.recorded._graphs  # their memory is free for what comes next
 
 
 @pytest.mark.usefixtures("_on_a_cpu")
@@ -128,7 +144,7 @@ def test_too_many_graphs_make_room(
     monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 1)
     pretrained = load_tiny(tiny_bert, few)
     expected = losses(run_fit(pretrained, few, **TRAIN))
-    pretrained.recorded = RecordedPasses(Again())
+    pretrained.recorded = RecordedPasses(Again)
     found = losses(run_fit(pretrained, few, cuda_graphs=True, **TRAIN))
     assert found == pytest.approx(expected, abs=1e-5)
     assert len(pretrained.recorded._graphs) == 1

@@ -11,6 +11,7 @@ from scipy.special import softmax
 from sft_ray.training.divergence import DivergenceWatch, constant_loss
 from sft_ray.training.examples import Dataset, Examples, LabelSet
 from sft_ray.training.losses import LossOptions
+from sft_ray.training.setup import Setup
 from sft_ray.training.tasks import find_task
 from sft_ray.training.world import World
 from tests.models import load_tiny, run_fit
@@ -52,6 +53,15 @@ def test_of_tags_only_labelled_tokens_count() -> None:
 def test_questions_have_none() -> None:
     data = dataset([[0, 1]], ())
     assert constant_loss(find_task("question-answering"), data, LossOptions()) is None
+
+
+def test_other_rows_have_a_constant_of_their_own() -> None:
+    few, many = dataset([0, 1], ("a", "b")), dataset([0, 1, 1, 1], ("a", "b"))
+    setup = Setup(find_task("text-classification"), few, None, None, World())
+    setup.constant_losses["0.0 None"] = math.log(2)
+    assert setup.on(few) is setup
+    assert setup.on(many).constant_losses == {}
+    assert setup.on(many).micro_batches is setup.micro_batches
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

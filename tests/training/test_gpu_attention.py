@@ -122,14 +122,19 @@ def test_the_kernels_get_the_rows_of_every_sequence(
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "width", "reach", "expected"),
+    ("capability", "dtype", "width", "drops", "reach", "expected"),
     [
-        ((9, 0), torch.bfloat16, 32, None, True),
-        ((9, 0), torch.bfloat16, 32, 4, True),
-        ((7, 5), torch.float16, 32, 4, False),  # no kernel of such a GPU looks near only
-        ((9, 0), torch.float32, 32, 4, False),
-        ((9, 0), torch.bfloat16, 12, None, False),  # of heads of 8, 16, 24, …
-        ((9, 0), torch.float64, 32, None, False),
+        ((9, 0), torch.bfloat16, 32, False, None, True),
+        ((9, 0), torch.bfloat16, 32, True, None, True),
+        ((9, 0), torch.bfloat16, 32, True, 4, True),
+        ((9, 0), torch.float32, 32, False, None, True),
+        ((7, 5), torch.float16, 32, False, None, True),
+        ((7, 5), torch.float16, 32, False, 4, False),  # no kernel of such a GPU looks near only
+        ((9, 0), torch.float32, 32, False, 4, False),
+        ((9, 0), torch.float32, 32, True, None, False),  # nor drops backward what it did forward
+        ((7, 5), torch.float16, 32, True, None, False),
+        ((9, 0), torch.bfloat16, 12, False, None, False),  # of heads of 8, 16, 24, …
+        ((9, 0), torch.float64, 32, False, None, False),
     ],
 )
 def test_kernels_are_asked_for_what_they_know(
@@ -137,30 +142,58 @@ def test_kernels_are_asked_for_what_they_know(
     capability: tuple[int, int],
     dtype: torch.dtype,
     width: int,
+    drops: bool,
     reach: int | None,
     expected: bool,
 ) -> None:
     of_capability(monkeypatch, capability)
-    assert gpu_attention._works(CPU, dtype, width, reach, False) == expected
+    asked = (CPU, dtype, width, drops, reach)
+    assert gpu_attention._works(*asked, False) == expected
     if reach is None:
-        assert gpu_attention._works(CPU, dtype, width, reach, True) == expected
+        assert gpu_attention._works(*asked, True) == expected
 
 
 def missing(*args: Any, **kwargs: Any) -> Any:
     raise TypeError("_flash_attention_forward() got an unexpected keyword argument")
 
 
-def wrong(*args: Any, **kwargs: Any) -> Any:
+def of_another_scale(*args: Any, **kwargs: Any) -> Any:
     return flash(*args, **{**kwargs, "scale": 1.0})
 
 
-@pytest.mark.parametrize("kernel", [missing, wrong])
+def looking_too_near(*args: Any, **kwargs: Any) -> Any:
+    return flash(*args, **{**kwargs, "window_size_left": 3, "window_size_right": 3})
+
+
+class _DroppingAnew(torch.autograd.Function):
+    """Attention that drops other weights backward."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        ctx.args = args
+        ctx.save_for_backward(*args[:3])
+        return flash(*args, scale=None)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *of_answers: Any) -> Any:
+        leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            found, _ = flash(*leaves, *ctx.args[3:], scale=None)
+        return *torch.autograd.grad(found, leaves, of_answers), *7 * [None]
+
+
+def dropping_anew(*args: Any, scale: float | None, **window: Any) -> Any:
+    return _DroppingAnew.apply(*args), None
+
+
+@pytest.mark.parametrize("kernel", [missing, of_another_scale, looking_too_near, dropping_anew])
 def test_a_kernel_that_answers_otherwise_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Any]
 ) -> None:
+    reach = 5 if kernel is looking_too_near else None
     of_capability(monkeypatch, (9, 0))
     monkeypatch.setattr(gpu_attention, "_flash", kernel)
-    assert not gpu_attention._works(CPU, torch.bfloat16, 32, None, False)
+    assert not gpu_attention._works(CPU, torch.bfloat16, 32, True, reach, False)
 
 
 def test_trying_a_kernel_draws_none_of_a_trial_s_random_numbers(
@@ -169,13 +202,14 @@ def test_trying_a_kernel_draws_none_of_a_trial_s_random_numbers(
     of_capability(monkeypatch, (9, 0))
     before = torch.get_rng_state()
     with torch.no_grad(), torch.autocast("cpu"):  # as in an evaluation
-        assert gpu_attention._works(CPU, torch.bfloat16, 32, None, False)
+        assert gpu_attention._works(CPU, torch.bfloat16, 32, True, None, False)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_on_a_cpu_none_is_asked_for() -> None:
     layout = Layout.of(LENGTHS, CPU)
-    assert not is_ours(layout, torch.zeros(1, HEADS, int(LENGTHS.sum()), WIDTH), None, False)
+    query = torch.zeros(1, HEADS, int(LENGTHS.sum()), WIDTH)
+    assert not is_ours(layout, query, 0.0, None, False)
 
 
 def test_torch_s_kernels_are_called_as_this_torch_has_them(
