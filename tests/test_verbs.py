@@ -128,7 +128,7 @@ def test_a_step_without_memory_is_tried_with_half(make, monkeypatch, capsys) -> 
     honest = fit_module._Trial.take_step
 
     def refuse(trial: Any, indices: Any) -> Any:
-        if trial.most_per_pass > 8:
+        if trial.backward.most > 8:
             raise MemoryError
         return honest(trial, indices)
 
@@ -278,7 +278,7 @@ def test_marks_of_an_attempt_that_ran_out_of_memory_are_not_kept(make, monkeypat
     honest = fit_module._Trial.take_step
 
     def refuse(trial: Any, indices: Any) -> Any:
-        if trial.step == 8 and trial.most_per_pass > 8:
+        if trial.step == 8 and trial.backward.most > 8:
             raise MemoryError
         return honest(trial, indices)
 

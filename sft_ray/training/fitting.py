@@ -16,16 +16,14 @@ from torch import nn
 
 from sft_ray.config import Train
 from sft_ray.training import batches, micro_batch
-from sft_ray.training.batches import Batch, Trunk
+from sft_ray.training.backward import Backward
+from sft_ray.training.batches import Trunk
 from sft_ray.training.beat import TRAINING, Beat, no_beat
 from sft_ray.training.checkpoint import ResumeState
-from sft_ray.training.compiled import is_compiled
 from sft_ray.training.cpu_memory import give_back_free_memory
-from sft_ray.training.cuda_graphs import is_recorded
 from sft_ray.training.divergence import DivergenceWatch, GradientWatch, constant_loss
 from sft_ray.training.encoding import IntArray
-from sft_ray.training.forward import evaluate, forward_loss, loss_options
-from sft_ray.training.micro_batch import Probe
+from sft_ray.training.forward import evaluate, loss_options
 from sft_ray.training.optim import build_optimizer, build_schedule, clip_gradients
 from sft_ray.training.progress import (
     Best,
@@ -107,7 +105,7 @@ def fit(
                     return trial.pause()
             except Exception as error:
                 if micro_batch.is_out_of_memory(error):
-                    raise micro_batch.StepOutOfMemoryError(trial.most_per_pass) from error
+                    raise micro_batch.StepOutOfMemoryError(trial.backward.most) from error
                 raise
             if fault is not None:
                 here = Mark(100 * trial.step // trial.num_steps, trial.step)
@@ -145,14 +143,7 @@ class _Trial:
             reinit_layers=train.reinit_layers,
             seed=seed,
         )
-        self.padded_work = self.pretrained.padded_work
-        self.compiles = is_compiled(train.compile, pads=self.padded_work > 0)
-        self.records = is_recorded(train.cuda_graphs, self.world, pads=self.padded_work > 0)
-        self.probed = self.probe(setup.micro_batches)
-        self.most_per_pass = self.choose_micro_batch(self.probed, most_per_pass)
-        if self.world.device.type == "cuda":  # what the probe tried is not the trial's
-            torch.cuda.reset_peak_memory_stats(self.world.device)
-        self.model = self.world.wrap(self.pretrained.model)
+        self.backward = Backward(train, setup, self.dtype, self.loss_options, most_per_pass)
         self.trainable = list(self.pretrained.trainable().values())
         self.penalty = bind_penalty(train.regularization, self.pretrained)
         self.steps_per_epoch = batches.steps_per_epoch(len(self.dataset.train), train.batch_size)
@@ -177,12 +168,6 @@ class _Trial:
         self.gradients = GradientWatch(self.world.device, waits)
         self.watch = DivergenceWatch(limit, self.num_steps, self.world)
         self.trunks = self.open_trunks(setup.trunk_cache)
-        if self.records:
-            fields = ("frozen_layers", "dropout", "label_smoothing", "compile")
-            weights = self.loss_options.class_weights
-            values = None if weights is None else weights.tolist()
-            settings = repr([self.dtype, values, *(getattr(train, field) for field in fields)])
-            self.pretrained.recorded.begin(self.pretrained.model, settings, self.loss_options)
 
     def open_trunks(self, cache: TrunkCache | None) -> dict[Split, Trunk | None]:
         """Outputs of the frozen layers, as far as they are cached."""
@@ -227,12 +212,12 @@ class _Trial:
         world.seed(derived_seed(self.seed, "dropout", self.step, world.rank))
         mine = batches.share(indices, world.rank, world.size)
         count = max(1, int(examples.counts[indices].sum()))
-        parts = batches.micro_batches(mine, self.most_per_pass)
+        parts = batches.micro_batches(mine, self.backward.most)
         loss = torch.zeros_like(self.loss_sum)
         for part in parts[:-1]:
-            with world.accumulating(self.model):
-                loss += self.backward(part, count)
-        loss += self.backward(parts[-1], count)
+            with world.accumulating(self.backward.model):
+                loss += self.add_gradients(part, count)
+        loss += self.add_gradients(parts[-1], count)
         world.sum_gradients(self.trainable)
         self.loss_sum += loss
         self.scaler.unscale_(self.optimizer)
@@ -246,48 +231,26 @@ class _Trial:
             self.scaler.update()
         elif not self.lower_loss_scale():
             return self.gradient_fault(bad_step)
-        self.optimizer.zero_grad(set_to_none=not self.records)
+        self.optimizer.zero_grad(set_to_none=not self.backward.records)
         self.set_rates(self.step)
         self.count += count
         self.examples_seen += len(indices)
         fault = self.watch.see(self.step, loss, count)
         return fault and (self.late_fault() or fault)
 
-    def backward(self, part: IntArray, count: int) -> torch.Tensor:
+    def add_gradients(self, part: IntArray, count: int) -> torch.Tensor:
         """Gradients of one micro-batch, and its summed loss.
 
         `count` is what the whole global batch is divided by.
         """
-        trunk = self.trunks["train"]
-        has_layers = trunk is None or trunk.depth < self.pretrained.num_layers
-        compiles = self.compiles and has_layers
-        is_fixed = compiles or self.records
-        batch = batches.collate(
-            self.dataset.train,
-            part,
-            pad_token=self.pad_token,
-            device=self.world.device,
-            trunk=trunk,
-            fill_to=self.most_per_pass if is_fixed else None,
-        )
-        if compiles:
-            one_pass = replace(batch.one_pass, compiled=self.pretrained.compiled)
-            batch = replace(batch, one_pass=one_pass)
+        batch = self.backward.collate(part, self.trunks["train"])
         layout = batch.one_pass.layout
         self.tokens += int(layout.lengths[: len(part)].sum())
-        self.positions += layout.positions(self.padded_work)
+        self.positions += layout.positions(self.backward.padded_work)
         # The step wants the sum over the global batch divided by its count.
         share, device = self.world.averaged_over / count, self.world.device
-        factor = self.scaler.scale(torch.full((), share, dtype=torch.float64, device=device))
-        if self.records:
-            return self.pretrained.recorded.run(self.forward_backward, batch, factor)
-        return self.forward_backward(batch, factor)
-
-    def forward_backward(self, batch: Batch, factor: torch.Tensor) -> torch.Tensor:
-        """Gradients of the loss times `factor`, and the summed loss itself."""
-        loss = forward_loss(self.model, batch, self.task, self.loss_options, self.dtype)
-        (loss * factor).backward()
-        return loss.detach()
+        factor = torch.full((), share, dtype=torch.float64, device=device)
+        return self.backward.add_gradients(batch, self.scaler.scale(factor))
 
     def late_fault(self) -> str | None:
         """What steps went into that nobody has looked at yet."""
@@ -388,10 +351,10 @@ class _Trial:
             examples_seen=self.examples_seen,
             train_seconds=self.clock.seconds["train"],
             eval_seconds=self.clock.seconds["eval"],
-            micro_batch=self.most_per_pass,
+            micro_batch=self.backward.most,
             padding_share=1 - self.tokens / max(self.positions, 1),
             trained_parameters=sum(parameter.numel() for parameter in self.trainable),
-            memory_bytes=self.memory_bytes(),
+            memory_bytes=self.backward.memory_bytes(self.optimizer_states()),
             fault=fault,
             resume_state=None if fault or self.world.rank else self.state,
         )
@@ -460,84 +423,9 @@ class _Trial:
         )
         return int(last["index"]) + 1
 
-    def probe(self, known: dict[tuple[int | str, int, int, str, bool, bool], Probe]) -> Probe:
-        """What was found of the micro-batch, once per kind of trial."""
-        if self.world.device.type == "cuda" and self.train.micro_batch != "auto":
-            return Probe(self.train.micro_batch)
-        # What an example keeps on a CPU does not depend on how many there are.
-        batch_size = self.train.batch_size if self.world.device.type == "cuda" else 1
-        longest = self.dataset.train.longest
-        how = (str(self.dtype), self.compiles, self.records)
-        key = (self.train.frozen_layers, batch_size, longest, *how)
-        if key not in known:
-            known[key] = self.probe_micro_batch()
-        return known[key]
-
-    def choose_micro_batch(self, probe: Probe, most: int | None) -> int:
-        """The most examples per pass: as configured, or as many of the longest as fit."""
-        share = -(-self.train.batch_size // self.world.size)
-        most = min(share, most or share)
-        if self.train.micro_batch != "auto":
-            return min(most, self.train.micro_batch)
-        return min(most, probe.fits)
-
-    def probe_micro_batch(self) -> Probe:
-        """The same on all ranks: the least that one of them found.
-
-        Raises:
-            NothingFitsError: one example is too much for a rank.
-        """
-        longest = np.argsort(-self.dataset.train.lengths, kind="stable")
-        model = self.pretrained.model
-
-        def loss_of(indices: IntArray) -> torch.Tensor:
-            batch = batches.collate(
-                self.dataset.train,
-                indices,
-                pad_token=self.pad_token,
-                device=self.world.device,
-                fill_to=len(indices) if self.compiles or self.records else None,
-            )
-            return forward_loss(model, batch, self.task, self.loss_options, self.dtype)
-
-        def attempt(size: int) -> None:
-            loss_of(longest[:size]).backward()
-            model.zero_grad()
-
-        def kept(size: int) -> int:
-            like = np.repeat(longest[:1], size)
-            return micro_batch.kept_bytes(lambda: loss_of(like), model.parameters())
-
-        try:
-            if self.world.device.type == "cuda":
-                share = -(-self.train.batch_size // self.world.size)
-                fits = micro_batch.largest_that_fits(attempt, share)
-                # A pass that is recorded keeps its memory while another warms up.
-                found = Probe(max(1, fits // 2) if self.records and fits < share else fits)
-            else:
-                found = micro_batch.probe_on_a_cpu(kept)
-        except micro_batch.NothingFitsError:
-            found = Probe(0)
-        fits = self.world.minimum(found.fits)
-        if fits == 0:
-            raise micro_batch.NothingFitsError("out of memory at micro-batch 1")
-        return replace(found, fits=fits)
-
-    def memory_bytes(self) -> int:
-        """Most that this worker's device has held for the trial so far.
-
-        On a CPU, whose process keeps what it once had: weights, gradients, optimiser state and
-        what a full micro-batch of the longest examples keeps for its backward pass.
-        """
-        if self.world.device.type == "cuda":
-            if self.records:  # what a recorded pass writes to is not allocated anew
-                return torch.cuda.max_memory_reserved(self.world.device)
-            return torch.cuda.max_memory_allocated(self.world.device)
+    def optimizer_states(self) -> list[torch.Tensor]:
         states = self.optimizer.state.values()
-        kept = [tensor for state in states for tensor in state.values() if torch.is_tensor(tensor)]
-        weights = self.pretrained.model.parameters()
-        resident = micro_batch.bytes_of([*weights, *self.trainable, *kept])
-        return resident + self.probed.kept_bytes(self.most_per_pass)
+        return [tensor for state in states for tensor in state.values() if torch.is_tensor(tensor)]
 
 
 class _Clock:

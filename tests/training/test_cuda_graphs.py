@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_ray.config import Regularization
 from sft_ray.errors import TrialError
-from sft_ray.training import cuda_graphs
-from sft_ray.training import fitting as fit_module
+from sft_ray.training import backward, cuda_graphs
 from sft_ray.training.batches import collate
 from sft_ray.training.cuda_graphs import RecordedPasses, is_recorded
 from sft_ray.training.examples import Dataset
@@ -55,7 +54,7 @@ def few(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Dataset:
 
 @pytest.fixture
 def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit_module, "is_recorded", lambda chosen, world, pads: chosen and not pads)
+    monkeypatch.setattr(backward, "is_recorded", lambda chosen, world, pads: chosen and not pads)
 
 
 def losses(reports: list[Progress]) -> list[float]:

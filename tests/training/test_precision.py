@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sft_ray.training import fitting as fit_module
+from sft_ray.training import backward
 from sft_ray.training.examples import Dataset
 from sft_ray.training.model import Pretrained
 from sft_ray.training.tasks import TASKS
@@ -73,7 +73,7 @@ def test_every_task_trains_in_half_precision(name, precision, tmp_path, wide_ber
 def test_an_overflow_halves_the_loss_scale_and_leaves_out_the_step(
     pretrained, toy, monkeypatch, scaler_of
 ) -> None:
-    honest, calls = fit_module.forward_loss, []
+    honest, calls = backward.forward_loss, []
 
     def overflowing(*arguments):
         loss = honest(*arguments)
@@ -83,7 +83,7 @@ def test_an_overflow_halves_the_loss_scale_and_leaves_out_the_step(
             loss.register_hook(lambda gradient: gradient * math.inf)
         return loss
 
-    monkeypatch.setattr(fit_module, "forward_loss", overflowing)
+    monkeypatch.setattr(backward, "forward_loss", overflowing)
     settings = {**SETTINGS, "micro_batch": 32, "precision": "fp16", "warmup": 0.0}
     reports = run_fit(pretrained, toy, **settings, rungs=(30, 40, 50))
     assert [r.fault for r in reports] == [None] * 4
@@ -128,7 +128,7 @@ def test_the_loss_scale_is_part_of_the_state(pretrained, toy, monkeypatch) -> No
 def test_a_loss_that_is_not_finite_ends_the_trial(
     pretrained, toy, monkeypatch, precision: str
 ) -> None:
-    honest, calls = fit_module.forward_loss, []
+    honest, calls = backward.forward_loss, []
 
     def poisoned(*arguments):
         if len(arguments[1].labels) <= 2:  # the probe looks at one example, and at two
@@ -136,7 +136,7 @@ def test_a_loss_that_is_not_finite_ends_the_trial(
         calls.append(1)
         return honest(*arguments) * (math.nan if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(fit_module, "forward_loss", poisoned)
+    monkeypatch.setattr(backward, "forward_loss", poisoned)
     settings = {**SETTINGS, "micro_batch": 32, "precision": precision}
     reports = run_fit(pretrained, toy, **settings, rungs=())
     assert len(reports) == 1
@@ -147,14 +147,14 @@ def test_a_loss_that_is_not_finite_ends_the_trial(
 def test_a_gradient_that_overflows_at_every_scale_ends_the_trial(
     pretrained, toy, monkeypatch
 ) -> None:
-    honest = fit_module.forward_loss
+    honest = backward.forward_loss
 
     def overflowing(*arguments):
         loss = honest(*arguments)
         loss.register_hook(lambda gradient: gradient * math.inf)
         return loss
 
-    monkeypatch.setattr(fit_module, "forward_loss", overflowing)
+    monkeypatch.setattr(backward, "forward_loss", overflowing)
     settings = {**SETTINGS, "epochs": 3, "micro_batch": 32, "precision": "fp16"}
     reports = run_fit(pretrained, toy, **settings, rungs=())
     assert "not finite" in reports[-1].fault

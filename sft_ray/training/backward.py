@@ -1,0 +1,161 @@
+"""Gradients of one trial's micro-batches: how many examples each has, and how it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from sft_ray.config import Train
+from sft_ray.training import batches, micro_batch
+from sft_ray.training.batches import Batch, Trunk
+from sft_ray.training.compiled import is_compiled
+from sft_ray.training.cuda_graphs import is_recorded
+from sft_ray.training.encoding import IntArray
+from sft_ray.training.forward import forward_loss
+from sft_ray.training.losses import LossOptions
+from sft_ray.training.micro_batch import Probe
+from sft_ray.training.setup import Setup
+
+
+class Backward:
+    """Forward and backward passes of a model that was reset for a trial.
+
+    Args:
+        most: upper bound of the micro-batch, after running out of memory.
+
+    Attributes:
+        most: examples of a micro-batch.
+        padded_work: share of a layer's work that is done on padding, see `Pretrained`.
+        compiles: whether layers are compiled.
+        records: whether passes are recorded; gradients then stay where they are.
+        model: gives the sum or mean over all workers behind its backward pass, see `World.wrap`.
+
+    Raises:
+        NothingFitsError: one example is too much for a worker's memory.
+    """
+
+    def __init__(
+        self,
+        train: Train,
+        setup: Setup,
+        dtype: torch.dtype,
+        options: LossOptions,
+        most: int | None,
+    ) -> None:
+        self._train, self._setup, self._dtype, self._options = train, setup, dtype, options
+        self.world, self.pretrained = setup.world, setup.pretrained
+        self.padded_work = self.pretrained.padded_work
+        self.compiles = is_compiled(train.compile, pads=self.padded_work > 0)
+        self.records = is_recorded(train.cuda_graphs, self.world, pads=self.padded_work > 0)
+        self.model: nn.Module = self.pretrained.model
+        share = -(-train.batch_size // self.world.size)
+        self._probe = self._probed(share)
+        fits = self._probe.fits if train.micro_batch == "auto" else train.micro_batch
+        self.most = min(share, most or share, fits)
+        if self.world.device.type == "cuda":  # what the probe tried is not the trial's
+            torch.cuda.reset_peak_memory_stats(self.world.device)
+        self.model = self.world.wrap(self.model)
+        if self.records:
+            weights = options.class_weights
+            values = None if weights is None else weights.tolist()
+            fields = ("frozen_layers", "dropout", "label_smoothing", "compile")
+            settings = repr([dtype, values, *(getattr(train, field) for field in fields)])
+            self.pretrained.recorded.begin(self.pretrained.model, settings, options)
+
+    def collate(self, items: IntArray, trunk: Trunk | None) -> Batch:
+        """A micro-batch of some training examples."""
+        has_layers = trunk is None or trunk.depth < self.pretrained.num_layers
+        compiles = self.compiles and has_layers
+        batch = self._collate(items, trunk, self.most if compiles or self.records else None)
+        if not compiles:
+            return batch
+        one_pass = replace(batch.one_pass, compiled=self.pretrained.compiled)
+        return replace(batch, one_pass=one_pass)
+
+    def add_gradients(self, batch: Batch, factor: torch.Tensor) -> torch.Tensor:
+        """Add the gradients of the summed loss times `factor`; that loss."""
+        if self.records:
+            return self.pretrained.recorded.run(self._add_gradients, batch, factor)
+        return self._add_gradients(batch, factor)
+
+    def memory_bytes(self, states: Sequence[torch.Tensor]) -> int:
+        """Most that this worker's device has held for the trial so far.
+
+        On a CPU, whose process keeps what it once had: weights, gradients, the optimiser's states
+        and what a full micro-batch of the longest examples keeps for its backward pass.
+        """
+        device = self.world.device
+        if device.type == "cuda":
+            if self.records:  # what a recorded pass writes to is not allocated anew
+                return torch.cuda.max_memory_reserved(device)
+            return torch.cuda.max_memory_allocated(device)
+        gradients = self.pretrained.trainable().values()
+        held = [*self.pretrained.model.parameters(), *gradients, *states]
+        return micro_batch.bytes_of(held) + self._probe.kept_bytes(self.most)
+
+    def _collate(self, items: IntArray, trunk: Trunk | None, fill_to: int | None) -> Batch:
+        return batches.collate(
+            self._setup.dataset.train,
+            items,
+            pad_token=self._setup.tokenizer.pad_token_id,
+            device=self.world.device,
+            trunk=trunk,
+            fill_to=fill_to,
+        )
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        return forward_loss(self.model, batch, self._setup.task, self._options, self._dtype)
+
+    def _add_gradients(self, batch: Batch, factor: torch.Tensor) -> torch.Tensor:
+        loss = self._loss(batch)
+        (loss * factor).backward()
+        return loss.detach()
+
+    def _probed(self, share: int) -> Probe:
+        """What was found of the micro-batch, once per kind of trial."""
+        on_gpu = self.world.device.type == "cuda"
+        if on_gpu and self._train.micro_batch != "auto":
+            return Probe(self._train.micro_batch)
+        # What an example keeps on a CPU does not depend on how many there are.
+        batch_size = self._train.batch_size if on_gpu else 1
+        longest = self._setup.dataset.train.longest
+        how = (str(self._dtype), self.compiles, self.records)
+        key = (self._train.frozen_layers, batch_size, longest, *how)
+        known = self._setup.micro_batches
+        if key not in known:
+            known[key] = self._find(share)
+        return known[key]
+
+    def _find(self, share: int) -> Probe:
+        """The same on all ranks: the least that one of them found."""
+        longest = np.argsort(-self._setup.dataset.train.lengths, kind="stable")
+        is_fixed = self.compiles or self.records
+
+        def loss_of(items: IntArray) -> torch.Tensor:
+            return self._loss(self._collate(items, None, len(items) if is_fixed else None))
+
+        def attempt(size: int) -> None:
+            loss_of(longest[:size]).backward()
+            self.model.zero_grad()
+
+        def kept(size: int) -> int:
+            like = np.repeat(longest[:1], size)
+            return micro_batch.kept_bytes(lambda: loss_of(like), self.model.parameters())
+
+        try:
+            if self.world.device.type == "cuda":
+                fits = micro_batch.largest_that_fits(attempt, share)
+                # A pass that is recorded keeps its memory while another warms up.
+                found = Probe(max(1, fits // 2) if self.records and fits < share else fits)
+            else:
+                found = micro_batch.probe_on_a_cpu(kept)
+        except micro_batch.NothingFitsError:
+            found = Probe(0)
+        fits = self.world.minimum(found.fits)
+        if fits == 0:
+            raise micro_batch.NothingFitsError("out of memory at micro-batch 1")
+        return replace(found, fits=fits)
