@@ -71,7 +71,8 @@ def probe(
 
 def _longest(examples: Examples) -> Examples:
     """Those that go through the model together last in an evaluation."""
-    *_, last = batches.evaluation_shares(examples.lengths, 0, 1)
+    most = batches.EVAL_TOKENS_PER_BATCH["cuda"]
+    *_, last = batches.evaluation_shares(examples.lengths, 0, 1, most)
     return examples.chosen(np.isin(np.arange(len(examples)), last))
 
 

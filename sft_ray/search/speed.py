@@ -20,6 +20,7 @@ from sft_ray.training.micro_batch import NothingFitsError
 from sft_ray.training.passes import trunk_output
 from sft_ray.training.preparation import Prepared
 from sft_ray.training.setup import Setup, load_setup
+from sft_ray.training.trunk_cache import CHUNK_TOKENS
 from sft_ray.training.world import World, resolve_precision
 
 EVAL_SHARE = 0.2  # of the time
@@ -124,7 +125,7 @@ def _trunk(setup: Setup, train: Train, depth: int) -> Callable[[], int]:
     """A function that computes the output of frozen layers for some examples; how many."""
     examples, device = setup.dataset.train, setup.world.device
     dtype, _ = resolve_precision(train.precision, device)
-    shares = itertools.cycle(batches.evaluation_shares(examples.lengths, 0, 1))
+    shares = itertools.cycle(batches.evaluation_shares(examples.lengths, 0, 1, CHUNK_TOKENS))
 
     def look() -> int:
         items = next(shares)

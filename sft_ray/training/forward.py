@@ -90,7 +90,8 @@ def evaluate(
     rows = len(examples.tokens) if task.per_token else len(examples)
     weight_dtype = next(model.parameters()).dtype
     outputs = torch.zeros((rows, model.config.num_labels), dtype=weight_dtype, device=world.device)
-    for indices in batches.evaluation_shares(examples.lengths, world.rank, world.size):
+    most = batches.EVAL_TOKENS_PER_BATCH[world.device.type]
+    for indices in batches.evaluation_shares(examples.lengths, world.rank, world.size, most):
         beat(EVALUATION)
         batch = batches.collate(
             examples,

@@ -37,6 +37,7 @@ from sft_ray.training.world import World
 
 FORMAT = 2  # change when the files change their meaning
 FREE_SHARE = 0.25  # of the free disk, if no budget is given
+CHUNK_TOKENS = 4096  # of a file, padding of its examples included
 WAIT_SECONDS = 0.05  # between looks at what others compute
 COMPLETE, RESERVED, USED, LOCK = "complete.json", "reserved.json", "used", "lock"
 BUILDING = "trunk cache"  # what a worker is at, for whoever watches it
@@ -166,7 +167,7 @@ class _Build:
         self.cache, self.split, self.depth, self.dtype = cache, split, depth, dtype
         self.examples: Examples = getattr(cache.dataset, split)
         self.folder = cache.folder(split, depth, dtype)
-        self.chunks = list(batches.evaluation_shares(self.examples.lengths, 0, 1))
+        self.chunks = list(batches.evaluation_shares(self.examples.lengths, 0, 1, CHUNK_TOKENS))
         model = cache.pretrained.model
         is_top = depth == cache.pretrained.num_layers
         self.most_tokens = 1 if is_top and reads_first_token(model) else None

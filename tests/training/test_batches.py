@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from sft_ray.training.batches import (
-    EVAL_TOKENS_PER_BATCH,
     collate,
     evaluation_shares,
     global_batches,
@@ -92,19 +91,17 @@ def test_shares_of_a_batch_carry_like_work() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("count", [1, 2, 3, 1003])
 def test_every_evaluation_example_is_computed_exactly_once(size: int, count: int) -> None:
-    shares = [list(evaluation_shares(LENGTHS[:count], rank, size)) for rank in range(size)]
+    shares = [list(evaluation_shares(LENGTHS[:count], rank, size, 2048)) for rank in range(size)]
     computed = [int(i) for mine in shares for batch in mine for i in batch]
     assert sorted(computed) == list(range(count))
 
 
 def test_evaluation_batches_hold_a_bounded_number_of_padded_tokens() -> None:
-    lengths = np.append(LENGTHS, [EVAL_TOKENS_PER_BATCH + 1, 3 * EVAL_TOKENS_PER_BATCH])
-    batches = list(evaluation_shares(lengths, 0, 1))
-    assert all(
-        len(batch) == 1 or len(batch) * lengths[batch].max() <= EVAL_TOKENS_PER_BATCH
-        for batch in batches
-    )
-    assert len(batches) <= 2 + 2 * LENGTHS.sum() / EVAL_TOKENS_PER_BATCH
+    most = 2048
+    lengths = np.append(LENGTHS, [most + 1, 3 * most])
+    batches = list(evaluation_shares(lengths, 0, 1, most))
+    assert all(len(batch) == 1 or len(batch) * lengths[batch].max() <= most for batch in batches)
+    assert len(batches) <= 2 + 2 * LENGTHS.sum() / most
 
 
 def test_collate_pads_to_the_longest_of_its_share_and_masks_the_rest() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sft_ray.config import Train
-from sft_ray.training import batches, trunk_cache
+from sft_ray.training import trunk_cache
 from sft_ray.training.beat import no_beat
 from sft_ray.training.compiled import CompiledLayers
 from sft_ray.training.examples import Dataset
@@ -231,7 +231,7 @@ def test_a_pause_that_is_asked_for_is_not_kept_waiting(
 def _build(folder: str, dataset: Dataset, cache: str, slow: bool, rank: int, out) -> None:
     os.environ["SFT_RAY_CACHE"] = cache
     torch.set_num_threads(1)
-    batches.EVAL_TOKENS_PER_BATCH = 64
+    trunk_cache.CHUNK_TOKENS = 64
     setup = setup_of(Path(folder), dataset)
     cached = replace(setup.trunk_cache, world=World(rank=rank, size=3))
     honest = trunk_cache._write
