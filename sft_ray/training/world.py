@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -54,9 +55,11 @@ class World:
         """
         if self.size == 1 or self.shared is not None:
             return model
-        return nn.parallel.DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
-        )
+        parallel = nn.parallel.DistributedDataParallel
+        arguments = inspect.signature(parallel.__init__).parameters
+        new, old = "forward_sync_buffers", "broadcast_buffers"  # until torch 2.12
+        buffers: dict[str, Any] = {new if new in arguments else old: False}
+        return parallel(model, **buffers, gradient_as_bucket_view=True, init_sync=False)
 
     @property
     def averaged_over(self) -> int:

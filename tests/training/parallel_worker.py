@@ -85,6 +85,7 @@ def run_group(module: str, size: int, arguments: list[Path], out: Path) -> None:
             worker.wait()
     logs = "\n".join((out / f"{rank}.log").read_text()[-2000:] for rank in range(size))
     assert codes == [0] * size, logs
+    assert "Warning" not in logs, logs
 
 
 def run_worker(rank: int, size: int, model: Path, data: Path, out: Path) -> None:
