@@ -297,11 +297,9 @@ class Pretrained:
             self.full_embedding = full.weight.detach().cpu().clone()
             model.set_input_embeddings(UsedRowsEmbedding(full, used).to(full.weight.device))
         self.pristine = {name: p.detach().clone() for name, p in model.named_parameters()}
-        for name, parameter in model.named_parameters():
-            parameter.data = self.pristine[
-                name
-            ]  # lets go of the checkpoint's file, if it is mapped
         self._draw_head(seed)
+        for name, parameter in model.named_parameters():
+            parameter.data = self.pristine[name]  # the file of the checkpoint is let go
         self._frozen: list[nn.Module] = []
         self._dropouts = list(_dropouts(model))
         if model.device.type == "cpu":
