@@ -20,7 +20,7 @@ from sft_ray.training.passes import Pass
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.unpadded import Layout
 
-# On CPUs twice as many take a fortieth off the time, and add a tenth to the most memory of a trial.
+# On CPUs twice as many take a fortieth off the time, and add up to a tenth to a trial's memory.
 EVAL_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 4096}
 
 
