@@ -153,8 +153,9 @@ def slot(data: Path) -> list[int]:
                 begun = len(list(Path(folder).glob("memory/trials/*")))
                 try:
                     worker = worker or _worker()
-                    if worker is not None:
-                        found[begun] = worker.memory_info().rss
+                    # A process that is ending holds nothing.
+                    if worker is not None and (resident := worker.memory_info().rss):
+                        found[begun] = resident
                 except psutil.Error:
                     worker = None
 
