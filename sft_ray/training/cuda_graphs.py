@@ -111,6 +111,8 @@ class RecordedPasses:
             torch._foreach_copy_(gradients, before)  # what is recorded runs, and adds to them
 
     def _forget(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # one may still be running
         self._graphs: dict[Hashable, _Recorded] = {}
         self._recorder = self._new_recorder()
 
