@@ -30,6 +30,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Last come those with a Ray of their own: a process is connected to one at a time."""
+    items.sort(key=lambda item: item.get_closest_marker("own_cluster") is not None)
+
+
 @pytest.fixture(scope="session")
 def toy_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """400 rows of a task that the tiny model can learn."""

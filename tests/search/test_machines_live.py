@@ -15,6 +15,7 @@ from tests.faults import break_bad_machines
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.own_cluster,
     pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -39,6 +40,7 @@ def test_a_search_outlives_its_machines(
     experiment = Experiment.from_tree({**tree, "name": "x", "storage": str(tmp_path / "runs")})
     run = tmp_path / "runs" / "x"
 
+    ray.shutdown()  # of the tests before
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     good = cluster.add_node(num_cpus=1)
     cluster.add_node(num_cpus=1)
