@@ -96,6 +96,9 @@ class SearchStudy:
         self._settled: dict[int, set[int]] = {}
         self.restarts: dict[int, int] = {}  # of slots that died under a trial, this session
         self._interrupted = [t.number for t in self.trials if t.state == TrialState.RUNNING]
+        # Trials that a lost head had begun behind the last copy of the journal: they get the same
+        # numbers again, mostly with the same configurations.
+        self.left_behind: frozenset[int] = frozenset()
         if not self.study.get_trials(deepcopy=False):
             for params, role in first_trials(experiment, self.space, recipe, list(warm)):
                 self.study.enqueue_trial(params, user_attrs={"role": role})
@@ -143,7 +146,7 @@ class SearchStudy:
             save_above=complete[keep - 1] if len(complete) >= keep else None,
             save_unfinished=not complete,
             end_diverged=trial.user_attrs.get("role") != YARDSTICK,
-            resumes=resumes,
+            resumes=resumes or trial.number in self.left_behind,
         )
 
     def _values(self, trial: optuna.Trial) -> dict[str, Any]:

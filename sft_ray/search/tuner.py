@@ -111,6 +111,7 @@ def run_search(
             study = _open_study(prepared, store, layout.slots, warm)
             store.push_journal()  # what runs first is settled from here on
             _forget_what_is_over(store, study)
+            study.left_behind = _with_a_state(store)
             for note in mend(store, study):
                 screen.say(note)
             delete_results(store)
@@ -198,6 +199,12 @@ def _forget_what_is_over(store: RunStore, study: SearchStudy) -> None:
         folder, _, kind = path.rpartition("/")
         if (kind == "last" and folder in ended) or (kind == BEST and folder in outdated):
             store.delete_folder(path)
+
+
+def _with_a_state(store: RunStore) -> frozenset[int]:
+    """Numbers of trials that can be taken up."""
+    paths = store.files_below("trials")
+    return frozenset(int(path.split("/")[1]) for path in paths if "/last/" in path)
 
 
 def _open_study(

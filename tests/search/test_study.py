@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,21 @@ def test_a_restarted_search_makes_the_same_suggestions(
     assert history(resumed) == history(straight)
     numbers = [t.number for t in resumed.trials]
     assert numbers == list(range(12))
+
+
+def test_a_trial_that_the_last_copy_of_the_journal_lacks_is_taken_up(tmp_path: Path) -> None:
+    exp = experiment(trials=3)
+    before, after = (tmp_path / name for name in ("before", "after"))
+    for folder in (before, after):
+        folder.mkdir()
+    study = open_study(before, exp)
+    run_one(study, study.next_trial())
+    shutil.copy(before / "study.journal", after)
+    begun = study.next_trial()  # its head is lost before the journal is copied again
+    again = open_study(after, exp)
+    again.left_behind = frozenset([begun.number])
+    assert again.next_trial() == dataclasses.replace(begun, resumes=True)
+    assert not again.next_trial().resumes
 
 
 def test_a_finished_search_goes_on_when_its_trials_grow(tmp_path: Path) -> None:
