@@ -211,6 +211,27 @@ def test_an_unreachable_cluster_is_refused_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_cluster_that_is_gone_is_told_by_the_file_that_names_it(
+    tiny_model: Path, toy_csv: Path, tmp_path: Path
+) -> None:
+    note = tmp_path / "ray" / "ray_current_cluster"
+    note.parent.mkdir()
+    note.write_text("127.0.0.1:1")
+    path = write_experiment(tmp_path, tiny_model, f"train: {toy_csv}")
+    done = subprocess.run(
+        [*SFT_RAY, "search", path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "RAY_TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 2, done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: no Ray at '127.0.0.1:1'")
+    assert line.endswith(f"{note} still names it; if it is gone, `ray stop` forgets it")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_no_command_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused([], capsys)[0].startswith("Usage: ")
 

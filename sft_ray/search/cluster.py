@@ -65,7 +65,12 @@ def connected(address: str | None, beside: Callable[[], object] = lambda: None) 
         beside()
         yield
         return
-    where, starts = address or os.environ.get("RAY_ADDRESS") or "this machine", _starts(address)
+    where, starts = address or os.environ.get("RAY_ADDRESS"), _starts(address)
+    way_out = "start one with `ray start --head`, or leave --address out to use this machine alone"
+    if where is None and not starts:
+        where = _address_file().read_text().strip()
+        way_out = f"{_address_file()} still names it; if it is gone, `ray stop` forgets it"
+    where = where or "this machine"
     try:
         _knock(where)
         # Ray prints every death of a worker, whatever log_to_driver says; ours name the trial.
@@ -85,10 +90,7 @@ def connected(address: str | None, beside: Callable[[], object] = lambda: None) 
             )
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ResourceError(
-            f"no Ray at {where!r}: {reason}; start one with `ray start --head`, or leave --address "
-            "out to use this machine alone"
-        ) from None
+        raise ResourceError(f"no Ray at {where!r}: {reason}; {way_out}") from None
     logs = ray._private.worker._global_node.get_session_dir_path()
     is_our_error = False
     try:
@@ -200,9 +202,14 @@ def _starts(address: str | None) -> bool:
 
 def runs_here() -> bool:
     """Whether a cluster was started on this machine, or this machine joined one."""
+    return _address_file().exists()
+
+
+def _address_file() -> Path:
+    """Where Ray notes the cluster of this machine."""
     from ray._common.utils import get_ray_address_file
 
-    return Path(get_ray_address_file(None)).exists()
+    return Path(get_ray_address_file(None))
 
 
 def slots_now(experiment: Experiment, layout: Layout, without: Iterable[str] = ()) -> int:
