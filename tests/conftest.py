@@ -1,6 +1,7 @@
 """Shared fixtures: private caches, one tiny experiment, one local Ray cluster."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,8 +87,9 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     from sft_ray.search.cluster import RAY_ENVIRONMENT
-    from tests.faults import install
+    from tests.faults import FAULT_FOLDER, install
 
+    shutil.rmtree(FAULT_FOLDER, ignore_errors=True)  # of tests that were killed
     os.environ.update(RAY_ENVIRONMENT)
     ray.init(
         num_cpus=4,
