@@ -251,7 +251,7 @@ def test_the_probe_trains_and_evaluates_where_it_is_sent(
         torch.set_num_threads(threads)
     assert 0 < findings.busy_share < 1
     assert (findings.trial_bytes, findings.context_bytes, findings.gpu_bytes) == (1, 2, 3)
-    assert len(steps) == sharing.WARMUP_STEPS + 2 * sharing.WINDOW_STEPS
+    assert len(steps) == sharing.WARMUP_STEPS + 3 * sharing.WINDOW_STEPS
     timed, profiled_too = steps[-2 * sharing.WINDOW_STEPS :], steps[-sharing.WINDOW_STEPS :]
     assert all((a == b).all() for a, b in zip(timed, profiled_too, strict=False))
 
