@@ -95,8 +95,9 @@ def test_attention_on_a_gpu_needs_no_padding(
 ) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     for width in (32, 64):
-        assert gpu_attention._works(device, dtype, width, drops, reach, False)
-        assert reach or gpu_attention._works(device, dtype, width, drops, None, True)
+        kind = gpu_attention._Kind(device, dtype, width, drops, reach, False)
+        assert gpu_attention._works(kind)
+        assert reach or gpu_attention._works(kind._replace(first_tokens=True))
 
 
 @needs_gpu

@@ -110,8 +110,7 @@ def run_search(
                 screen.say(note)
             study = _open_study(prepared, store, layout.slots, warm)
             store.push_journal()  # what runs first is settled from here on
-            _forget_what_is_over(store, study)
-            study.left_behind = _with_a_state(store)
+            study.left_behind = _forget_what_is_over(store, study)
             for note in mend(store, study):
                 screen.say(note)
             delete_results(store)
@@ -190,21 +189,22 @@ def extended(experiment: Experiment, by: int) -> Experiment:
     return experiment.model_copy(update={"search": search})
 
 
-def _forget_what_is_over(store: RunStore, study: SearchStudy) -> None:
-    """States of trials that have ended, models that are not kept: a kill may have left some."""
+def _forget_what_is_over(store: RunStore, study: SearchStudy) -> frozenset[int]:
+    """States of trials that have ended, models that are not kept: a kill may have left some.
+
+    Returns:
+        Numbers of the trials whose state stays.
+    """
     ended = {trial_folder(t.number) for t in study.trials if t.state.is_finished()}
     outdated = set(study.outdated())
-    left = {path.rsplit("/", 1)[0] for path in store.files_below("trials")}
+    left, numbers = {path.rsplit("/", 1)[0] for path in store.files_below("trials")}, set[int]()
     for path in sorted(left):
         folder, _, kind = path.rpartition("/")
         if (kind == "last" and folder in ended) or (kind == BEST and folder in outdated):
             store.delete_folder(path)
-
-
-def _with_a_state(store: RunStore) -> frozenset[int]:
-    """Numbers of trials that can be taken up."""
-    paths = store.files_below("trials")
-    return frozenset(int(path.split("/")[1]) for path in paths if "/last/" in path)
+        elif kind == "last":
+            numbers.add(int(folder.rpartition("/")[2]))
+    return frozenset(numbers)
 
 
 def _open_study(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ def is_ours(
     if layout.is_fixed or layout.filler:
         # Rows that no sequence has would come back as whatever lay in the memory before.
         return False
-    return _works(query.device, _dtype(query), query.shape[-1], dropout > 0, reach, first_tokens)
+    width, drops = query.shape[-1], dropout > 0
+    return _works(_Kind(query.device, _dtype(query), width, drops, reach, first_tokens))
 
 
 def attend_varlen(
@@ -84,42 +85,41 @@ def _is_for_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     return is_new and dtype in HALVES and width % WIDTH_STEP == 0 and width <= FLASH_MOST_WIDTH
 
 
+class _Kind(NamedTuple):
+    """Attention that a kernel answers one way or another; `width` is that of a head."""
+
+    device: torch.device
+    dtype: torch.dtype
+    width: int
+    drops: bool
+    reach: int | None
+    first_tokens: bool
+
+
 @lru_cache(maxsize=64)
-def _works(
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int,
-    drops: bool,
-    reach: int | None,
-    first_tokens: bool,
-) -> bool:
+def _works(kind: _Kind) -> bool:
     """Whether a small batch gets from the kernel what padded attention gives it."""
+    device, dtype, width = kind[:3]
     if dtype not in (*HALVES, torch.float32) or width % WIDTH_STEP:
         return False
     # With sequences of several lengths the other kernel looks anywhere, and drops other weights
     # backward than forward (pytorch issue 115590).
-    if (drops or reach is not None) and not _is_for_flash(device, dtype, width):
+    if (kind.drops or kind.reach is not None) and not _is_for_flash(device, dtype, width):
         return False
     # What a trial draws must not depend on whether this was asked before.
     devices = [device] if device.type == "cuda" else []
     no_autocast = torch.autocast(device.type, enabled=False)
     try:
         with torch.random.fork_rng(devices), torch.enable_grad(), no_autocast:
-            return _answers_alike(device, dtype, width, drops, reach, first_tokens)
+            return _answers_alike(kind)
     except Exception as error:  # a torch whose kernels are called otherwise, or that has none
         if is_out_of_memory(error):
             raise
         return False
 
 
-def _answers_alike(
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int,
-    drops: bool,
-    reach: int | None,
-    first_tokens: bool,
-) -> bool:
+def _answers_alike(kind: _Kind) -> bool:
+    device, dtype, width, drops, reach, first_tokens = kind
     torch.manual_seed(0)
     lengths = np.array([3, 17, 2 * (reach or 16) + 9])  # the last does not look at all of itself
     layout, heads, tokens = Layout.of(lengths, device), 8, int(lengths.sum())

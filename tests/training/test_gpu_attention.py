@@ -80,11 +80,12 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gpu_attention._works.cache_clear()
 
 
-def of_capability(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
-) -> Callable[[], None]:
+def of_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    return gpu_attention._works.cache_clear
+
+
+def works(*kind: Any) -> bool:
+    return gpu_attention._works(gpu_attention._Kind(*kind))
 
 
 @pytest.mark.parametrize(
@@ -148,9 +149,9 @@ def test_kernels_are_asked_for_what_they_know(
 ) -> None:
     of_capability(monkeypatch, capability)
     asked = (CPU, dtype, width, drops, reach)
-    assert gpu_attention._works(*asked, False) == expected
+    assert works(*asked, False) == expected
     if reach is None:
-        assert gpu_attention._works(*asked, True) == expected
+        assert works(*asked, True) == expected
 
 
 def missing(*args: Any, **kwargs: Any) -> Any:
@@ -193,7 +194,7 @@ def test_a_kernel_that_answers_otherwise_is_left_alone(
     reach = 5 if kernel is looking_too_near else None
     of_capability(monkeypatch, (9, 0))
     monkeypatch.setattr(gpu_attention, "_flash", kernel)
-    assert not gpu_attention._works(CPU, torch.bfloat16, 32, True, reach, False)
+    assert not works(CPU, torch.bfloat16, 32, True, reach, False)
 
 
 def test_trying_a_kernel_draws_none_of_a_trial_s_random_numbers(
@@ -202,7 +203,7 @@ def test_trying_a_kernel_draws_none_of_a_trial_s_random_numbers(
     of_capability(monkeypatch, (9, 0))
     before = torch.get_rng_state()
     with torch.no_grad(), torch.autocast("cpu"):  # as in an evaluation
-        assert gpu_attention._works(CPU, torch.bfloat16, 32, True, None, False)
+        assert works(CPU, torch.bfloat16, 32, True, None, False)
     assert torch.equal(before, torch.get_rng_state())
 
 
