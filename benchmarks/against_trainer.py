@@ -46,7 +46,8 @@ from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import Dataset, Examples
 from sft_ray.training.fitting import _Trial, fit
 from sft_ray.training.forward import evaluate
-from sft_ray.training.model import load_pretrained, resolve_model
+from sft_ray.training.model import load_pretrained
+from sft_ray.training.model_facts import resolve_model
 from sft_ray.training.progress import Progress
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.setup import Setup

@@ -186,7 +186,7 @@ def _for_trainer(one: dict[str, Any], workers: int) -> dict[str, Any]:
 def load_model(seed: int, frozen_layers: int) -> Any:
     import transformers
 
-    from sft_ray.training.model import quiet_transformers, resolve_model
+    from sft_ray.training.model_facts import quiet_transformers, resolve_model
 
     quiet_transformers()
     transformers.set_seed(seed)
@@ -208,7 +208,7 @@ def trainer_arguments(
     import transformers
 
     from sft_ray.training.data import limited
-    from sft_ray.training.model import resolve_model
+    from sft_ray.training.model_facts import resolve_model
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         resolve_model(MODEL), trust_remote_code=False

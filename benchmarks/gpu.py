@@ -85,7 +85,7 @@ def depths(layers: int) -> list[int]:
 
 def build_bert_base(folder: Path) -> None:
     """Random weights in the shape of BERT-base, and a tokenizer."""
-    from sft_ray.training.model import quiet_transformers, resolve_model
+    from sft_ray.training.model_facts import quiet_transformers, resolve_model
 
     quiet_transformers()
     tokenizer = transformers.AutoTokenizer.from_pretrained(

@@ -126,7 +126,7 @@ def _pattern_worker(config: dict[str, Any]) -> None:
     from ray.train.huggingface.transformers import RayTrainReportCallback, prepare_trainer
 
     from sft_ray.training.builtin import docstrings
-    from sft_ray.training.model import quiet_transformers, resolve_model
+    from sft_ray.training.model_facts import quiet_transformers, resolve_model
 
     class Steps(transformers.TrainerCallback):  # type: ignore[misc]
         def _note(self, what: str) -> None:

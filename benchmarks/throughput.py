@@ -31,7 +31,7 @@ import transformers
 from sft_ray.config import Experiment
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.training.fitting import _Trial
-from sft_ray.training.model import resolve_model
+from sft_ray.training.model_facts import resolve_model
 from sft_ray.training.setup import Setup, load_setup
 from sft_ray.training.world import World
 

@@ -4,6 +4,9 @@ For every k: seconds per training example and per validation example, without th
 (`requires_grad` off, the trunk in evaluation mode in both) and with it, in turns in one process;
 what building costs, in epochs without it; the scores of whole trials; then the sum over trials of
 k = 0..L with the same settings, building included, as a search with k uniform would have it.
+`loop` asks how many times as fast an epoch with the cache is as one of a loop of a few lines around
+the library's own model, `requires_grad` off, batches padded to their longest, in the same format
+of numbers: what the cache and all else do together.
 `rates` measures the constants of `training/trunk_cache.py`.
 """
 
@@ -15,6 +18,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,12 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from torch import nn
 
 from benchmarks.throughput import MODEL
 from sft_ray.config import Experiment, Train
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.training.batches import collate
-from sft_ray.training.fitting import fit
+from sft_ray.training.encoding import IntArray
+from sft_ray.training.fitting import _Trial, fit
 from sft_ray.training.passes import Pass, trunk_output
 from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup, load_setup
@@ -112,6 +119,63 @@ def measure(setup: Setup, k: int, batch_size: int) -> dict[str, Any]:
     }
 
 
+def loop_step(setup: Setup, k: int, dtype: torch.dtype) -> Callable[[IntArray], None]:
+    """A step of a loop as anyone writes it, on rows of our global batches."""
+    kept = setup.pretrained.model.config
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        kept._name_or_path, num_labels=kept.num_labels, trust_remote_code=False
+    )
+    model.train()
+    trunk = [model.base_model.embeddings, *model.base_model.encoder.layer[:k]] if k else []
+    for module in trunk:
+        module.requires_grad_(False).eval()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    examples, pad = setup.dataset.train, transformers.DataCollatorWithPadding(setup.tokenizer)
+
+    def step(indices: IntArray) -> None:
+        rows = [
+            {"input_ids": examples.tokens[examples[i]], "labels": int(examples.labels[i])}
+            for i in indices
+        ]
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(**pad(rows)).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def against_loop(setup: Setup, k: int, batch_size: int) -> dict[str, Any]:
+    """An epoch of the loop in turns with one of a trial whose cache is full."""
+    train = Train(learning_rate=1e-4, epochs=EPOCHS, batch_size=batch_size, frozen_layers=k)
+    trial = _Trial(train, setup, "accuracy", SEED, None)
+    steps: dict[str, Callable[[IntArray], Any]] = {
+        "loop": loop_step(setup, k, trial.dtype),
+        "ours": trial.take_step,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    batches = list(trial.batches_from(0))
+    for epoch in np.array_split(np.arange(len(batches)), EPOCHS):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            for i in epoch:
+                step(batches[i])
+            seconds[name].append(time.perf_counter() - began)
+    ratios = [a / b for a, b in zip(seconds["loop"], seconds["ours"], strict=True)]
+    return {
+        "k": k,
+        "batch_size": batch_size,
+        "dtype": str(trial.dtype),
+        "times_faster_than_loop": statistics.median(ratios[1:]),  # what is first is slow
+        "loop_epoch_seconds": statistics.median(seconds["loop"][1:]),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
 def rates(setup: Setup) -> None:
     """Forward FLOPs, bytes written and read per second, as `RATES` holds them, in both formats."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -144,9 +208,42 @@ def rates_now(setup: Setup) -> None:
     print(f"read {size / statistics.median(read):.1e} bytes, a second")
 
 
+def all_depths(setup: Setup, options: argparse.Namespace) -> None:
+    whole_trial(setup, 0, options.batch_size)  # what is first is slow
+    print("| k | epoch, times faster (wanted) | evaluation | building, epochs | accuracy |")
+    print("|---:|---:|---:|---:|---:|")
+    rows = []
+    for k in range(setup.pretrained.num_layers + 1):
+        row = measure(setup, k, options.batch_size)
+        rows.append(row)
+        print(
+            f"| {k} | {row['epoch_times_faster']:.2f} ({WANTED.get(k, '–')}) "
+            f"| {row['evaluation_times_faster']:.2f} | {row['building_in_plain_epochs']:.2f} "
+            f"| {row['plain_accuracy']:.3f} / {row['cached_accuracy']:.3f} |",
+            flush=True,
+        )
+        keep(row, options.out)
+    search = sum(r["plain_seconds"] for r in rows) / sum(r["filling_seconds"] for r in rows)
+    print(f"all depths once, building included: {search:.2f} ({WANTED_OF_SEARCH})")
+
+
+def beside_loop(setup: Setup, options: argparse.Namespace) -> None:
+    print("| k | epoch, times as fast as the loop's (wanted) |\n|---:|---:|")
+    for k in range(setup.pretrained.num_layers + 1):
+        row = against_loop(setup, k, options.batch_size)
+        print(f"| {k} | {row['times_faster_than_loop']:.2f} ({WANTED.get(k, '–')}) |", flush=True)
+        keep(row, options.out)
+
+
+def keep(row: dict[str, Any], out: Path | None) -> None:
+    if out:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="?", choices=["depths", "rates"], default="depths")
+    parser.add_argument("what", nargs="?", choices=["depths", "loop", "rates"], default="depths")
     parser.add_argument("--data", type=Path, required=True, help="folder of trec-*.parquet")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--rows", type=int, default=1000)
@@ -157,27 +254,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["SFT_RAY_CACHE"] = cache
         setup = load(options.data, options.rows)
-        if options.what == "rates":
+        if options.what == "depths":
+            all_depths(setup, options)
+        elif options.what == "loop":
+            beside_loop(setup, options)
+        else:
             rates(setup)
-            return
-        whole_trial(setup, 0, options.batch_size)  # what is first is slow
-        print("| k | epoch, times faster (wanted) | evaluation | building, epochs | accuracy |")
-        print("|---:|---:|---:|---:|---:|")
-        rows = []
-        for k in range(setup.pretrained.num_layers + 1):
-            row = measure(setup, k, options.batch_size)
-            rows.append(row)
-            print(
-                f"| {k} | {row['epoch_times_faster']:.2f} ({WANTED.get(k, '–')}) "
-                f"| {row['evaluation_times_faster']:.2f} | {row['building_in_plain_epochs']:.2f} "
-                f"| {row['plain_accuracy']:.3f} / {row['cached_accuracy']:.3f} |",
-                flush=True,
-            )
-            if options.out:
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-        search = sum(r["plain_seconds"] for r in rows) / sum(r["filling_seconds"] for r in rows)
-        print(f"all depths once, building included: {search:.2f} ({WANTED_OF_SEARCH})")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from sft_ray.config import Location, Section, Train, apply_values
+from sft_ray.config import Section, Train, apply_values
 from sft_ray.config_problems import explain
 from sft_ray.errors import ConfigError, did_you_mean
+from sft_ray.location import Location
 from sft_ray.yaml_text import read_tree
 
 SHARE = "data.train_share"  # of the training rows

@@ -100,6 +100,18 @@ def _load(
     raise ConfigError(*problems)
 
 
+def _preflight(address: str | None) -> Callable[[Experiment], object]:
+    """The check of an experiment that is to run on this cluster."""
+
+    def check(experiment: Experiment) -> object:
+        from sft_ray.search.cluster import capacity_here
+        from sft_ray.search.preflight import prepare_experiment
+
+        return prepare_experiment(experiment, capacity_here(address))
+
+    return check
+
+
 @app.command(
     epilog=examples(
         "sft-ray plan my.yaml --price 1.2",
@@ -118,13 +130,7 @@ def plan(
 ) -> None:
     """Say what a search would cost, from a short probe, and what would be refused."""
 
-    def check(rest: Experiment) -> object:
-        from sft_ray.search.cluster import capacity_here
-        from sft_ray.search.preflight import prepare_experiment
-
-        return prepare_experiment(rest, capacity_here(address))
-
-    parsed = _load(experiment, overrides, check)
+    parsed = _load(experiment, overrides, _preflight(address))
     from sft_ray.search.planning import run_plan
 
     source = shlex.join([experiment, *(overrides or [])])
@@ -159,13 +165,7 @@ def search(
 ) -> None:
     """Search, or go on with an interrupted search; ends with the best checkpoint."""
 
-    def check(rest: Experiment) -> object:
-        from sft_ray.search.cluster import capacity_here
-        from sft_ray.search.preflight import prepare_experiment
-
-        return prepare_experiment(rest, capacity_here(address))
-
-    parsed = _load(experiment, overrides, check)
+    parsed = _load(experiment, overrides, _preflight(address))
     from sft_ray.search.tuner import run_search
 
     source = shlex.join([experiment, *(overrides or [])])

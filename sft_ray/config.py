@@ -6,13 +6,10 @@ problems are reported together.  The resolved tree is written into the run folde
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -25,64 +22,12 @@ from pydantic import (
 from sft_ray import space as spaces
 from sft_ray.config_problems import delete_key, explain
 from sft_ray.errors import ConfigError, did_you_mean
+from sft_ray.location import Location
 from sft_ray.yaml_text import read_tree
 
 # Fields of a trial's outcome that a search can keep small beside its score.
 COSTS = ("train_seconds", "trained_parameters", "memory_bytes")
-ENV_REFERENCE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-SECRET_OPTION = re.compile(r"(key|secret|token|password)[^=&]*=", re.IGNORECASE)
-# `user@` or `key:secret@`; secrets hold slashes, and a hub id an @ behind its name.
-USER_INFO = re.compile(r"://([^/@]*|[^/@]+:[^@]*)@")
 
-
-def expand_environment(value: Any) -> Any:
-    """Replace `${NAME}` and `${NAME:-default}` in a text; other values pass through."""
-
-    def lookup(match: re.Match[str]) -> str:
-        name, default = match.group(1), match.group(2)
-        found = os.environ.get(name) or default
-        if found is None:
-            raise ValueError(
-                f"the environment variable {name} is not set; set it or write ${{{name}:-default}}"
-            )
-        return found
-
-    return ENV_REFERENCE.sub(lookup, value) if isinstance(value, str) else value
-
-
-def refuse_credentials(place: str) -> str:
-    """The place, which is written into files and said on screen.
-
-    Raises:
-        ValueError: it is a URI that holds a key or a password; the text does not show it.
-    """
-    address, _, options = place.partition("?")
-    if USER_INFO.search(address) or ("://" in address and SECRET_OPTION.search(options)):
-        raise ValueError(
-            "a URI must not hold credentials, because run folders keep it; set them in the "
-            "environment (AWS_ACCESS_KEY_ID, …) or give the machines a role"
-        )
-    return place
-
-
-def refuse_control_characters(place: str) -> str:
-    """The place.
-
-    Raises:
-        ValueError: no path, URI or hub id holds such a character, and some libraries die of it.
-    """
-    if any(ord(character) < 32 for character in place):
-        raise ValueError(f"a place is written without control characters, got {place!r}")
-    return place
-
-
-Location = Annotated[
-    str,
-    BeforeValidator(expand_environment),
-    Field(min_length=1),
-    AfterValidator(refuse_control_characters),
-    AfterValidator(refuse_credentials),
-]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 # One column, or [start, end] columns of a span; null leaves an optional field out.
 Column = Annotated[str, Field(min_length=1)] | list[str] | None

@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-from sft_ray.config import refuse_credentials
 from sft_ray.errors import ConfigError, ResourceError
+from sft_ray.location import refuse_credentials
 from sft_ray.retries import retried
 
 CHECKSUMS = "checksums.json"  # of a finished run, and of every folder that is written as a whole

@@ -12,8 +12,9 @@ from sft_ray.search.cluster import plan_layout
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.training import gpu_attention
 from sft_ray.training.examples import Dataset
+from sft_ray.training.families import FAMILIES
 from sft_ray.training.fitting import fit
-from sft_ray.training.model import FAMILIES, load_pretrained
+from sft_ray.training.model import load_pretrained
 from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup
 from sft_ray.training.world import World, resolve_precision

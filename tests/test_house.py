@@ -19,6 +19,7 @@ LAYERS = [
         "config_problems",
         "environment",
         "interrupt",
+        "location",
         "retries",
         "space",
         "tags",

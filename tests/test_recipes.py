@@ -19,7 +19,7 @@ from sft_ray.recipes import (
     recipe_of,
 )
 from sft_ray.space import Numeric, Prior
-from sft_ray.training.model import FAMILIES
+from sft_ray.training.families import FAMILIES
 
 
 def parsed(path: str, raw: dict[str, Any]) -> Numeric:

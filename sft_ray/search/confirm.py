@@ -104,13 +104,7 @@ def run_confirm(
     if seconds is not None and is_same_plan:
         seconds = 0.0
     runs = [
-        FixedRun(
-            one.arm,
-            train,
-            one.params,
-            seed,
-            keep_model=seed == seeds[0],
-        )
+        FixedRun(one.arm, train, one.params, seed, keep_model=seed == seeds[0])
         for seed in seeds  # all configurations on one seed before the next one
         for one, train in zip(chosen, trains, strict=True)
     ]
@@ -134,22 +128,17 @@ def run_confirm(
             "top": plan.top,
             "seeds": seeds,
             "configurations": confirmation(chosen, rows, sign),
-            "test": None,
         }
         winner = tree["configurations"][0]
         if winner["expected"] is None or winner["behind"]:
             raise TrialError(f"{store.location}: no configuration finished on all fresh seeds")
-        of_first_seed = {
-            row["arm"]: row
-            for row in rows
-            if row["seed"] == seeds[0] and row["state"] == TrialState.COMPLETE.name
-        }
-        first = {run.arm: run for run in runs if run.keep_model and run.arm in of_first_seed}
-        scored = [arm for arm in dict.fromkeys([winner["arm"], YARDSTICK]) if arm in first]
-        tree["test"] = _test_scores(prepared, store, {arm: first[arm] for arm in scored})
+        ended = {row["arm"]: row for row in rows if row["seed"] == seeds[0] and _is_complete(row)}
+        models = {run.arm: run for run in runs if run.keep_model and run.arm in ended}
+        scored = {arm: models[arm] for arm in (winner["arm"], YARDSTICK) if arm in models}
+        tree["test"] = _test_scores(prepared, store, scored)
         store.write_json(CONFIRMATION, tree)
-        row = of_first_seed[winner["arm"]]
-        result = _conclude(prepared, store, result, tree, row, first[winner["arm"]])
+        arm = winner["arm"]
+        result = _conclude(prepared, store, result, tree, ended[arm], models[arm])
     confirmed = Confirmed(result, tree)
     say_confirmation(screen, tree, result, prepared)
     return confirmed
@@ -158,6 +147,10 @@ def run_confirm(
 def fresh_seeds(seed: int, count: int) -> list[int]:
     """Seeds that no trial of the search has trained with."""
     return [derived_seed(seed, "confirm", i) for i in range(count)]
+
+
+def _is_complete(row: Row) -> bool:
+    return bool(row["state"] == TrialState.COMPLETE.name)
 
 
 def _default_recipe(experiment: Experiment, prepared: Prepared) -> Candidate:

@@ -16,7 +16,7 @@ from sft_ray.errors import ConfigError, DataError, did_you_mean
 from sft_ray.recipes import recipe_of
 from sft_ray.search.cluster import plan_layout
 from sft_ray.search.samplers import grid_points
-from sft_ray.training.model import ModelFacts, inspect_model
+from sft_ray.training.model_facts import ModelFacts, inspect_model
 from sft_ray.training.preparation import Prepared, collect, prepare_with_model
 
 # Fields of train that are valid or not together, beside the depths.

@@ -37,7 +37,7 @@ from sft_ray.run_store import (
     write_results,
 )
 from sft_ray.screen import Screen
-from sft_ray.search.cluster import capacity_here, connected
+from sft_ray.search.cluster import Layout, capacity_here, connected
 from sft_ray.search.conductor import Conductor
 from sft_ray.search.everywhere import check_storage_everywhere
 from sft_ray.search.mending import damage_found, mend
@@ -105,46 +105,14 @@ def run_search(
         if fresh and store.is_there():
             screen.say(f"the old folder is now {store.set_aside()}")
         with store.locked() as notes:
-            store.tidy()
-            for note in [*notes, *damage_found(store), *store.pull_journal()]:
+            for note in notes:
                 screen.say(note)
-            study = _open_study(prepared, store, layout.slots, warm)
-            store.push_journal()  # what runs first is settled from here on
-            study.left_behind = _forget_what_is_over(store, study)
-            for note in mend(store, study):
-                screen.say(note)
-            delete_results(store)
-            write_experiment(store, experiment)
-            environment = describe_environment(
-                {
-                    "slots": layout.slots,
-                    "workers_per_trial": layout.workers_per_trial,
-                    "gpus_per_worker": layout.gpus_per_worker,
-                    **prepared.facts(),
-                }
-            )
-            store.write_json(ENVIRONMENT, environment)
+            study = _taken_up(prepared, store, layout.slots, warm, screen)
+            environment = _write_what_runs(prepared, store, layout)
             say_truth(screen, prepared, layout, store.location, study)
             startup_seconds = None
             if not study.is_over():
-                from sft_ray.search.live_view import live_view
-                from sft_ray.search.slots import run_on_slots  # brings Ray
-
-                conductor = Conductor(
-                    study,
-                    store,
-                    screen,
-                    prepared.objective,
-                    layout.slots,
-                    lambda: store.push_journal(now=False),
-                    tracker,
-                )
-                try:
-                    with closing(tracker), live_view(screen, conductor.board):
-                        run_on_slots(conductor, prepared, layout)
-                finally:
-                    if not store.is_taken_over:
-                        store.push_journal()
+                conductor = _run(prepared, store, study, layout, screen, tracker)
                 startup_seconds = conductor.startup_seconds(started)
             result = _conclude(prepared, store, study, environment, startup_seconds, screen)
         say_outcome(screen, result, prepared, source)
@@ -187,6 +155,67 @@ def extended(experiment: Experiment, by: int) -> Experiment:
     before = (stored or experiment).search.trials
     search = experiment.search.model_copy(update={"trials": before + more})
     return experiment.model_copy(update={"search": search})
+
+
+def _taken_up(
+    prepared: Prepared, store: RunStore, slots: int, warm: list[dict[str, Any]], screen: Screen
+) -> SearchStudy:
+    """The study of a run folder, new or as it was left; says what it finds damaged."""
+    store.tidy()
+    for note in [*damage_found(store), *store.pull_journal()]:
+        screen.say(note)
+    study = _open_study(prepared, store, slots, warm)
+    store.push_journal()  # what runs first is settled from here on
+    study.left_behind = _forget_what_is_over(store, study)
+    for note in mend(store, study):
+        screen.say(note)
+    return study
+
+
+def _write_what_runs(prepared: Prepared, store: RunStore, layout: Layout) -> dict[str, Any]:
+    """The experiment and its environment, which is returned; results of before go."""
+    delete_results(store)
+    write_experiment(store, prepared.experiment)
+    environment = describe_environment(
+        {
+            "slots": layout.slots,
+            "workers_per_trial": layout.workers_per_trial,
+            "gpus_per_worker": layout.gpus_per_worker,
+            **prepared.facts(),
+        }
+    )
+    store.write_json(ENVIRONMENT, environment)
+    return environment
+
+
+def _run(
+    prepared: Prepared,
+    store: RunStore,
+    study: SearchStudy,
+    layout: Layout,
+    screen: Screen,
+    tracker: Tracker,
+) -> Conductor:
+    """Run trials until the study is over."""
+    from sft_ray.search.live_view import live_view
+    from sft_ray.search.slots import run_on_slots  # brings Ray
+
+    conductor = Conductor(
+        study,
+        store,
+        screen,
+        prepared.objective,
+        layout.slots,
+        lambda: store.push_journal(now=False),
+        tracker,
+    )
+    try:
+        with closing(tracker), live_view(screen, conductor.board):
+            run_on_slots(conductor, prepared, layout)
+    finally:
+        if not store.is_taken_over:
+            store.push_journal()
+    return conductor
 
 
 def _forget_what_is_over(store: RunStore, study: SearchStudy) -> frozenset[int]:

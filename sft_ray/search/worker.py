@@ -28,7 +28,7 @@ from sft_ray.training.data import prepare, prepare_here
 from sft_ray.training.fitting import fit
 from sft_ray.training.last_state import LastState
 from sft_ray.training.micro_batch import StepOutOfMemoryError
-from sft_ray.training.model import resolve_model
+from sft_ray.training.model_facts import resolve_model
 from sft_ray.training.progress import Best, Progress
 from sft_ray.training.setup import Setup, load_setup
 from sft_ray.training.tasks import find_task

@@ -24,7 +24,7 @@ from sft_ray.training.checkpoint import MODEL_FACTS
 from sft_ray.training.data import encode_split
 from sft_ray.training.examples import Examples
 from sft_ray.training.metrics import Floats
-from sft_ray.training.model import resolve_model
+from sft_ray.training.model_facts import resolve_model
 
 TOLERANCE = 1e-4  # of a raw output, ONNX Runtime against PyTorch, both in float32
 ROWS_COMPARED = 100

@@ -21,7 +21,8 @@ from sft_ray.training.encoding import Encoder
 from sft_ray.training.examples import Examples, LabelSet
 from sft_ray.training.forward import evaluate
 from sft_ray.training.metrics import Floats
-from sft_ray.training.model import let_pass, quiet_transformers, resolve_model
+from sft_ray.training.model import let_pass
+from sft_ray.training.model_facts import quiet_transformers, resolve_model
 from sft_ray.training.tasks import Task, find_task
 from sft_ray.training.world import World
 

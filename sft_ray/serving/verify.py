@@ -29,7 +29,7 @@ from sft_ray.screen import count
 from sft_ray.serving.evaluate import score_split
 from sft_ray.serving.predict import load_predictor, read_facts
 from sft_ray.training.data import prepare
-from sft_ray.training.model import resolve_model
+from sft_ray.training.model_facts import resolve_model
 from sft_ray.training.tasks import find_task
 
 TOLERANCE = 1e-4  # of a score, between two devices or versions

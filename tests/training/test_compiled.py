@@ -17,8 +17,9 @@ from sft_ray.training import compiled
 from sft_ray.training.batches import Batch, Trunk, collate
 from sft_ray.training.compiled import CompiledLayers, is_compiled
 from sft_ray.training.examples import Dataset
+from sft_ray.training.families import FAMILIES
 from sft_ray.training.forward import model_outputs
-from sft_ray.training.model import FAMILIES, Pretrained
+from sft_ray.training.model import Pretrained
 from sft_ray.training.passes import trunk_output
 from sft_ray.training.progress import Progress
 from sft_ray.training.tasks import TASKS

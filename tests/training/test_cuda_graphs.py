@@ -21,10 +21,11 @@ from sft_ray.training import backward, cuda_graphs
 from sft_ray.training.batches import collate
 from sft_ray.training.cuda_graphs import RecordedPasses, is_recorded
 from sft_ray.training.examples import Dataset
+from sft_ray.training.families import FAMILIES
 from sft_ray.training.forward import forward_loss
 from sft_ray.training.losses import LossOptions
 from sft_ray.training.micro_batch import StepOutOfMemoryError
-from sft_ray.training.model import FAMILIES, Pretrained, load_pretrained
+from sft_ray.training.model import Pretrained, load_pretrained
 from sft_ray.training.progress import Progress
 from sft_ray.training.tasks import TASKS
 from sft_ray.training.world import World

@@ -13,8 +13,10 @@ from sft_ray.config import Data, Regularization
 from sft_ray.errors import ConfigError
 from sft_ray.training.data import open_dataset, prepare
 from sft_ray.training.examples import Dataset, LabelSet
+from sft_ray.training.families import FAMILIES
 from sft_ray.training.forward import evaluate
-from sft_ray.training.model import FAMILIES, Pretrained, inspect_model, load_pretrained
+from sft_ray.training.model import Pretrained, load_pretrained
+from sft_ray.training.model_facts import inspect_model
 from sft_ray.training.world import World
 from tests.models import (
     CPU,

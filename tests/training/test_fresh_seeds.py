@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sft_ray.training.examples import Dataset
-from sft_ray.training.model import FAMILIES, load_pretrained
+from sft_ray.training.families import FAMILIES
+from sft_ray.training.model import load_pretrained
 from sft_ray.training.tasks import TASKS
 from tests.models import CPU, TASK, task_dataset, tiny_model_folder
 

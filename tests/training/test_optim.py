@@ -15,9 +15,10 @@ from sft_ray.config import Regularization, Train
 from sft_ray.errors import ConfigError
 from sft_ray.training.batches import collate, global_batches
 from sft_ray.training.examples import Dataset
+from sft_ray.training.families import FAMILIES
 from sft_ray.training.forward import evaluate, forward_loss
 from sft_ray.training.losses import LossOptions
-from sft_ray.training.model import FAMILIES, Pretrained
+from sft_ray.training.model import Pretrained
 from sft_ray.training.optim import build_optimizer, build_schedule
 from sft_ray.training.regularize import bind_penalty, is_penalized
 from sft_ray.training.world import World

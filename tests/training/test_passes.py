@@ -12,8 +12,9 @@ from torch import nn
 
 from sft_ray.training.batches import Batch, collate
 from sft_ray.training.examples import Dataset
+from sft_ray.training.families import FAMILIES
 from sft_ray.training.forward import model_outputs
-from sft_ray.training.model import FAMILIES, Pretrained
+from sft_ray.training.model import Pretrained
 from sft_ray.training.padded_attention import PaddedAttention
 from sft_ray.training.passes import Pass, passing, trunk_output
 from sft_ray.training.unpadded import CPU_TOKEN_STEPS, Layout

@@ -18,9 +18,9 @@ from sft_ray.training import trunk_cache
 from sft_ray.training.beat import no_beat
 from sft_ray.training.compiled import CompiledLayers
 from sft_ray.training.examples import Dataset
+from sft_ray.training.families import FAMILIES
 from sft_ray.training.fitting import fit
 from sft_ray.training.forward import evaluate
-from sft_ray.training.model import FAMILIES
 from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup
 from sft_ray.training.trunk_cache import Costs, Rates, TrunkCache, make_room, trunks_root

@@ -1,0 +1,79 @@
+"""Where each model family keeps its embeddings and its layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family keeps its parts; names are paths below `model.base_model`.
+
+    Attributes:
+        embeddings: the embeddings and any projection between them and the first layer.
+        layers: the list of layers.
+        shared: modules that feed every layer.
+        positions_after_padding: positions are counted from the padding token's id upwards, which
+            leaves that much less room for text.
+        pads_in: the part of a layer that attends, where that is the family's own code (see
+            `padded_attention`); None asks the library's registry of attention functions.
+        gives_tuples: its layers answer with more than the hidden states.
+        narrows: whether its last layer may be asked for first tokens alone: queries, keys and
+            values are products of their own.
+    """
+
+    embeddings: tuple[str, ...] = ("embeddings",)
+    layers: str = "encoder.layer"
+    shared: tuple[str, ...] = ()
+    positions_after_padding: bool = False
+    pads_in: str | None = None
+    gives_tuples: bool = False
+    narrows: bool = True
+
+
+CONVOLUTION = "encoder.conv"  # of large DeBERTa v2, behind the first layer
+ROBERTA = Family(positions_after_padding=True)
+DEBERTA = Family(
+    shared=("encoder.rel_embeddings", "encoder.LayerNorm", CONVOLUTION),
+    pads_in="attention.self",
+    gives_tuples=True,
+)
+FAMILIES = {
+    "bert": Family(),
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
+    "ernie": Family(),
+    "electra": Family(embeddings=("embeddings", "embeddings_project")),
+    "distilbert": Family(layers="transformer.layer"),
+    "deberta": DEBERTA,
+    "deberta-v2": DEBERTA,
+    "mpnet": Family(
+        shared=("encoder.relative_attention_bias",),
+        positions_after_padding=True,
+        pads_in="attention.attn",
+        gives_tuples=True,
+    ),
+    "modernbert": Family(layers="layers", narrows=False),
+}
+
+
+def module_at(base: nn.Module, path: str) -> Any:
+    return reduce(getattr, path.split("."), base)
+
+
+def has_module(base: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(module_at(base, path), nn.Module)
+    except AttributeError:
+        return False
+
+
+def reads_first_token(model: Any) -> bool:
+    """Whether a model's head reads the first token of a text and no other."""
+    pooling = getattr(model.config, "classifier_pooling", "cls")
+    return type(model).__name__.endswith("ForSequenceClassification") and pooling == "cls"

