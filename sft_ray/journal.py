@@ -144,7 +144,7 @@ def whole_records(content: bytes) -> int:
     end = content.rfind(b"\n") + 1
     while end:
         start = content.rfind(b"\n", 0, end - 1) + 1
-        if _is_record(content[start:end]):
+        if is_record(content[start:end]):
             break
         end = start
     return end
@@ -154,13 +154,14 @@ def _first_bad(content: bytes) -> int | None:
     """Where the first line begins that is no complete record; None if all are."""
     start = 0
     for line in content.splitlines(keepends=True):
-        if not (line.endswith(b"\n") and _is_record(line)):
+        if not (line.endswith(b"\n") and is_record(line)):
             return start
         start += len(line)
     return None
 
 
-def _is_record(line: bytes) -> bool:
+def is_record(line: bytes) -> bool:
+    """Whether a line holds a JSON object."""
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):

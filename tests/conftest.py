@@ -92,6 +92,7 @@ def ray_cluster() -> Iterator[None]:
     shutil.rmtree(FAULT_FOLDER, ignore_errors=True)  # of tests that were killed
     os.environ.update(RAY_ENVIRONMENT)
     ray.init(
+        address="local",  # whatever else runs on this machine
         num_cpus=4,
         log_to_driver=False,
         logging_level="ERROR",

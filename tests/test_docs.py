@@ -112,7 +112,6 @@ def test_every_documented_search_resolves(tree, tmp_path, tiny_model) -> None:
         optuna.storages.InMemoryStorage(),
         recipe=default_recipe(prepared.model.num_parameters),
         direction=prepared.direction,
-        costs=prepared.experiment.search.costs,
     )
     first, second = study.next_trial(), study.next_trial()
     assert first is not None

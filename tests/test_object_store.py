@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -18,6 +19,7 @@ from sft_ray import retries, run_lock
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, ResourceError
 from sft_ray.run_store import JOURNAL, RunStore, open_run, write_experiment
+from sft_ray.search import worker
 from sft_ray.search.study import open_storage
 from sft_ray.uploads import Uploads
 from tests.s3 import BUCKET, CREDENTIALS, Proxy, names_below, options, s3_server
@@ -292,6 +294,23 @@ def test_uploads_do_not_hold_up_who_writes(proxy: Proxy) -> None:
             (folder / "state").write_text("some")
     assert store.is_intact("last")
     assert threading.active_count() < 50
+
+
+def test_a_mark_that_may_be_the_last_one_knows_of_its_model(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RunStore(f"s3://{BUCKET}/unfinished{options(proxy.port)}", "x")
+    monkeypatch.setattr(worker, "save_model", lambda folder, *_: (folder / "w").write_text("some"))
+    monkeypatch.setattr(worker, "save_predictions", lambda path, *_: path.write_text("some"))
+    loaded = SimpleNamespace(setup=None, experiment=SimpleNamespace(data=None))
+    best = SimpleNamespace(percent=33, score=0.5, weights={}, outputs=None)
+    assignment = {"folder": "trials/0", "train": {"precision": "auto"}, "save_unfinished": True}
+    with Uploads(store) as uploads:
+        keeper = worker.Keeper(assignment, loaded, 1, uploads)
+        proxy.delay = 0.2
+        keeper.consider(SimpleNamespace(best=best, finished=False))
+        assert keeper.saved_percent == 33
+        assert store.is_intact("trials/0/best")
 
 
 def test_a_failed_upload_is_raised_where_it_is_waited_for(

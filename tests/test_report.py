@@ -201,7 +201,6 @@ def test_the_pareto_set_is_read_or_found(tmp_path: Path) -> None:
         open_storage(store.journal),
         recipe=RECIPE,
         direction="maximize",
-        costs=exp.search.costs,
     )
     run_ends(study, [(0.9, 30.0, 1), (0.8, 40.0, 1), (0.7, 10.0, 1)])
     store.write_text("experiment.yaml", exp.model_dump_json())

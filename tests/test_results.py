@@ -16,8 +16,8 @@ from sft_ray.analysis.outcome import Outcome
 from sft_ray.analysis.results import (
     SearchResult,
     best_row,
+    ranking,
     row_of,
-    winner,
     write_frame,
 )
 from sft_ray.analysis.tables import trial_table
@@ -55,7 +55,7 @@ def search_run(storage: Path, direction: str = "maximize") -> tuple[RunStore, Se
     rows = [row_of(trial, exp.seed) for trial in study.trials]
     for row in rows:
         store.write_json(f"{trial_folder(row['number'])}/trial.json", row)
-    best = winner(study.trials, study.sign)
+    best = ranking(study.trials, study.sign)[0]
     assert best is not None
     tree = {
         "name": "x",
@@ -376,7 +376,7 @@ def test_a_study_of_a_costly_search_is_read_too(tmp_path: Path) -> None:
     store.pull_journal()
     exp = experiment(objective=["accuracy", "train_seconds"], trials=2)
     storage = open_storage(store.journal)
-    study = SearchStudy(exp, storage, recipe=RECIPE, direction="maximize", costs=exp.search.costs)
+    study = SearchStudy(exp, storage, recipe=RECIPE, direction="maximize")
     for _ in range(2):
         planned = study.next_trial()
         assert planned is not None

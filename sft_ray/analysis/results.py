@@ -356,11 +356,6 @@ def ranking(trials: Sequence[FrozenTrial], sign: int) -> list[FrozenTrial]:
     return sorted(candidates, key=rank, reverse=True)
 
 
-def winner(trials: Sequence[FrozenTrial], sign: int) -> FrozenTrial | None:
-    """The best COMPLETE trial; with none, the one furthest along whose weights were kept."""
-    return next(iter(ranking(trials, sign)), None)
-
-
 def gain_over_default(trials: Sequence[FrozenTrial], best: FrozenTrial, sign: int) -> float | None:
     """How much better the winner is than the default recipe; None if that did not finish."""
     for trial in trials:

@@ -32,12 +32,17 @@ KNOCK_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Layout:
-    """How the cluster is shared out: slots, and what each worker of a slot holds."""
+    """How the cluster is shared out: slots, and what each worker of a slot holds.
+
+    Attributes:
+        most_slots: that are of use, were there more room.
+    """
 
     slots: int
     workers_per_trial: int
     cpus_per_worker: float
     gpus_per_worker: float
+    most_slots: int
 
     @property
     def resources_per_worker(self) -> dict[str, float]:
@@ -212,7 +217,7 @@ def _address_file() -> Path:
     return Path(get_ray_address_file(None))
 
 
-def slots_now(experiment: Experiment, layout: Layout, without: Iterable[str] = ()) -> int:
+def slots_now(layout: Layout, without: Iterable[str] = ()) -> int:
     """How many slots of a layout there is room for at present, or can be.
 
     Args:
@@ -229,9 +234,22 @@ def slots_now(experiment: Experiment, layout: Layout, without: Iterable[str] = (
     nodes = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in left_out]
     present = sum(workers(node["Resources"]) for node in nodes)
     startable = workers(state.get_max_resources_from_cluster_config() or {})
-    fits = max(present, startable) // layout.workers_per_trial
-    wanted = experiment.resources.slots
-    return min(fits, experiment.search.trials, fits if wanted == "auto" else wanted)
+    return min(max(present, startable) // layout.workers_per_trial, layout.most_slots)
+
+
+def check_room(layout: Layout) -> None:
+    """What all machines have together may be more than any of them has.
+
+    Raises:
+        ResourceError: no machine of the connected cluster can hold a worker.
+    """
+    if slots_now(layout) == 0:
+        needs = " and ".join(f"{n:g} {kind}s" for kind, n in layout.resources_per_worker.items())
+        raise ResourceError(
+            f"resources: a trial's {layout.workers_per_trial} workers need {needs} each, on one "
+            "machine, and the cluster's machines have no room for them; lower cpus_per_worker or "
+            "workers_per_trial"
+        )
 
 
 def draining() -> dict[str, int]:
@@ -278,7 +296,8 @@ def plan_layout(
         gpus: float = 1 / share if has.get("GPU", 0) >= 1 else 0
     else:
         gpus = wanted.gpus_per_worker
-    worker = Layout(0, workers, wanted.cpus_per_worker, gpus).resources_per_worker
+    most = most_slots(experiment)
+    worker = Layout(0, workers, wanted.cpus_per_worker, gpus, most).resources_per_worker
     # The small term forgives fractions of a GPU that do not add up to 1 in floating point.
     fits = min(int(has.get(kind, 0) / (amount * workers) + 1e-9) for kind, amount in worker.items())
     slots = max(fits, 1) if wanted.slots == "auto" else wanted.slots
@@ -289,4 +308,10 @@ def plan_layout(
             f"resources: {slots} x {workers} workers need {needs}, the cluster has {there}; "
             "lower workers_per_trial, cpus_per_worker or slots"
         )
-    return Layout(min(slots, experiment.search.trials), workers, wanted.cpus_per_worker, gpus)
+    return Layout(min(slots, most), workers, wanted.cpus_per_worker, gpus, most)
+
+
+def most_slots(experiment: Experiment) -> int:
+    """How many trials could run at once if there were room."""
+    slots, trials = experiment.resources.slots, experiment.search.trials
+    return trials if slots == "auto" else min(slots, trials)

@@ -17,6 +17,7 @@ from sft_ray.search.tracking import Tracker
 from sft_ray.search.trials import PlannedTrial, Trials
 
 MAX_FAILURES_IN_A_ROW = 3
+MAX_RESTARTS = 2  # of a trial on another slot, after its own was lost
 
 
 class Conductor:
@@ -56,6 +57,7 @@ class Conductor:
         self.planned: dict[str, PlannedTrial] = {}  # by Tune's trial id
         self._last: dict[int, dict[str, Any]] = {}  # last message by our number
         self._lines: dict[int, list[str]] = {}  # of metrics.jsonl
+        self._restarts: dict[int, int] = {}  # of slots that died under a trial, by our number
         self._failures_in_a_row = 0
         self._with_models: set[str] | None = None  # folders of trials that may hold a model
 
@@ -148,9 +150,9 @@ class Conductor:
         self._failures_in_a_row += 1
         if self.is_pausing:
             self._put_back(planned, f"lost its slot ({cause})")
-        elif self.trials.restart(planned.number):
-            self.board.lose(planned.number)
-            self.screen.event(f"{planned.label:<9} lost its slot ({cause}), goes on elsewhere")
+        elif self._restarts.get(planned.number, 0) < MAX_RESTARTS:
+            self._restarts[planned.number] = self._restarts.get(planned.number, 0) + 1
+            self._put_back(planned, f"lost its slot ({cause}), goes on elsewhere")
         else:
             last = self._last.get(planned.number, {})
             self._end(planned, TrialState.FAIL, last, reason=f"slot lost: {cause}")
@@ -196,7 +198,7 @@ class Conductor:
             message,
             reason=reason,
             fault=fault,
-            restarts=self.trials.restarts.get(planned.number, 0),
+            restarts=self._restarts.get(planned.number, 0),
             seconds=message.get("slot_seconds", 0.0),
         )
         is_best = (

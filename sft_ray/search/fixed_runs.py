@@ -23,7 +23,7 @@ from sft_ray.search.conductor import Conductor
 from sft_ray.search.everywhere import check_storage_everywhere
 from sft_ray.search.sharing import shared_layout
 from sft_ray.search.tracking import Tracker
-from sft_ray.search.trials import MAX_RESTARTS, PlannedTrial
+from sft_ray.search.trials import PlannedTrial
 from sft_ray.training.preparation import Prepared
 
 Row = dict[str, Any]
@@ -85,7 +85,6 @@ class FixedRuns:
         leave_out: Callable[[FixedRun, Sequence[Row]], bool] = never,
     ) -> None:
         self.runs, self.folder, self._leave_out = list(runs), folder, leave_out
-        self.restarts: dict[int, int] = {}
         self.rows: dict[int, Row] = {}
         for number, run in enumerate(self.runs):
             row = self._row_before(run, store)
@@ -170,13 +169,6 @@ class FixedRuns:
             "arm": run.arm,
             "training_share": run.training_share,
         }
-
-    def restart(self, number: int) -> bool:
-        if self.restarts.get(number, 0) >= MAX_RESTARTS:
-            return False
-        self.restarts[number] = self.restarts.get(number, 0) + 1
-        self.put_back(number)
-        return True
 
     def put_back(self, number: int) -> None:
         del self._curves[number]

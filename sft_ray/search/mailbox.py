@@ -83,7 +83,7 @@ class Mailbox:
             self._restarts += 1
             if self._restarts > MAX_RESTARTS_PER_TRIAL:
                 reason = f"its workers died {self._restarts} times"
-                await self.post_failure(self._generation, reason, "")
+                await self._end(self._generation, _failed(reason))
         self._begun = False
         self._ready.discard(rank)
 
@@ -106,25 +106,21 @@ class Mailbox:
         }
 
     async def post(self, generation: int, index: int, message: dict[str, Any]) -> None:
-        """Report mark `index`, once."""
-        if generation == self._generation and index == len(self._messages):
+        """Report mark `index`, once; or a fault or a pause, at whatever mark that is."""
+        self._starts_in_a_row = 0
+        if "paused" in message or message.get("fault"):
+            await self._end(generation, message)
+        elif generation == self._generation and index == len(self._messages):
             self._messages.append(message)
-            self._starts_in_a_row = 0
             await self._notify()
 
     async def post_failure(self, generation: int, reason: str, traceback: str) -> None:
-        """The trial raised; it is not handed out again."""
-        if generation == self._generation and self._assignment is not None:
-            self._assignment = None
-            self._messages.append({"failed": reason, "traceback": traceback})
-            await self._notify()
+        """The trial raised."""
+        await self._end(generation, _failed(reason, traceback))
 
     async def post_disk_problem(self, generation: int, problem: str) -> None:
         """What the trial would write cannot be written: others would fare no better."""
-        if generation == self._generation and self._assignment is not None:
-            self._assignment = None
-            self._messages.append({"paused": True, "disk": problem})
-            await self._notify()
+        await self._end(generation, {"paused": True, "disk": problem})
 
     async def out_of_memory(self, generation: int, micro_batch: int) -> None:
         """A step did not fit: hand the trial out again with half, or call it at fault."""
@@ -133,16 +129,16 @@ class Mailbox:
         self._most_per_pass = max(1, micro_batch // 2)
         if micro_batch == 1 or self._restarts >= MAX_RESTARTS_PER_TRIAL:
             reason = f"out of memory at micro-batch {micro_batch}"
-            self._assignment = None
-            self._messages.append({"failed": reason, "traceback": "", "fault": True})
-            await self._notify()
+            await self._end(generation, {**_failed(reason), "fault": True})
 
     async def may_continue(self, generation: int, index: int) -> bool | None:
         """Whether to go on to mark `index`; None when nothing was decided within a poll."""
-        await self._wait(
-            lambda: self._closed or generation != self._generation or self._permitted > index
-        )
-        if self._closed or generation != self._generation:
+
+        def has_ended() -> bool:
+            return self._closed or generation != self._generation or self._assignment is None
+
+        await self._wait(lambda: has_ended() or self._permitted > index)
+        if has_ended():
             return False
         return True if self._permitted > index else None
 
@@ -150,6 +146,16 @@ class Mailbox:
         """A worker cannot even start: the slot is of no use, and everybody goes home."""
         self._broken, self._closed = reason, True
         await self._notify()
+
+    async def _end(self, generation: int, message: dict[str, Any]) -> None:
+        """Take in what ends the trial, once; it is not handed out again.
+
+        After a restart it may have come less far than the marks that were posted before.
+        """
+        if generation == self._generation and self._assignment is not None:
+            self._assignment = None
+            self._messages.append(message)
+            await self._notify()
 
     # -- both --------------------------------------------------------------------------------
 
@@ -166,3 +172,7 @@ class Mailbox:
                 await asyncio.wait_for(self._changed.wait_for(condition), POLL_SECONDS)
             except TimeoutError:
                 return
+
+
+def _failed(reason: str, traceback: str = "") -> dict[str, Any]:
+    return {"failed": reason, "traceback": traceback}

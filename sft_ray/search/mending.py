@@ -7,6 +7,7 @@ import shlex
 from typing import Any
 
 from sft_ray.errors import ConfigError
+from sft_ray.journal import is_record
 from sft_ray.run_store import (
     CONFIRMATION,
     EXPERIMENT,
@@ -72,9 +73,5 @@ def _lines(store: RunStore, path: str) -> tuple[list[bytes], list[bytes]]:
     """The lines of a JSONL file that can be read, and those that cannot."""
     readable, damaged = list[bytes](), list[bytes]()
     for line in (store.read_bytes(path) or b"").splitlines(keepends=True):
-        try:
-            is_whole = line.endswith(b"\n") and isinstance(json.loads(line), dict)
-        except (ValueError, RecursionError):
-            is_whole = False
-        (readable if is_whole else damaged).append(line)
+        (readable if line.endswith(b"\n") and is_record(line) else damaged).append(line)
     return readable, damaged

@@ -20,6 +20,7 @@ from sft_ray.search.cluster import (
     Layout,
     capacity,
     capacity_here,
+    check_room,
     connected,
     free_gpus,
     plan_layout,
@@ -99,10 +100,12 @@ def run_plan(
 
 def _layout(experiment: Experiment, has: Mapping[str, float] | None, address: str | None) -> Layout:
     """Slots on what this machine has, or on a cluster."""
-    if has is None:
-        with connected(address):
-            has = capacity()
-    return plan_layout(experiment, has)
+    if has is not None:
+        return plan_layout(experiment, has)
+    with connected(address):
+        layout = plan_layout(experiment, capacity())
+        check_room(layout)
+        return layout
 
 
 def _shared(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,20 +58,17 @@ def run_replay(
     found = read_experiment(store)
     assert found is not None  # `open_run` has seen it
     screen = Screen(quiet)
-    with tempfile.TemporaryDirectory(prefix="sft_ray-") as folder:
-        prepared = prepare_experiment(_elsewhere(found, folder, row))
-        check_data(prepared, result.tree["environment"], location)
-        run = FixedRun(
-            f"trial {number}",
-            train,
-            row["params"],
-            seed,
-            until_percent=until_percent,
-        )
-        screen.say(f"replaying trial {number} of {store.location}")
-        again = run_fixed(
-            prepared, [run], RunStore(folder, "replay"), "trials", screen, address=address
-        )
+    prepared = prepare_experiment(_with_one_slot(found, row))
+    check_data(prepared, result.tree["environment"], location)
+    run = FixedRun(f"trial {number}", train, row["params"], seed, until_percent=until_percent)
+    screen.say(f"replaying trial {number} of {store.location}")
+    # Beside the runs, where every machine that trains can write; what a kill has left is no answer.
+    beside = RunStore(store.storage, f".replay/{store.name}-{number}")
+    beside.delete()
+    try:
+        again = run_fixed(prepared, [run], beside, "trials", screen, address=address)
+    finally:
+        beside.delete()
     curve = dict(again[0]["curve"])
     if lacking := [percent for percent, _ in row["curve"] if percent not in curve]:
         raise TrialError(
@@ -91,11 +87,10 @@ def run_replay(
     return replay
 
 
-def _elsewhere(experiment: Experiment, folder: str, row: dict[str, Any]) -> Experiment:
-    """The experiment with one slot and a storage of its own."""
+def _with_one_slot(experiment: Experiment, row: dict[str, Any]) -> Experiment:
+    """The experiment as one trial of it runs."""
     resources = experiment.resources.model_copy(update={"slots": 1})
     if row["role"] == "single":  # `sft-ray train` is one process with all threads
         alone = {"workers_per_trial": 1, "cpus_per_worker": torch.get_num_threads()}
         resources = resources.model_copy(update=alone)
-    changes = {"storage": folder, "name": "replay", "resources": resources}
-    return experiment.model_copy(update=changes)
+    return experiment.model_copy(update={"resources": resources, "tracking": []})

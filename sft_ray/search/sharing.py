@@ -19,7 +19,7 @@ from sft_ray.config import Experiment, Resources, Train, apply_values
 from sft_ray.errors import SftError
 from sft_ray.recipes import default_recipe
 from sft_ray.screen import Screen, count
-from sft_ray.search.cluster import Layout, capacity, plan_layout
+from sft_ray.search.cluster import Layout, capacity, check_room, most_slots, plan_layout
 from sft_ray.training.micro_batch import NothingFitsError
 from sft_ray.training.preparation import Prepared
 
@@ -108,12 +108,6 @@ def without_probe(experiment: Experiment, has: Mapping[str, float]) -> Sharing |
     return None
 
 
-def most_slots(experiment: Experiment) -> int:
-    """How many trials could run at once if there were room."""
-    slots, trials = experiment.resources.slots, experiment.search.trials
-    return trials if slots == "auto" else min(slots, trials)
-
-
 def shared_layout(prepared: Prepared, trains: Sequence[Train], screen: Screen) -> Layout:
     """Slots on the connected cluster, after measuring there how many trials share a GPU.
 
@@ -128,6 +122,7 @@ def shared_layout(prepared: Prepared, trains: Sequence[Train], screen: Screen) -
     """
     experiment, has = prepared.experiment, capacity()
     layout = plan_layout(experiment, has)  # refuses before anything is measured
+    check_room(layout)
     if not is_asked(experiment.resources):
         return layout
     sharing = without_probe(experiment, has)

@@ -59,7 +59,7 @@ class Slot(tune.Trainable):
             self._error = error
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._index = 0
+        self._index, self._seconds_before = 0, 0.0
         self._free_since = self._returned_at
         self._watch.works_on.remote(self._name, new_config["trial_id"])
         ray.get(self._mailbox.assign.remote(new_config["assignment"]))
@@ -84,7 +84,9 @@ class Slot(tune.Trainable):
         # next one runs is the overhead of that one.
         self._returned_at = time.monotonic()
         self._pulse.enter(IDLE)
-        slot_seconds = self._returned_at - self._free_since + message.get("seconds_before", 0.0)
+        # In other slots, before; what the mailbox itself says of a trial's end knows nothing of it.
+        self._seconds_before = message.get("seconds_before", self._seconds_before)
+        slot_seconds = self._returned_at - self._free_since + self._seconds_before
         # As text, because Tune flattens nested results.  Never `done`: the scheduler hears of every
         # message and stops the trial, Tune would not show it a last one.
         return {"message": json.dumps({**message, "slot_seconds": slot_seconds})}

@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 from ray.air._internal import usage
+from ray.tune.error import TuneError
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from sft_ray.config import Watchdog
-from sft_ray.errors import ResourceError, TrialError
+from sft_ray.errors import ResourceError, SftError, TrialError
 from sft_ray.interrupt import Interruption, interruptible
 from sft_ray.run_store import ERROR_LOG, RunStore
 from sft_ray.screen import count
@@ -79,12 +81,12 @@ def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> No
         conductor.set_slots,
         nodes,
         draining,
-        lambda without: slots_now(experiment, layout, without),
+        lambda without: slots_now(layout, without),
         layout.slots,
     )
     screen.event(f"starting {count(layout.slots, 'slot')}: processes, model, data")
     try:
-        with interruptible() as interruption:
+        with interruptible() as interruption, errors_as_raised():
             tune.Tuner(
                 slot,
                 tune_config=tune.TuneConfig(
@@ -116,6 +118,17 @@ def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> No
     if not conductor.trials.is_over():
         screen.event(f"interrupted; everything so far is in {store.location}")
         raise KeyboardInterrupt
+
+
+@contextmanager
+def errors_as_raised() -> Iterator[None]:
+    """What the conductor raises, of which Tune makes a text: a full disk, a lost storage."""
+    try:
+        yield
+    except TuneError as error:
+        if isinstance(error.__context__, SftError | OSError):
+            raise error.__context__ from None
+        raise
 
 
 class TrialSearcher(Searcher):

@@ -93,7 +93,8 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
             fixed = {"batch_size": batch_size, "frozen_layers": depth, "reinit_layers": 0}
             # Either takes longer than all that is measured here.
             fixed |= {"compile": False, "cuda_graphs": False}
-            train = prepared.experiment.train.model_copy(update={**fixed, "epochs": MOST_STEPS + 1})
+            fixed |= {"epochs": 2 * (MOST_STEPS + 1)}  # for two measurements of one step an epoch
+            train = prepared.experiment.train.model_copy(update=fixed)
             step = _training(train, setup, prepared, layout.workers_per_trial)
             share = seconds * (1 - EVAL_SHARE) / len(depths)
             train_seconds[depth] = _seconds_per_example(step, world, share)

@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from urllib.error import HTTPError, URLError
+from http.client import HTTPException
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 POLL_SECONDS = 5.0
@@ -50,7 +51,7 @@ def _ask(url: str, headers: dict[str, str]) -> str | None:
     except HTTPError as error:
         error.close()
         return None
-    except (URLError, TimeoutError):
+    except (OSError, HTTPException):  # a connection that is refused, cut off, or takes too long
         return None
 
 
@@ -67,11 +68,19 @@ def wait_and_drain(
     drain: Callable[[float], None] = drain,
     poll_seconds: float = POLL_SECONDS,
 ) -> None:
-    """Ask until there is a notice, then drain once."""
+    """Ask until there is a notice, then drain; again where Ray does not answer, in that time."""
     while (seconds := seconds_left()) is None:
         time.sleep(poll_seconds)
     print(f"to be taken in {seconds:.0f} s: draining", flush=True)  # noqa: T201
-    drain(seconds)
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            drain(max(0.0, end - time.monotonic()))
+            return
+        except subprocess.CalledProcessError:
+            if time.monotonic() + poll_seconds >= end:
+                raise
+            time.sleep(poll_seconds)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -30,7 +30,7 @@ from sft_ray.search.finite_space import FiniteSpace
 from sft_ray.search.proposals import first_trials, propose, propose_untried, suggest
 from sft_ray.search.pruners import build_pruner, prune_at
 from sft_ray.search.samplers import build_sampler
-from sft_ray.search.trials import MAX_RESTARTS, PlannedTrial
+from sft_ray.search.trials import PlannedTrial
 
 STUDY_NAME = "search"
 
@@ -58,7 +58,6 @@ class SearchStudy:
         storage: where the study lives; an existing study goes on.
         recipe: values of the default recipe by dotted path.
         direction: of the objective.
-        costs: further objectives, fields of `Outcome` that are to be small.
         slots: trials that run at a time.
         warm: flat parameters to begin with, from other runs.
     """
@@ -70,13 +69,12 @@ class SearchStudy:
         *,
         recipe: Mapping[str, Any],
         direction: Literal["maximize", "minimize"],
-        costs: Sequence[str] = (),
         slots: int = 1,
         warm: Sequence[dict[str, Any]] = (),
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         search = experiment.search
-        self.experiment, self.recipe, self.costs = experiment, dict(recipe), tuple(costs)
+        self.experiment, self.recipe, self.costs = experiment, dict(recipe), tuple(search.costs)
         self.space, self.slots = search.domains, slots
         self.finite = FiniteSpace.of(self.space, experiment.train)
         self.sign = 1 if direction == "maximize" else -1
@@ -94,7 +92,6 @@ class SearchStudy:
         self._curves: dict[int, dict[int, float]] = {}  # of live trials
         # Marks of live trials that were decided on before these were interrupted.
         self._settled: dict[int, set[int]] = {}
-        self.restarts: dict[int, int] = {}  # of slots that died under a trial, this session
         self._interrupted = [t.number for t in self.trials if t.state == TrialState.RUNNING]
         # Trials that a lost head had begun behind the last copy of the journal: they get the same
         # numbers again, mostly with the same configurations.
@@ -207,26 +204,19 @@ class SearchStudy:
         curve = self._curves.pop(number)
         if self.costs:
             trial.set_user_attr("curve", sorted(curve.items()))
-        self.study.set_user_attr("wall_seconds", self.wall_seconds())
+        self._note_wall_seconds()
         values = None
         if state == TrialState.COMPLETE:
             assert outcome.score is not None  # a finished trial was evaluated
             values = [outcome.score, *(float(getattr(outcome, cost)) for cost in self.costs)]
         self.study.tell(number, values, state=state)
 
-    def restart(self, number: int) -> bool:
-        """Put a trial that lost its slot back in line; False once it has been too often."""
-        if self.restarts.get(number, 0) >= MAX_RESTARTS:
-            return False
-        self.restarts[number] = self.restarts.get(number, 0) + 1
-        self.put_back(number)
-        return True
-
     def put_back(self, number: int) -> None:
         """Take back a trial that has not ended; it is next in line."""
         del self._live[number]
         self._running_seconds.pop(number, None)
         self._interrupted.append(number)
+        self._note_wall_seconds()
 
     def budget_used_up(self) -> str | None:
         """Which limit has been reached, in words."""
@@ -281,6 +271,10 @@ class SearchStudy:
     def wall_seconds(self) -> float:
         """Of all sessions of this search."""
         return float(self._wall_seconds_before + time.monotonic() - self._started)
+
+    def _note_wall_seconds(self) -> None:
+        """For the next session; what a kill cuts off behind the last note is not counted."""
+        self.study.set_user_attr("wall_seconds", self.wall_seconds())
 
     def worker_hours(self) -> float:
         """Slot time of all trials, running ones included, times the workers of a slot."""

@@ -5,7 +5,7 @@ A search does so over its study, `run_fixed` over a written list.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,8 +16,6 @@ from sft_ray.config import Train
 
 if TYPE_CHECKING:
     from sft_ray.search.board import Board
-
-MAX_RESTARTS = 2  # of a trial on another slot, after its own was lost
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class PlannedTrial:
         seed: of everything that is drawn while training.
         training_share: of the training rows.
         save_finished: whether its model is kept on disk when it has finished.
-        save_above: only if its score, times the direction's sign, beats this.
+        save_above: only if its score, times the direction's sign, is at least this.
         save_unfinished: no trial has finished yet, so an unfinished one may have to stand in.
         end_diverged: whether a training loss that comes to nothing ends it early.
         resumes: it may have begun before, and left a state to go on from.
@@ -67,14 +65,20 @@ class PlannedTrial:
         }
 
 
-class Trials(Protocol):
-    """Where trials come from.
+def is_to_be_saved(assignment: Mapping[str, Any], score: float, *, finished: bool) -> bool:
+    """Whether the weights of this score, times the direction's sign, go to disk.
 
-    Attributes:
-        restarts: by trial number, of slots that died under it in this session.
+    Equal scores do: of two, the study keeps the trial with the lower number.
     """
+    if assignment["save_unfinished"]:
+        return True
+    least = assignment["save_above"]
+    beats = least is None or score >= least
+    return bool(finished and assignment["save_finished"] and beats)
 
-    restarts: dict[int, int]
+
+class Trials(Protocol):
+    """Where trials come from."""
 
     def next_trial(self) -> PlannedTrial | None:
         """The next one to run; None while there is none."""
@@ -87,9 +91,6 @@ class Trials(Protocol):
 
     def put_back(self, number: int) -> None:
         """Take back a trial that has not ended; it is next in line."""
-
-    def restart(self, number: int) -> bool:
-        """Put a trial that lost its slot back in line; False once it has been too often."""
 
     def row(self, number: int) -> dict[str, Any]:
         """A trial that has ended, for its trial.json."""

@@ -6,6 +6,7 @@ import time
 from contextlib import closing
 from typing import Any
 
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from sft_ray.analysis.importance import importances
@@ -239,6 +240,21 @@ def _forget_what_is_over(store: RunStore, study: SearchStudy) -> frozenset[int]:
 def _open_study(
     prepared: Prepared, store: RunStore, slots: int, warm: list[dict[str, Any]]
 ) -> SearchStudy:
+    def over(storage: BaseStorage) -> SearchStudy:
+        return SearchStudy(
+            prepared.experiment,
+            storage,
+            recipe=default_recipe(prepared.model.num_parameters),
+            direction=prepared.direction,
+            slots=slots,
+            warm=warm,
+        )
+
+    if not store.journal.exists():  # with all that is first in line, or not at all
+        begun = store.journal.with_name(f".{JOURNAL}.begun")
+        begun.unlink(missing_ok=True)
+        over(open_storage(begun))
+        begun.replace(store.journal)
     try:
         storage = open_storage(store.journal)
     except Exception as error:  # Optuna takes the records at their word
@@ -246,15 +262,7 @@ def _open_study(
             f"{store.path_of(JOURNAL)}: damaged: {type(error).__name__}: {error}; --fresh sets the "
             "run aside"
         ) from None
-    return SearchStudy(
-        prepared.experiment,
-        storage,
-        recipe=default_recipe(prepared.model.num_parameters),
-        direction=prepared.direction,
-        costs=prepared.experiment.search.costs,
-        slots=slots,
-        warm=warm,
-    )
+    return over(storage)
 
 
 def _conclude(

@@ -17,7 +17,7 @@ from sft_ray.run_store import (
     RunStore,
     open_run,
     read_experiment,
-    trial_folder,
+    trial_records,
 )
 from sft_ray.space import Space
 from sft_ray.training.tasks import find_task
@@ -102,7 +102,7 @@ def _read(location: str) -> _Run:
     if experiment is None or facts is None:
         raise ConfigError(f"{location} is no run folder; name one that a search has left")
     with reading(location):
-        rows = list(_rows(store, experiment.search.trials))
+        rows = list(_rows(store))
         for row in rows:
             check_row(row, location)
     if not any(row["state"] == "COMPLETE" for row in rows):
@@ -111,14 +111,14 @@ def _read(location: str) -> _Run:
     return _Run(experiment, facts, metric, rows)
 
 
-def _rows(store: RunStore, trials: int) -> Iterator[dict[str, Any]]:
+def _rows(store: RunStore) -> Iterator[dict[str, Any]]:
     """Of the trials that have ended; a search that was cut off left no results.json."""
     tree = store.read_json(RESULTS)
     if tree is not None:
         yield from tree["trials"]
         return
-    for number in range(trials):
-        row = store.read_json(f"{trial_folder(number)}/trial.json")
+    for path in trial_records(store):
+        row = store.read_json(path)
         if row is not None:
             yield row
 

@@ -21,6 +21,7 @@ import torch
 from sft_ray.config import Experiment, Train
 from sft_ray.errors import disk_problem
 from sft_ray.run_store import PREDICTIONS, RunStore
+from sft_ray.search.trials import is_to_be_saved
 from sft_ray.search.watch import MAILBOX, STORAGE, Pulse
 from sft_ray.training.beat import TRAINING
 from sft_ray.training.checkpoint import ResumeState, save_model, save_predictions
@@ -248,14 +249,13 @@ class Keeper:
             return
         if best.percent != self._begun_percent:
             self._write(best, progress.finished)
-        if progress.finished:  # its message is the last one
+        # What a trial that ends here has left must be known: with its last message, or with any
+        # that may become the last of a search in which nothing finished.
+        if progress.finished or self._assignment["save_unfinished"]:
             self._uploads.join()
 
     def _write(self, best: Best, finished: bool) -> None:
-        least = self._assignment["save_above"]
-        beats = least is None or self._sign * best.score > least
-        wanted = finished and self._assignment["save_finished"] and beats
-        if wanted or self._assignment["save_unfinished"]:
+        if is_to_be_saved(self._assignment, self._sign * best.score, finished=finished):
             target = f"{self._assignment['folder']}/best"
             with self._uploads.replacing_folder(target, lambda: self._saved(best)) as folder:
                 data, precision = (

@@ -274,6 +274,7 @@ def test_a_trial_is_replayed_to_the_last_digit_and_its_run_is_left_alone(
     assert replay.is_identical
     assert replay.largest_difference == 0
     assert [[p, recorded] for p, recorded, _ in replay.marks] == result.trials[1]["curve"]
+    assert not any((Path(result.location).parent / ".replay").iterdir())
     assert "the same numbers" in capsys.readouterr().out
     assert files_of(Path(result.location).parent) == before
 

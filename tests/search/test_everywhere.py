@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from sft_ray.config import Experiment
 from sft_ray.errors import ResourceError
 from sft_ray.search import everywhere
+from sft_ray.search.cluster import Layout, capacity, check_room, plan_layout
 from sft_ray.search.everywhere import NOT_SHARED, check_storage_everywhere, leave_a_marker
 
 leaves_sockets_to_the_collector = pytest.mark.filterwarnings(
@@ -102,3 +104,19 @@ def test_what_raises_there_is_an_answer(three_nodes: Any) -> None:
     names = everywhere.nodes()
     found = everywhere.ask_every_node(names, lambda: 1 // 0)
     assert {type(answer) for answer in found.values()} == {ZeroDivisionError}
+
+
+@pytest.mark.cluster
+@pytest.mark.own_cluster
+@leaves_sockets_to_the_collector
+def test_a_worker_that_no_machine_can_hold_is_refused(
+    three_nodes: Any, tiny_experiment: Experiment
+) -> None:
+    def layout(cpus: int, workers: int) -> Layout:
+        resources = {"cpus_per_worker": cpus, "workers_per_trial": workers, "slots": 1}
+        tree = {**tiny_experiment.to_tree(), "resources": resources}
+        return plan_layout(Experiment.from_tree(tree), capacity())
+
+    check_room(layout(cpus=1, workers=3))
+    with pytest.raises(ResourceError, match="1 workers need 2 CPUs each, on one machine"):
+        check_room(layout(cpus=2, workers=1))

@@ -1,4 +1,5 @@
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,28 @@ def test_a_restarted_group_replays_without_reporting_twice() -> None:
         await box.post(1, 0, {"score": "again"})
         await box.post(1, 1, {"score": 2})
         assert [await box.message(0), await box.message(1)] == [{"score": 1}, {"score": 2}]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("end", [{"paused": True}, {"fault": "not finite"}], ids=["pause", "fault"])
+def test_what_ends_a_restarted_trial_is_heard_before_it_has_caught_up(end: dict[str, Any]) -> None:
+    async def scenario() -> None:
+        box = await ready_box(1)
+        await box.assign({"number": 1})
+        assert await box.next_assignment(0, 0) is not None
+        for index in (0, 1):
+            await box.advance(index)
+            await box.post(1, index, {"score": index})
+        await box.advance(2)
+        await box.register(0)
+        assert await box.next_assignment(0, 0) is not None
+        await box.post(1, 0, end)
+        assert await box.message(2) == end
+        assert await box.may_continue(1, 1) is False
+        assert await box.next_assignment(0, 1) is None  # not handed out again
+        await box.post(1, 0, end)
+        assert await box.message(3) is None
 
     asyncio.run(scenario())
 

@@ -231,14 +231,15 @@ def test_every_task_can_be_measured_on_few_rows(
         "model": str(tiny_model),
         "task": task,
         "data": {
-            "train": str(write_jsonl(tmp_path / "train.jsonl", task_rows(task, 50, seed=1))),
+            "train": str(write_jsonl(tmp_path / "train.jsonl", task_rows(task, 16, seed=1))),
             "validation": str(write_jsonl(tmp_path / "dev.jsonl", task_rows(task, 12, seed=2))),
             "max_length": 32,
         },
         "search": {"trials": 5},
+        "resources": {"slots": 2},
         "storage": str(tmp_path / "runs"),
     }
-    plan = run_plan(Experiment.from_tree(tree), probe_seconds=0.1, quiet=True)
+    plan = run_plan(Experiment.from_tree(tree), probe_seconds=5, quiet=True)
     assert list(plan.speed.train_seconds) == [0, 1, 2]
     assert min([*plan.speed.train_seconds.values(), plan.speed.eval_seconds]) > 0
     assert 0 < plan.worker_hours.low < plan.worker_hours.high
@@ -362,6 +363,7 @@ def test_slots_come_from_a_cluster_if_there_is_one(
 ) -> None:
     monkeypatch.setattr(planning, "capacity_here", lambda _: None)
     monkeypatch.setattr(planning, "connected", lambda _: nullcontext())
+    monkeypatch.setattr(planning, "check_room", lambda layout: None)
     monkeypatch.setattr(planning, "capacity", lambda: {"CPU": 32.0, "GPU": 8.0})
     resources = {"workers_per_trial": 2}
     assert plan_of(experiment, {"trials": 20}, resources=resources).layout.slots == 4

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import optuna
 import pytest
 
 from sft_ray.config import Experiment
@@ -13,7 +14,7 @@ from sft_ray.errors import ConfigError, ResourceError
 from sft_ray.run_store import RunStore
 from sft_ray.search.cluster import connected, plan_layout
 from sft_ray.search.preflight import prepare_experiment
-from sft_ray.search.tuner import run_search
+from sft_ray.search.tuner import _open_study, run_search
 from tests.models import toy_rows
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -154,3 +155,29 @@ def test_a_second_driver_is_turned_away_before_ray_starts(
         pytest.raises(ResourceError, match="another search is running in this folder"),
     ):
         run_search(experiment, quiet=True, fresh=fresh)
+
+
+def test_a_study_is_there_with_all_that_is_first_in_line_or_not_at_all(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = [1e-4 * (1 + i) for i in range(12)]
+    tree = experiment.to_tree()
+    tree["search"] |= {"sampler": "grid", "space": {"train.learning_rate": {"choice": rates}}}
+    prepared = prepare_experiment(Experiment.from_tree(tree))
+    store, line_up = RunStore(experiment.storage, "grid"), optuna.Study.enqueue_trial
+    store.pull_journal()
+
+    def killed_at_the_fifth(study: optuna.Study, *what: Any, **more: Any) -> None:
+        if len(study.get_trials()) == 5:
+            raise KeyboardInterrupt
+        line_up(study, *what, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "enqueue_trial", killed_at_the_fifth)
+        with pytest.raises(KeyboardInterrupt):
+            _open_study(prepared, store, 1, [])
+    assert not store.journal.exists()
+    for _ in range(2):
+        study = _open_study(prepared, store, 1, []).study
+        assert len(study.get_trials()) == 1 + len(rates) - (1e-4 in rates)
+    assert [path.name for path in store.journal.parent.iterdir()] == [store.journal.name]

@@ -11,7 +11,7 @@ from sft_ray.run_store import RunStore
 from sft_ray.screen import Screen
 from sft_ray.search.conductor import Conductor
 from sft_ray.search.study import SearchStudy, open_storage
-from sft_ray.search.trials import PlannedTrial
+from sft_ray.search.trials import PlannedTrial, is_to_be_saved
 
 TRIALS, KEEP, SLOTS = 500, 5, 3
 
@@ -34,7 +34,7 @@ def model_folders(store: RunStore) -> set[str]:
 def finish(conductor: Conductor, store: RunStore, tune_id: str, planned: PlannedTrial) -> None:
     """What a slot does with a trial but train it: the folder of its model, its last mark."""
     score = random.Random(planned.number).random()
-    saves = planned.save_above is None or score > planned.save_above
+    saves = is_to_be_saved(planned.assignment(), score, finished=True)
     if saves:
         with store.replacing_folder(f"{planned.folder}/best") as folder:
             (folder / "model.safetensors").write_bytes(bytes(100))

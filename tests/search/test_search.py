@@ -1,5 +1,6 @@
 """Whole searches on a real Ray cluster with real workers."""
 
+import errno
 import io
 import json
 import shutil
@@ -20,7 +21,7 @@ from transformers import AutoModelForTokenClassification
 from sft_ray.analysis.results import SearchResult
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, ResourceError, TrialError
-from sft_ray.run_store import JOURNAL
+from sft_ray.run_store import JOURNAL, METRICS, RunStore
 from sft_ray.search.study import open_storage
 from sft_ray.search.tuner import run_search
 from sft_ray.serving.evaluate import run_evaluation
@@ -384,6 +385,25 @@ def test_more_workers_than_there_are_are_refused_before_anything_is_written(
     with pytest.raises(ResourceError, match="64 workers need 64 CPUs, the cluster has 4 CPUs"):
         run_search(Experiment.from_tree(tree), quiet=True)
     assert not Path(experiment.storage).exists()
+
+
+@pytest.mark.cluster
+def test_a_full_disk_under_the_driver_is_told_as_it_is_and_the_search_goes_on(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = with_search(experiment, trials=1)
+    write_text = RunStore.write_text
+
+    def full(store: RunStore, path: str, text: str) -> None:
+        if path.endswith(METRICS):
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        write_text(store, path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "write_text", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            run_search(experiment, quiet=True)
+    assert [trial["state"] for trial in run_search(experiment, quiet=True).trials] == ["COMPLETE"]
 
 
 @pytest.mark.cluster

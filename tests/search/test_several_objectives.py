@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from sft_ray.analysis.importance import importances
 from sft_ray.analysis.outcome import Outcome
-from sft_ray.analysis.results import gain_over_default, pareto_rows, row_of, winner
+from sft_ray.analysis.results import gain_over_default, pareto_rows, ranking, row_of
 from sft_ray.config import COSTS, Experiment
 from sft_ray.errors import ConfigError
 from sft_ray.search.study import SearchStudy, open_storage
@@ -32,7 +32,7 @@ def open_study(
     storage = (
         open_storage(folder / "study.journal") if folder else optuna.storages.InMemoryStorage()
     )
-    return SearchStudy(exp, storage, recipe=RECIPE, direction=direction, costs=exp.search.costs)
+    return SearchStudy(exp, storage, recipe=RECIPE, direction=direction)
 
 
 def several(**search: Any) -> Experiment:
@@ -266,7 +266,7 @@ def test_models_of_the_pareto_set_stay_beside_the_best() -> None:
 def test_the_best_is_by_the_score() -> None:
     study = open_study(several(trials=4, default_recipe=True))
     run_ends(study, [(0.7, 1.0, 1), (0.9, 99.0, 999), (0.8, 2.0, 2), (0.6, 0.5, 1)])
-    best = winner(study.trials, study.sign)
+    best = ranking(study.trials, study.sign)[0]
     assert best is not None
     assert best.number == 1
     assert study.best_score() == 0.9

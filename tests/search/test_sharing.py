@@ -117,6 +117,7 @@ def test_nothing_is_measured_where_nothing_can_be_shared(
     assert decided is not None
     assert decided.trials_per_gpu == 1
     assert said in decided.reason
+    monkeypatch.setattr(sharing, "check_room", lambda layout: None)
     monkeypatch.setattr(sharing, "capacity", lambda: has)
     monkeypatch.setattr(sharing, "ask_the_cluster", pytest.fail)
     prepared = SimpleNamespace(experiment=experiment)
@@ -132,6 +133,7 @@ def test_a_written_number_is_taken_without_a_word(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(sharing, "check_room", lambda layout: None)
     monkeypatch.setattr(sharing, "capacity", lambda: ROOMY)
     monkeypatch.setattr(sharing, "ask_the_cluster", pytest.fail)
     for resources, gpus in (
@@ -156,6 +158,7 @@ def test_what_was_measured_becomes_the_share_of_a_worker(
         asked.append(question)
         return Sharing(5, "5 trials per GPU, because")
 
+    monkeypatch.setattr(sharing, "check_room", lambda layout: None)
     monkeypatch.setattr(sharing, "capacity", lambda: ROOMY)
     monkeypatch.setattr(sharing, "ask_the_cluster", ask)
     prepared = SimpleNamespace(experiment=experiment)
@@ -321,6 +324,7 @@ def test_a_cluster_is_asked_only_for_a_gpu_that_is_free(
     free = [0.0]
     monkeypatch.setattr(planning, "capacity_here", lambda _: None)
     monkeypatch.setattr(planning, "connected", lambda _: nullcontext())
+    monkeypatch.setattr(planning, "check_room", lambda layout: None)
     monkeypatch.setattr(planning, "capacity", lambda: ROOMY)
     monkeypatch.setattr(planning, "free_gpus", lambda: free[0])
     monkeypatch.setattr(planning, "measure", lambda *_: Speed("CPU", {0: 0.01}, 0.001))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -21,6 +23,7 @@ class Metadata(ThreadingHTTPServer):
 
     notice: str | None = None
     asked = 0
+    cuts_off = False
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -32,6 +35,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked += 1
+        if self.server.cuts_off:
+            self.close_connection = True
+            return
         if self.path == "/latest/meta-data/spot/instance-action":
             known = self.headers[HOP] == TOKEN
             code = 404 if self.server.notice is None else 200
@@ -91,6 +97,13 @@ def test_a_service_that_does_not_answer_is_no_notice() -> None:
     assert gcp_seconds_left(nowhere) is None
 
 
+def test_a_connection_that_is_cut_off_is_no_notice(metadata: Metadata) -> None:
+    metadata.notice, metadata.cuts_off = aws_notice(60), True
+    assert aws_seconds_left(endpoint_of(metadata)) is None
+    assert gcp_seconds_left(endpoint_of(metadata)) is None
+    assert metadata.asked == 2
+
+
 def test_the_poller_waits_for_the_notice_and_drains_once(metadata: Metadata, capsys) -> None:
     drained: list[float] = []
     poller = threading.Thread(
@@ -106,3 +119,18 @@ def test_the_poller_waits_for_the_notice_and_drains_once(metadata: Metadata, cap
     assert len(drained) == 1
     assert 85 < drained[0] <= 90
     assert "draining" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("seconds", "tries"), [(5.0, 3), (0.0, 1)])
+def test_draining_is_tried_again_as_long_as_there_is_time(seconds: float, tries: int) -> None:
+    asked: list[float] = []
+
+    def drain(left: float) -> None:
+        asked.append(left)
+        if len(asked) < 3:
+            raise subprocess.CalledProcessError(1, "ray drain-node")
+
+    with nullcontext() if tries == 3 else pytest.raises(subprocess.CalledProcessError):
+        wait_and_drain(lambda: seconds, drain, 0.001)
+    assert len(asked) == tries
+    assert asked == sorted(asked, reverse=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from optuna.trial import TrialState
 
 from sft_ray.analysis.outcome import Outcome
-from sft_ray.analysis.results import gain_over_default, row_of, winner
+from sft_ray.analysis.results import gain_over_default, ranking, row_of
 from sft_ray.config import Confirm, Experiment
 from sft_ray.errors import ConfigError
 from sft_ray.recipes import default_recipe
@@ -21,7 +22,7 @@ from sft_ray.search.study import (
     SearchStudy,
     open_storage,
 )
-from sft_ray.search.trials import PlannedTrial
+from sft_ray.search.trials import PlannedTrial, is_to_be_saved
 
 RECIPE = default_recipe(22_000_000)
 MARKS = (10, 33, 67, 100)
@@ -122,7 +123,7 @@ def test_the_default_recipe_runs_first_to_its_end_and_is_the_yardstick(tmp_path:
     study.mark(first.number, 100, 0.0, 1.0)
     study.finish(first.number, TrialState.COMPLETE, Outcome(score=0.0, has_checkpoint=True))
     run_all(study)
-    best = winner(study.trials, study.sign)
+    best = ranking(study.trials, study.sign)[0]
     assert best is not None
     assert gain_over_default(study.trials, best, study.sign) == pytest.approx(best.value)
 
@@ -339,11 +340,11 @@ def test_with_no_finished_trial_the_furthest_along_wins(tmp_path: Path) -> None:
         study.mark(planned.number, percent, score, 1.0)
         end = Outcome("budget", False, score, percent, {}, True, schedule_percent=percent)
         study.finish(planned.number, TrialState.PRUNED, end)
-    best = winner(study.trials, study.sign)
+    best = ranking(study.trials, study.sign)[0]
     assert best is not None
     assert best.number == 2
     assert study.kept() == {0, 1, 2}
-    assert winner([], 1) is None
+    assert ranking([], 1) == []
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -356,7 +357,7 @@ def test_a_finished_trial_beats_any_unfinished_one(tmp_path: Path, sign: int) ->
         study.mark(planned.number, 100 if state == "COMPLETE" else 10, sign * score, 1.0)
         end = Outcome(score=sign * score, has_checkpoint=True, schedule_percent=10)
         study.finish(planned.number, TrialState[state], end)
-    best = winner(study.trials, study.sign)
+    best = ranking(study.trials, study.sign)[0]
     assert best is not None
     assert best.number == 2
 
@@ -416,17 +417,28 @@ def test_priors_have_their_share_of_draws_and_fade(tmp_path: Path) -> None:
     assert all(1e-6 <= rate <= 1e-3 for rate in rates)
 
 
-def test_a_trial_that_lost_its_slot_starts_over_a_few_times(tmp_path: Path) -> None:
-    study = open_study(tmp_path, experiment(trials=1))
-    for _ in range(3):
-        planned = study.next_trial()
-        assert planned is not None
-        assert planned.number == 0
-        again = study.restart(0)
-    assert not again
-    study.finish(0, TrialState.FAIL, Outcome(reason="slot lost"))
-    assert study.is_over()
-    assert row_of(study.trials[0], seed=17)["reason"] == "slot lost"
+def test_of_two_equal_models_the_one_that_stays_is_written(tmp_path: Path) -> None:
+    tree = experiment(trials=2, default_recipe=False).to_tree()
+    study = open_study(tmp_path, Experiment.from_tree({**tree, "checkpoint": {"keep": 1}}))
+    assert [study.next_trial().number for _ in range(2)] == [0, 1]
+    study.put_back(0)
+    study.finish(1, TrialState.COMPLETE, Outcome(score=0.9, schedule_percent=100))
+    planned = study.next_trial()
+    assert planned.number == 0
+    assert is_to_be_saved(planned.assignment(), 0.9, finished=True)
+    assert not is_to_be_saved(planned.assignment(), 0.89, finished=True)
+    study.finish(0, TrialState.COMPLETE, Outcome(score=0.9, schedule_percent=100))
+    assert study.outdated() == ["trials/1"]
+
+
+def test_the_wall_time_of_a_session_in_which_nothing_ended_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, now = open_study(tmp_path, experiment(trials=1)), time.monotonic()
+    assert study.next_trial() is not None
+    monkeypatch.setattr(time, "monotonic", lambda: now + 3000)
+    study.put_back(0)
+    assert 2999 < open_study(tmp_path, experiment(trials=1)).wall_seconds() < 3001
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "qmc"])
