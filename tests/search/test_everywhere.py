@@ -117,6 +117,6 @@ def test_a_worker_that_no_machine_can_hold_is_refused(
         tree = {**tiny_experiment.to_tree(), "resources": resources}
         return plan_layout(Experiment.from_tree(tree), capacity())
 
-    check_room(layout(cpus=1, workers=3))
+    check_room(layout(cpus=1, workers=2))
     with pytest.raises(ResourceError, match="1 workers need 2 CPUs each, on one machine"):
         check_room(layout(cpus=2, workers=1))
