@@ -1,4 +1,4 @@
-"""What cluster.yaml needs on AWS, made once and filled in: bucket, security group, two roles.
+"""What cluster.yaml needs on AWS, made once and filled in: bucket, group, two roles, image.
 
     python clusters/aws_setup.py --ssh-cidr 203.0.113.7/32 --bucket my-bucket
 
@@ -16,6 +16,8 @@ from typing import Any
 
 CLUSTER = Path(__file__).parents[1] / "cluster.yaml"
 GROUP, HEAD, WORKER = "sft-ray", "sft-ray-head", "sft-ray-worker"
+# AWS's own name for the current image.  Its Python is 3.12; that of Ray's `latest_dlami` is 3.6.
+IMAGE = "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"
 
 
 def cidr(text: str) -> str:
@@ -97,12 +99,16 @@ def main(arguments: list[str] | None = None) -> None:
     start = allowed(["ec2:*"], "*")
     make_role(iam, HEAD, [store, start, allowed(["iam:PassRole"], worker)])
 
+    image = session.client("ssm").get_parameter(Name=IMAGE)["Parameter"]["Value"]
+
     text = given.file.read_text(encoding="utf-8")
+    text = re.sub(r"ImageId: \S+", f"ImageId: {image}", text)
     text = re.sub(r"SecurityGroupIds: \[.*?\]", f"SecurityGroupIds: [{group}]", text)
     text = re.sub(r"(?m)^  region: .*$", f"  region: {given.region}", text)
     text = re.sub(r"s3://[^/\s]+/sft_ray", f"s3://{given.bucket}/sft_ray", text)
     given.file.write_text(text, encoding="utf-8")
-    print(f"filled in {given.file}: group {group}, bucket {given.bucket}")  # noqa: T201
+    found = f"group {group}, bucket {given.bucket}, image {image}"
+    print(f"filled in {given.file}: {found}")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def configuration(base: Train, change: dict[str, Any]) -> tuple[Train, float]:
 def _with_learning_rate(point: dict[str, Any], base: Train, scaling: str) -> dict[str, Any]:
     """The point with its learning rate following its batch size."""
     size, exponent = point.get(BATCH_SIZE), EXPONENTS[scaling]
-    if exponent == 0 or not isinstance(size, int) or size < 1:
+    if exponent == 0 or not isinstance(size, int) or size < 1 or size == base.batch_size:
         return point
     rate = point.get(LEARNING_RATE, base.learning_rate)
     return {**point, LEARNING_RATE: float(f"{rate * (size / base.batch_size) ** exponent:.6g}")}

@@ -29,14 +29,16 @@ def describe_environment(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the source checkout this package runs from, if it does."""
-    git = shutil.which("git")
-    if git is None:
+    """The commit of the source checkout this package runs from, if it does.
+
+    A package installed somewhere inside another project's checkout is not of its commit.
+    """
+    git, here = shutil.which("git"), Path(__file__)
+    if git is None or not _said([git, "-C", str(here.parent), "ls-files", here.name]):
         return None
-    found = subprocess.run(  # noqa: S603 - fixed arguments
-        [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or None
+    return _said([git, "-C", str(here.parent), "rev-parse", "HEAD"]) or None
+
+
+def _said(command: list[str]) -> str:
+    found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    return found.stdout.strip()

@@ -91,6 +91,9 @@ def guess_task(table: pa.Table, where: str, task: str | None = None) -> Guess:
     """
     if table.num_rows == 0:
         raise DataError(f"{where}: has no rows")
+    for name in table.column_names:
+        if table.column_names.count(name) > 1:
+            raise DataError(f"{where}: the column {name!r} stands twice; rename one of them")
     columns = [Column(name, table.column(name)) for name in table.column_names]
     for name, find in FINDERS.items():
         found = find(columns) if task in (None, name) else None
@@ -170,7 +173,7 @@ class Column:
         if not kinds.is_name(self.values.type) or self.plain_name in NOT_LABELS:
             return False
         distinct, rows = len(self.counts), len(self.values)
-        if distinct < 2 or rows < min(ROWS_PER_CLASS, 2) * distinct:
+        if distinct < 2 or rows < 2 * distinct:
             return False
         if self.is_whole:
             return distinct <= MOST_CLASSES or (

@@ -42,7 +42,9 @@ def interruptible() -> Iterator[Interruption]:
     if threading.current_thread() is not threading.main_thread():
         yield found
         return
-    before = {number: signal.signal(number, take) for number in SIGNALS}
+    # `nohup`, or a shell's background job, has some ignored: so it stays.
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, take) for number in heard}
     try:
         yield found
     finally:

@@ -72,17 +72,22 @@ class RunLock:
             with self._leased() as notes:
                 yield notes
 
-    def is_held(self) -> bool:
-        """Whether a driver works on the run; on object stores, one that has renewed its lease."""
+    def is_held(self) -> bool | None:
+        """Whether a driver works on the run; on object stores, one that has renewed its lease.
+
+        None if this user may not know.
+        """
         if self._store.local_root is None:
             return _is_alive(self._lease())
         try:
-            with self._path.open("r+") as lock:
+            with self._path.open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except OSError:
+        except FileNotFoundError:
             return False
+        except OSError:
+            return None
         return False
 
     def check_free(self) -> None:

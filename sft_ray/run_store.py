@@ -95,8 +95,8 @@ class RunStore(FileStore):
         with self._lock.held() as notes:
             yield notes
 
-    def is_locked(self) -> bool:
-        """Whether a driver works on the run: on this machine's disks, or anywhere by its lease."""
+    def is_locked(self) -> bool | None:
+        """See `RunLock.is_held`."""
         return self._lock.is_held()
 
     @property

@@ -75,9 +75,9 @@ class Screen:
         if self.is_terminal:  # which may be narrower
             columns = min(columns, shutil.get_terminal_size().columns)
         for name, value in facts.items():
-            lines = textwrap.wrap(
-                value, max(columns - width, 20), break_on_hyphens=False, break_long_words=False
-            )
+            room = max(columns - width, 20)
+            lines = textwrap.wrap(value, room, break_on_hyphens=False, break_long_words=False)
+            lines = lines or [""]
             self.say(f"{name:<{width}}{lines[0]}")
             for line in lines[1:]:
                 self.say(" " * width + line)

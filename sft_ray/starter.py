@@ -94,7 +94,8 @@ def write_experiment(
         find_task(task)
     section, tables = _read(place)
     guess = guess_task(tables["train"], place, task)
-    name = re.sub(r"[^\w.-]+", "-", Path(place).absolute().name.split(".")[0]).strip("-.")[:80]
+    named = Path(out or place).absolute().name.split(".")[0]
+    name = re.sub(r"[^\w.-]+", "-", named).strip("-.")[:80]
     path = Path(out or f"{name or 'experiment'}.yaml")
     if path.exists():
         raise ConfigError(f"{path} exists and is not overwritten; remove it or choose --out FILE")
@@ -126,8 +127,11 @@ def write_experiment(
         objective=objective,
     )
     _check(written, str(path))
-    with path.open("x", encoding="utf-8") as file:
-        file.write(written)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(written)
+    except OSError as error:
+        raise ConfigError(f"--out: {path} cannot be written: {error.strerror}") from None
     rows = ", ".join(f"{table.num_rows:,} rows in {split}" for split, table in tables.items())
     facts = {"data": rows, "task": f"{guess.task}: {guess.reasons['task']}"}
     for field, column in guess.columns.items():
@@ -135,7 +139,7 @@ def write_experiment(
             f"{column if isinstance(column, str) else ', '.join(column)}: " + (guess.reasons[field])
         )
     facts |= {
-        **({"unused": ", ".join(guess.unused)} if guess.unused else {}),
+        **({"unused": ", ".join(n or "(no name)" for n in guess.unused)} if guess.unused else {}),
         "max_length": f"{max_length}: {length_reason}",
         "model": f"{chosen}: {model_reason}",
         **({"objective": "macro_f1: one label is far commoner"} if objective else {}),
@@ -189,6 +193,11 @@ def _saved_dataset(place: str) -> tuple[dict[str, Any], dict[str, pa.Table]]:
     }
     if found["train"] is None:
         raise DataError(f"{place}: has no split called train, got {', '.join(parts)}")
+    if found["validation"] is None and found["train"] != "train":
+        raise DataError(
+            f"{place}: without a validation split the training one must be called train, got "
+            f"{', '.join(parts)}; rename it"
+        )
     tables = {s: parts[name].with_format("arrow")[:] for s, name in found.items() if name}
     section: dict[str, Any] = {"path": place, "split": found["validation"] is None}
     if not section["split"]:

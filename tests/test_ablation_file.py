@@ -310,3 +310,9 @@ def test_arms_whose_short_labels_agree_are_told_apart_by_all_digits(base: Base) 
     rates = [1.0000001e-4, 1.0000002e-4]
     planned = _plan(ablation(vary={RATE: rates}), base, prepared)
     assert [arm.name for arm in planned.arms[1:]] == [f'{{"{RATE}": {r!r}}}' for r in rates]
+
+
+def test_the_bases_own_batch_size_is_no_arm_whatever_its_learning_rate() -> None:
+    base = Train(learning_rate=3.123456789e-05, batch_size=32)
+    found = changes(base, vary={BATCH: [16, 32]}, learning_rate_scaling=["linear"])
+    assert [change[BATCH] for change in found] == [16]

@@ -9,6 +9,7 @@ import pytest
 
 from clusters import aws_setup
 from sft_ray.yaml_text import parse_yaml
+from tests.aws import AN_IMAGE, name_an_image
 from tests.s3 import CREDENTIALS, s3_server
 
 CIDR = "203.0.113.7/32"
@@ -21,7 +22,9 @@ def aws(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv(name, value)
     with s3_server() as port:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        yield boto3.Session(region_name="us-west-2")
+        session = boto3.Session(region_name="us-west-2")
+        name_an_image(session, monkeypatch)
+        yield session
 
 
 def test_it_makes_what_the_cluster_file_names_and_fills_it_in(aws, tmp_path: Path, capsys) -> None:
@@ -43,6 +46,7 @@ def test_it_makes_what_the_cluster_file_names_and_fills_it_in(aws, tmp_path: Pat
     for node_type in tree["available_node_types"].values():
         config = node_type["node_config"]
         assert config["SecurityGroupIds"] == [group["GroupId"]]
+        assert config["ImageId"] == AN_IMAGE
         name = config["IamInstanceProfile"]["Name"]
         profile = iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]
         assert [role["RoleName"] for role in profile["Roles"]] == [name]

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,26 @@ def test_training_stays_on_spot_machines_that_drain(file: str) -> None:
     assert worker["min_workers"] < worker["max_workers"] <= tree["max_workers"]
     assert f"spot_notice --cloud {CLOUDS[file]}" in commands_of(tree, "worker_start_ray")
     assert "spot_notice" not in commands_of(tree, "head_start_ray")
+
+
+@pytest.mark.parametrize("file", CLOUDS)
+def test_the_poller_is_started_anew_by_a_command_that_does_not_kill_itself(
+    file: str, tmp_path: Path
+) -> None:
+    """As Ray runs it: in an interactive login shell, whose own words hold the command."""
+    (command,) = [c for c in tree_of(file)["worker_start_ray_commands"] if "spot_notice" in c]
+    here, ours = f"#!/bin/sh\necho started > {tmp_path}/started\n", tmp_path / "python"
+    ours.write_text(here)
+    ours.chmod(0o755)
+    words = f"export PATH={tmp_path}:$PATH HOME={tmp_path} && ({command})"
+    done = subprocess.run(
+        ["bash", "--login", "-c", "-i", words], capture_output=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0
+    until = time.monotonic() + 10
+    while not (tmp_path / "started").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert (tmp_path / "started").read_text() == "started\n"
 
 
 def test_on_aws_spot_instances_have_a_profile_and_no_group_of_rays_making() -> None:

@@ -122,6 +122,41 @@ def test_a_near_tie_is_not_dropped() -> None:
     assert not is_out_of_the_race("trial 2", rows, 1)
 
 
+def test_who_was_dropped_on_easy_seeds_does_not_win_by_their_mean() -> None:
+    chosen = candidates([trial(1, 0.9), trial(2, 0.89)], 2, 1, DEFAULT)
+    rows = shared("trial 1", [0.90, 0.912, 0.921, 0.80, 0.81])
+    rows += shared("trial 2", [0.88, 0.8921, 0.9008]) + shared(
+        YARDSTICK, [0.5, 0.52, 0.55, 0.4, 0.5]
+    )
+    assert is_out_of_the_race("trial 2", rows, 1)
+    table = confirmation(chosen, rows, 1)
+    assert [(row["arm"], row["behind"]) for row in table] == [
+        ("trial 1", False),
+        (YARDSTICK, False),
+        ("trial 2", True),
+    ]
+
+
+def test_runs_that_a_budget_cut_are_ranked_over_the_seeds_that_all_have() -> None:
+    chosen = candidates([trial(1, 0.9), trial(2, 0.89)], 2, 1, DEFAULT)
+    rows = shared("trial 1", [0.90, 0.80]) + shared("trial 2", [0.89])
+    rows += shared(YARDSTICK, [0.7, 0.6])
+    assert [row["arm"] for row in confirmation(chosen, rows, 1)] == [
+        "trial 1",
+        "trial 2",
+        YARDSTICK,
+    ]
+
+
+def test_who_failed_drops_nobody() -> None:
+    chosen = candidates([trial(1, 0.9), trial(2, 0.89)], 2, 1, DEFAULT)
+    rows = [*shared("trial 1", [0.95, 0.951, 0.949]), run("trial 1", 3, None, "PRUNED")]
+    rows += shared("trial 2", [0.93, 0.932, 0.928, 0.93])
+    rows += shared(YARDSTICK, [0.81, 0.8, 0.82, 0.81])
+    assert not is_out_of_the_race("trial 2", rows, 1)
+    assert confirmation(chosen, rows, 1)[0]["arm"] == "trial 2"
+
+
 def test_the_yardstick_is_never_dropped() -> None:
     rows = shared("trial 1", [0.90, 0.91, 0.89]) + shared(YARDSTICK, [0.1, 0.11, 0.12])
     assert not is_out_of_the_race(YARDSTICK, rows, 1)

@@ -30,6 +30,20 @@ def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals) -> No
     assert {s: signal.getsignal(s) for s in SIGNALS} == before
 
 
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As after `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interruption.is_asked
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interruption.is_asked
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_another_thread_catches_nothing() -> None:
     before = signal.getsignal(signal.SIGINT)
     seen = []

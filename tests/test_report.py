@@ -101,6 +101,7 @@ def test_fifths_are_by_score(tmp_path: Path) -> None:
     losses = run_of(tmp_path, rows, direction="minimize")
     assert facts.bands(losses) == {0: 4, 1: 2, 2: 3, 3: 0, 4: 1}
     assert facts.bands(run_of(tmp_path, rows[:1])) == {0: 4}
+    assert sorted(facts.bands(run_of(tmp_path, rows[:3])).values()) == [1, 2, 4]
 
 
 def test_hyperparameters_are_those_that_vary(tmp_path: Path) -> None:
@@ -437,3 +438,8 @@ def test_damage_is_one_line_that_names_the_file(tmp_path: Path) -> None:
         assert line.startswith(f"{store.location}/{path}: damaged")
         assert "\n" not in line
         store.delete_file(path)
+
+
+def test_fifths_of_many_are_equally_large(tmp_path: Path) -> None:
+    found = facts.bands(run_of(tmp_path, [{"value": n / 100} for n in range(40)]))
+    assert sorted(found.values()) == sorted([*range(5)] * 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pandas as pd
 import pytest
 from optuna.trial import TrialState
 
+from sft_ray import environment
 from sft_ray.analysis.outcome import Outcome
 from sft_ray.analysis.results import (
     SearchResult,
     best_row,
     ranking,
     row_of,
+    why_no_gain,
     write_frame,
 )
 from sft_ray.analysis.tables import trial_table
@@ -389,3 +392,21 @@ def test_a_study_of_a_costly_search_is_read_too(tmp_path: Path) -> None:
     result = SearchResult.load(store.location)
     assert (result.tree["metric"], result.tree["direction"]) == ("accuracy", "maximize")
     assert len(result.study.best_trials) == 2
+
+
+def test_a_default_recipe_that_was_left_out_did_not_fail() -> None:
+    assert why_no_gain([{"role": "sampled"}]) == "which was not run"
+    assert why_no_gain([{"role": "default recipe"}]) == "which did not finish"
+
+
+def test_a_package_inside_another_checkout_has_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", str(tmp_path)]
+    (tmp_path / "mine.py").write_text("")
+    for words in (["init", "-q"], ["add", "mine.py"], ["commit", "-qm", "mine"]):
+        subprocess.run([*init, *words], check=True)
+    (tmp_path / "theirs.py").write_text("")
+    for name, is_known in (("mine.py", True), ("theirs.py", False)):
+        monkeypatch.setattr(environment, "__file__", str(tmp_path / name))
+        assert (environment.describe_environment({})["commit"] is not None) == is_known

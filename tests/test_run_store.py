@@ -176,3 +176,10 @@ def test_zeroed_and_doubled_ends_of_a_journal_are_set_aside(store: RunStore) -> 
     store.pull_journal()
     assert store.journal.read_text() == '{"a":1}\n{"b":2}\n'
     assert len(list(Path(store.location).glob("*.torn-*"))) == 1
+
+
+def test_a_lock_that_may_not_be_looked_at_says_nothing(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path), "x")
+    assert store.is_locked() is False
+    (tmp_path / "x" / ".lock").mkdir(parents=True)  # opening it fails, also for root
+    assert store.is_locked() is None

@@ -128,3 +128,12 @@ def test_membership_respects_types_and_both_ends() -> None:
     assert True not in Numeric(0, 1)
     assert "16" not in Choice((16, 32))
     assert 16 in Choice((16, 32))
+
+
+def test_what_is_no_kind_stays_one_parameter() -> None:
+    weights = {"neg": 1.0, "pos": 2.0}
+    values = {"train.class_weights": weights, "train.regularization": {"kind": "none"}}
+    assert spaces.parameters(values) == {
+        "train.class_weights": weights,
+        "train.regularization.kind": "none",
+    }

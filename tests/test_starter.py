@@ -144,6 +144,12 @@ def test_columns_are_told_apart(columns: dict[str, Any], task: str, found: Any) 
     assert sorted(guess.unused) == sorted(set(columns) - set(used))
 
 
+@pytest.mark.parametrize("one_hot", [[[1, 0, 0], [0, 1, 1]], [[True, False], [False, False]]])
+def test_lists_of_0_and_1_are_not_taken_for_labels(one_hot: list[Any]) -> None:
+    with pytest.raises(DataError, match="cannot tell"):
+        guess_task(table(text=TEXTS, labels=one_hot * 100), "x.jsonl")
+
+
 def test_a_wanted_task_is_found_where_it_fits() -> None:
     stars = table(review=TEXTS, stars=[1, 2, 3, 4, 5] * 40)
     assert guess_task(stars, "x.csv").task == "text-classification"
@@ -204,3 +210,27 @@ def test_the_command_says_what_it_guessed_and_what_comes_next(capsys) -> None:
     said = capsys.readouterr().out
     assert "label repeats 3 different values" in said
     assert said.endswith("next:\n  sft-ray search 'my own.yaml'\n")
+
+
+def test_a_table_with_its_index_and_a_name_from_the_file_that_is_written(capsys) -> None:
+    rows = [f"{i},{text},{label}" for i, (text, label) in enumerate(toy_rows(60))]
+    Path("indexed.csv").write_text("\n".join([",text,label", *rows]))
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["init", "indexed.csv", "--out", "stars.yaml"])
+    assert not exit_.value.code
+    assert "(no name)" in capsys.readouterr().out
+    assert Experiment.load("stars.yaml").name == "stars"
+
+
+def test_what_init_cannot_write_is_told_in_a_line() -> None:
+    Path("twice.csv").write_text("text,label,label\na,b,c\n")
+    with pytest.raises(DataError, match="the column 'label' stands twice"):
+        write_experiment("twice.csv")
+    write_csv(Path("mine.csv"), toy_rows(60))
+    with pytest.raises(ConfigError, match=r"missing/x\.yaml cannot be written: No such file"):
+        write_experiment("mine.csv", out="missing/x.yaml")
+    rows = [{"text": text, "label": label} for text, label in toy_rows(60)]
+    parts = {name: datasets.Dataset.from_list(rows) for name in ("training", "testing")}
+    datasets.DatasetDict(parts).save_to_disk("saved")
+    with pytest.raises(DataError, match="the training one must be called train"):
+        write_experiment("saved")

@@ -300,12 +300,12 @@ def notes_on(summaries: Sequence[ArmSummary], metric: str) -> list[str]:
     constant = [
         summary.arm.label
         for summary in summaries
-        if summary.versus_base and summary.versus_base.p_value == 0
+        if summary.versus_base and summary.versus_base.n > 1 and summary.versus_base.low is None
     ]
     if constant:
         notes.append(
-            f"The difference is the same at every seed of {'; '.join(constant)}: a p of 0 then "
-            "means no spread was seen, not that there is none."
+            f"The difference is the same at every seed of {'; '.join(constant)}: without a spread "
+            "there is no interval, and p is that of the sign test."
         )
     if len(summaries) > 1 and not any(summary.is_told_apart for summary in summaries):
         notes.append(
@@ -420,7 +420,6 @@ LATEX = {
     "<": r"$<$",
     ">": r"$>$",
     "|": r"$|$",
-    "-": "-",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
 

@@ -69,11 +69,12 @@ def has_failed(arm: str, rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def is_out_of_the_race(arm: str, rows: Sequence[Mapping[str, Any]], sign: int) -> bool:
-    """Whether a configuration is clearly worse than the best one so far, over shared seeds.
+    """Whether a configuration is clearly worse than the best one, over the seeds it has finished.
 
     Racing (Maron and Moore 1994) by paired t-tests, one-sided, Bonferroni over the configurations,
-    from `RACE_FROM` shared seeds on.  One that failed on a seed is out; the default recipe, which
-    every other is measured against, never is.
+    from `RACE_FROM` seeds on, against those that have finished the same seeds and failed on none.
+    One that failed on a seed is out; the default recipe, which every other is measured against,
+    never is.
     """
     if arm == YARDSTICK:
         return False
@@ -83,12 +84,15 @@ def is_out_of_the_race(arm: str, rows: Sequence[Mapping[str, Any]], sign: int) -
     mine = scores.get(arm, {})
     if len(mine) < RACE_FROM:
         return False
-    rivals = {name: found for name, found in scores.items() if len(found) >= len(mine)}
-    leader = max(rivals, key=lambda name: sign * mean_interval([*rivals[name].values()]).mean)
-    shared = sorted(set(mine) & set(rivals[leader]))
-    if leader == arm or len(shared) < RACE_FROM:
+    rivals = {
+        name: [found[seed] for seed in mine]
+        for name, found in scores.items()
+        if set(mine) <= set(found) and not has_failed(name, rows)
+    }
+    leader = max(rivals, key=lambda name: sign * sum(rivals[name]))
+    if leader == arm:
         return False
-    behind = paired_difference([rivals[leader][s] for s in shared], [mine[s] for s in shared])
+    behind = paired_difference(rivals[leader], rivals[arm])
     assert behind.p_value is not None  # of several pairs
     return sign * behind.difference > 0 and behind.p_value / 2 < RACE_LEVEL / (len(scores) - 1)
 
@@ -96,7 +100,10 @@ def is_out_of_the_race(arm: str, rows: Sequence[Mapping[str, Any]], sign: int) -
 def confirmation(
     chosen: Sequence[Candidate], rows: Sequence[Mapping[str, Any]], sign: int
 ) -> list[dict[str, Any]]:
-    """A row per configuration, best mean first; those clearly behind come last.
+    """A row per configuration, the best first; those clearly behind come last.
+
+    The others rank by their means over the seeds that all of them have finished: a budget may have
+    cut the runs of some, and seeds are not equally hard.
 
     Returns:
         Per configuration `arm`, `trial`, `params`, `search_value`, `scores` by seed, `expected`
@@ -133,8 +140,12 @@ def confirmation(
             }
         )
 
-    def rank(row: dict[str, Any]) -> tuple[bool, float]:
-        mean = row["expected"]["mean"] if row["expected"] else float("-inf") * sign
-        return row["behind"] or row["expected"] is None, -sign * mean
+    in_race = [row for row in table if row["scores"] and not row["behind"]]
+    shared_by_all = set.intersection(*(set(row["scores"]) for row in in_race)) if in_race else set()
+
+    def rank(row: dict[str, Any]) -> tuple[bool, bool, float]:
+        scores = [row["scores"][seed] for seed in shared_by_all if seed in row["scores"]]
+        scores = scores or [*row["scores"].values()]
+        return row not in in_race, not scores, -sign * sum(scores) / max(len(scores), 1)
 
     return sorted(table, key=rank)

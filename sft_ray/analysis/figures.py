@@ -19,11 +19,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.transforms import offset_copy
 
 from sft_ray.analysis.ablation import COSTS, ArmSummary
+from sft_ray.analysis.report.axes import LOG_FROM
 
 DOTS_PER_INCH = 150  # of the PNG
 # From Okabe and Ito 2008: told apart with any colour vision.
 BLUE, GREY = "#0072B2", "#767676"
-LOG_FROM = 30  # largest over smallest value
 LABEL_WIDTH = 40
 PER_INCH, WIDE_PER_INCH = 9, 6  # letters of a title; Chinese ones are wider
 ROW_INCHES, LINE_INCHES = 0.36, 0.18

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sft_ray.analysis.results import why_no_gain
+
 CARD = """---
 library_name: transformers
 pipeline_tag: {pipeline}
@@ -47,7 +49,9 @@ def model_card(tree: dict[str, Any], experiment: dict[str, Any], labels: tuple[s
     gain, task, num_trials = best["gain_over_default"], experiment["task"], len(tree["trials"])
     searched = SEARCHED.format(
         num_trials=num_trials,
-        gain="unknown, it did not finish" if gain is None else f"{gain:+.4f} {tree['metric']}",
+        gain=f"unknown, {why_no_gain(tree['trials']).removeprefix('which ')}"
+        if gain is None
+        else f"{gain:+.4f} {tree['metric']}",
     )
     selection = searched if num_trials > 1 else SINGLE
     if "expected" in best:

@@ -356,6 +356,12 @@ def ranking(trials: Sequence[FrozenTrial], sign: int) -> list[FrozenTrial]:
     return sorted(candidates, key=rank, reverse=True)
 
 
+def why_no_gain(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What became of the default recipe that nothing can be measured against."""
+    was_run = any(row["role"] == YARDSTICK for row in rows)
+    return "which did not finish" if was_run else "which was not run"
+
+
 def gain_over_default(trials: Sequence[FrozenTrial], best: FrozenTrial, sign: int) -> float | None:
     """How much better the winner is than the default recipe; None if that did not finish."""
     for trial in trials:

@@ -41,11 +41,12 @@ class Paired:
 
     Attributes:
         difference: values minus base.
-        low, high: of the difference's interval; None, as are the two below, for a single pair.
-        p_value: two-sided.
+        low, high: of the difference's interval; None for a single pair, and where all pairs differ
+            alike.
+        p_value: two-sided; None for a single pair.
         n: pairs.
         detectable: the true difference that so many pairs of this spread tell from 0 with a
-            probability of 80 %, by a two-sided test at 5 %.
+            probability of 80 %, by a two-sided test at 5 %; None where there is no interval.
     """
 
     difference: float
@@ -78,7 +79,8 @@ def paired_difference(
     """Paired t interval and test of `values` minus `base`, entry by entry of the same seed.
 
     Pairing takes out what a seed does to both arms, so it tells apart more than two intervals
-    side by side do.
+    side by side do.  Where all differences are equal there is no spread to judge by: scores that
+    count examples do so by chance, and the sign test has the word.
     """
     n = len(values)
     if n == 0 or n != len(base):
@@ -89,10 +91,9 @@ def paired_difference(
     if n == 1:
         return Paired(difference, None, None, None, n, None)
     if _spread_is_rounding(differences, scores):
-        # No spread: the t statistic is 0/0 or infinite.
         if abs(difference) <= ROUNDING * np.abs(scores).max():
-            return Paired(0.0, 0.0, 0.0, 1.0, n, 0.0)
-        return Paired(difference, difference, difference, 0.0, n, 0.0)
+            return Paired(0.0, None, None, 1.0, n, None)
+        return Paired(difference, None, None, 2 * 0.5**n, n, None)
     test = stats.ttest_rel(scores[0], scores[1])
     low, high = test.confidence_interval(level)
     standard_error = float(differences.std(ddof=1)) / math.sqrt(n)

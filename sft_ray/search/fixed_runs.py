@@ -119,18 +119,19 @@ class FixedRuns:
     @property
     def num_pending(self) -> int:
         """Runs that are still to start, as far as is known now."""
-        self._drop_what_is_left_out()
-        return len(self._pending)
+        return len(self._wanted())
 
-    def _drop_what_is_left_out(self) -> None:
+    def _wanted(self) -> list[int]:
+        """Of those that are to start; what is left out now may be wanted after another end."""
         rows = self.finished_rows
-        self._pending = [n for n in self._pending if not self._leave_out(self.runs[n], rows)]
+        return [n for n in self._pending if not self._leave_out(self.runs[n], rows)]
 
     def next_trial(self) -> PlannedTrial | None:
-        self._drop_what_is_left_out()
-        if not self._pending:
+        wanted = self._wanted()
+        if not wanted:
             return None
-        number = self._pending.pop(0)
+        number = wanted[0]
+        self._pending.remove(number)
         self._curves[number] = {}
         run = self.runs[number]
         return PlannedTrial(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft_ray import space as spaces
 from sft_ray.analysis.importance import RELIABLE_FROM
-from sft_ray.analysis.results import SearchResult
+from sft_ray.analysis.results import SearchResult, why_no_gain
 from sft_ray.screen import Screen, count, duration, short_params
 from sft_ray.search.cluster import Layout
 from sft_ray.search.study import SearchStudy
@@ -92,7 +92,7 @@ def say_outcome(
             "validation": ", ".join(f"{k} {v:.4f}" for k, v in best["validation"].items()),
             "gain": f"{gain:+.4f} {result.tree['metric']} {over}"
             if gain is not None
-            else f"unknown {over}, which did not finish",
+            else f"unknown {over}, {why_no_gain(result.trials)}",
             "trials": f"{len(states)}: {counts}; {duration(result.tree['wall_seconds'])}",
             **importance_lines(result.tree.get("importance", {})),
             "checkpoint": best["checkpoint"],
@@ -117,6 +117,7 @@ def importance_lines(importance: dict[str, Any]) -> dict[str, str]:
         judged = importance.get(key, {"parameters": {}, "reliable": False})
         shares = ", ".join(
             f"{name.removeprefix('train.')} {found['importance']:.2f}"
+            + (f" (among {found['trials']})" if found["trials"] < judged["trials"] else "")
             for name, found in judged["parameters"].items()
         )
         doubt = "" if judged["reliable"] else f", unreliable under {RELIABLE_FROM}"

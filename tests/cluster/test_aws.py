@@ -17,6 +17,7 @@ import pytest
 
 from clusters import aws_setup
 from sft_ray.yaml_text import parse_yaml
+from tests.aws import name_an_image
 from tests.s3 import CREDENTIALS, s3_server
 
 pytestmark = [
@@ -42,6 +43,7 @@ def filled_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
     shutil.copy(aws_setup.CLUSTER, file)
     with s3_server() as port:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        name_an_image(boto3.Session(region_name=REGION), monkeypatch)
         words = ["--ssh-cidr", "203.0.113.7/32", "--bucket", "mine", "--file", str(file)]
         aws_setup.main(words)
         yield file

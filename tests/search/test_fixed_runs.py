@@ -281,13 +281,22 @@ def test_runs_are_left_out_by_what_has_ended(store: RunStore) -> None:
     assert slots.started == [0, 1, 2]
     assert [(row["arm"], row["seed"]) for row in rows] == [("a", 1), ("b", 1), ("a", 2)]
     assert slots.trials.is_over()
-    assert max(asked, key=lambda pair: pair[1]) == (2, 2)
+    assert max(asked, key=lambda pair: pair[1]) == (2, 3)
     # What ended before counts too, whatever is left out of the rest.
     again = Slots(grid(), store, leave_out=leave_out)
     assert again.trials.is_over()
     assert again.trials.finished_rows == rows
     everything = Slots(grid(), store, leave_out=lambda *_: True)
     assert everything.trials.finished_rows == rows
+
+
+def test_a_run_that_was_left_out_is_wanted_again_when_the_reason_is_gone(store: RunStore) -> None:
+    def leave_out(mine: FixedRun, rows: Sequence[Row]) -> bool:
+        return mine.arm == "b" and len(rows) < 2
+
+    slots = Slots(grid(), store, leave_out=leave_out)
+    slots.run_all()
+    assert slots.started == [0, 2, 1, 3]
 
 
 def test_a_run_ends_at_the_first_mark_as_far_as_was_asked(store: RunStore) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 
 from sft_ray.analysis.report.facts import is_number
 
-LOG_FROM = 30  # largest over smallest value; as in the figures of ablations
+LOG_FROM = 30  # largest over smallest value
+
 MOST_CATEGORIES = 12
 TICKS = 5
 CLOSEST_TICKS = 0.06  # share of the axis

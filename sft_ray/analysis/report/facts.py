@@ -222,11 +222,11 @@ def bands(run: Run) -> dict[int, int]:
     """COMPLETE trial -> its fifth by score, from 0, the worst, to 4, the best."""
     complete = [trial for trial in run.trials if trial.is_complete]
     ordered = sorted(complete, key=lambda t: (run.sign * (t.value or 0.0), -t.number))
-    last = max(len(ordered) - 1, 1)
-    # A single trial is the best one.
-    top = BANDS - 1
+    few = len(ordered) < BANDS  # which spread from the worst to the best; a single one is the best
     return {
-        trial.number: round(place / last * top) if len(ordered) > 1 else top
+        trial.number: round((place + 1) / len(ordered) * BANDS) - 1
+        if few
+        else place * BANDS // len(ordered)
         for place, trial in enumerate(ordered)
     }
 

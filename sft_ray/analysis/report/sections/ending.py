@@ -99,8 +99,10 @@ def reproduce(run: Run) -> list[Block]:
     """The commands, and the experiment they need."""
     place = shlex.quote(run.store.location)
     verb = "search" if run.is_search else "train"
-    file = shlex.quote(run.store.path_of(EXPERIMENT))
-    lines = [f"sft-ray {verb} {file} name=again    # the same from the start"]
+    is_here = run.store.local_root is not None
+    file = shlex.quote(run.store.path_of(EXPERIMENT)) if is_here else EXPERIMENT
+    saved = "the same from the start" if is_here else "the file below, saved to a disk"
+    lines = [f"sft-ray {verb} {file} name=again    # {saved}"]
     if run.result.is_finished:
         lines.append(f"sft-ray verify {place}    # best/ scored again; files, data, versions")
         if run.winner is not None and run.is_search:
