@@ -55,7 +55,7 @@ class Limit(Section):
 
 
 class Split(Section):
-    """Fractions cut off one file or split that holds everything, stratified by label."""
+    """Fractions cut off one file or split that holds everything, by label or in whole groups."""
 
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     test: Fraction = 0.0
@@ -75,7 +75,7 @@ class Data(Section):
     path: Location | None = None
     config: str | None = None
     revision: str | None = None
-    splits: Splits | None = None
+    splits: Splits | None = None  # default: train, validation and test as far as they are there
     train: Location | None = None
     validation: Location | None = None
     test: Location | None = None

@@ -197,10 +197,9 @@ class _Run:
         if state is None:
             self.messages, self._saved_percent = [], None
             return None
-        self.messages = state.facts["messages"]
-        best = state.facts["best"]
-        self._saved_percent = None if best is None else best["percent"]
-        self._seconds_before = state.facts["seconds_before"]
+        # The next mark writes the state's best model: the one in the folder may be a later one.
+        self.messages, self._saved_percent = state.facts["messages"], None
+        self._seconds_before, self._began = state.facts["seconds_before"], time.monotonic()
         self.screen.event(f"going on at step {state.facts['step']}")
         return state
 

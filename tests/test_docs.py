@@ -61,7 +61,8 @@ EXAMPLES = list(examples())
 def prepared(folder: Path, model: Path, lines: str, tree: dict[str, Any]) -> Experiment:
     """The documented experiment over its documented rows, with a tiny model."""
     data = folder / tree["data"]["train"]
-    data.write_text(lines * 15, encoding="utf-8")
+    many = (lines.replace('"query": 1', f'"query": {i}') for i in range(15))
+    data.write_text("".join(many), encoding="utf-8")
     tree["data"] |= {"train": str(data), "max_length": 64}
     storage = str(folder / "runs")
     return Experiment.from_tree({**tree, "model": str(model), "storage": storage})

@@ -6,21 +6,27 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import pipeline
 
-from sft_ray import cli
+from sft_ray import cli, single_trial
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, DataError, TrialError
-from sft_ray.serving.evaluate import run_evaluation
-from sft_ray.serving.predict import load_predictor, read_rows
+from sft_ray.run_store import RunStore
+from sft_ray.screen import Screen
+from sft_ray.serving.evaluate import has_test_split, run_evaluation, score_split
+from sft_ray.serving.predict import Predictor, load_predictor, read_rows
 from sft_ray.single_trial import run_training
 from sft_ray.training import fitting as fit_module
-from tests.models import toy_rows, write_csv
+from sft_ray.training.checkpoint import ResumeState
+from sft_ray.training.preparation import prepare_training
+from tests.models import TASK, load_tiny, save_tiny, toy_dataset, toy_rows, write_csv
 
 ARGUMENTS = {"learning_rate": 5e-3, "epochs": 2, "dropout": 0.1, "precision": "fp32"}
 
@@ -207,6 +213,54 @@ def test_what_cannot_be_scored_is_refused(run: Path, make, tmp_path: Path, tiny_
     assert not list(tmp_path.rglob("test_access.jsonl"))
     with pytest.raises(ConfigError, match="no head for a task"):
         load_predictor(str(tiny_model))
+
+
+@pytest.fixture
+def unlearned(tmp_path: Path, tiny_model: Path) -> Predictor:
+    """The tiny model with a head, as it was begun."""
+    dataset = toy_dataset(tmp_path, tiny_model, train=30, validation=20)
+    (tmp_path / "mine").mkdir()
+    save_tiny(tmp_path / "mine", tiny_model, load_tiny(tiny_model, dataset), dataset, {})
+    return load_predictor(str(tmp_path / "mine"))
+
+
+def test_a_test_split_that_the_data_set_has_is_scored(make, tmp_path, unlearned) -> None:
+    rows = [{"text": text, "label": label} for text, label in toy_rows(40)]
+    parts = {
+        "train": datasets.Dataset.from_list(rows),
+        "test": datasets.Dataset.from_list(rows[:15]),
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    experiment = make(data={"path": str(tmp_path / "saved"), "split": {"validation": 0.2}})
+    assert has_test_split(experiment, TASK)
+    assert score_split(unlearned, experiment, "test")[1] == 15
+    assert score_split(unlearned, experiment, "validation")[1] == 8
+
+
+def test_a_test_split_that_the_experiment_does_not_name_is_scored_if_asked_for(
+    make, tmp_path: Path, unlearned: Predictor, monkeypatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "files").mkdir()
+    write_csv(tmp_path / "files" / "train.csv", toy_rows(40))
+    write_csv(tmp_path / "files" / "test.csv", toy_rows(15))
+    splits = {"train": "train[:80%]", "validation": "train[80%:]"}
+    experiment = make(data={"path": str(tmp_path / "files"), "splits": splits})
+    assert not has_test_split(experiment, TASK)
+    assert score_split(unlearned, experiment, "test")[1] == 15
+
+
+def test_what_is_taken_up_counts_its_seconds_once_and_writes_its_own_best_weights(
+    make, tmp_path: Path
+) -> None:
+    store = RunStore(str(tmp_path), "single")
+    run = single_trial._Run(prepare_training(make()), None, store, Screen(quiet=True))
+    facts = {"messages": [], "best": {"percent": 10}, "seconds_before": 100.0, "step": 3}
+    run.last = SimpleNamespace(load=lambda: ResumeState({}, facts))
+    run._saved_percent, run._began = 10, run._began - 100
+    run._take_up()
+    assert 100 <= run._seconds() < 150
+    assert run._saved_percent is None
 
 
 def predictions(model: Path, lines: list[str]) -> list[dict[str, Any]]:

@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sft_ray.config import Data, Experiment, Splits
+from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, DataError
 from sft_ray.run_store import EXPERIMENT, TEST_ACCESS, RunStore
 from sft_ray.serving.predict import Predictor, load_predictor
 from sft_ray.training import labels, sources
 from sft_ray.training.columns import is_unlabelled
-from sft_ray.training.data import encode_split, limited
+from sft_ray.training.data import limited
 from sft_ray.training.tasks import Task
 
 
@@ -85,7 +85,7 @@ def recorded_test(store: RunStore, path: str) -> dict[str, Any] | None:
 
 
 def has_test_split(experiment: Experiment, task: Task) -> bool:
-    """Whether the experiment names a test split that has labels."""
+    """Whether the experiment's data has a test split with labels."""
     source = sources.read_splits(experiment.data, task.fields, experiment.seed)
     table = source.tables.get("test")
     return table is not None and not is_unlabelled(table, task.fields.target_name)
@@ -99,8 +99,12 @@ def score_split(
     Raises:
         DataError: the data has no such split, or no labels for it that the model knows.
     """
-    task, data = predictor.task, _with_test(experiment.data, split)
-    source = sources.read_splits(data, task.fields, experiment.seed)
+    task, data, seed = predictor.task, experiment.data, experiment.seed
+    source = sources.read_splits(data, task.fields, seed)
+    if split == "test" and split not in source.tables and data.splits is not None:
+        # The experiment names other splits; a hub data set may have this one all the same.
+        named = data.splits.model_copy(update={"test": "test"})
+        source = sources.read_splits(data.model_copy(update={"splits": named}), task.fields, seed)
     if split not in source.tables:
         raise DataError(
             f"data: the experiment names no {split} split; set data.{split}, data.splits.{split} "
@@ -113,18 +117,10 @@ def score_split(
         table = labels.with_names(table, target, source.names, source.where[split])
         labels.check_names(table, target, predictor.label_set.names, source.where[split])
     if split == "validation":
-        table = limited(table, data.limit.validation, experiment.seed, split)
-    examples = encode_split(table, task, predictor.encoder, predictor.label_set)
+        table = limited(table, data.limit.validation, seed, split)
+    examples = predictor.encode(table)
     outputs = predictor.outputs(examples)
     return task.score(outputs, examples, predictor.label_set), table.num_rows
-
-
-def _with_test(data: Data, split: str) -> Data:
-    """A hub data set's test split is called so unless the experiment says otherwise."""
-    if split == "test" and data.path is not None and (data.splits or Splits()).test is None:
-        splits = (data.splits or Splits()).model_copy(update={"test": "test"})
-        return data.model_copy(update={"splits": splits})
-    return data
 
 
 def _find_run(place: str, experiment_file: str | None) -> tuple[Experiment, RunStore]:

@@ -17,7 +17,6 @@ import torch
 from sft_ray.errors import ConfigError
 from sft_ray.serving.predict import ROWS_AT_ONCE, Predictor
 from sft_ray.training import batches
-from sft_ray.training.data import encode_split
 from sft_ray.training.metrics import Floats
 
 POINTS = (16, 32, 64, 128, 256)  # on the path; more until the gap is small
@@ -39,8 +38,7 @@ def explained(predictor: Predictor, rows: Iterable[dict[str, Any]]) -> Iterator[
         )
     rows, start = iter(rows), 0
     while chunk := list(islice(rows, ROWS_AT_ONCE)):
-        table = predictor.checked(chunk, start)
-        examples = encode_split(table, predictor.task, predictor.encoder, predictor.label_set)
+        examples = predictor.encode(predictor.checked(chunk, start))
         outputs = predictor.outputs(examples)
         answers = predictor.task.answer(outputs, examples, predictor.label_set)
         for item, answer in enumerate(answers):

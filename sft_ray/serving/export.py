@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import logging
 import shutil
 import tempfile
@@ -17,12 +16,12 @@ import numpy as np
 import torch
 
 from sft_ray.errors import ConfigError, TrialError
-from sft_ray.serving.predict import Predictor, load_predictor
+from sft_ray.serving.predict import Predictor, load_predictor, winner_of
 from sft_ray.serving.samples import sample_rows
 from sft_ray.training import batches
 from sft_ray.training.checkpoint import MODEL_FACTS
-from sft_ray.training.data import encode_split
 from sft_ray.training.examples import Examples
+from sft_ray.training.families import reads_segments
 from sft_ray.training.metrics import Floats
 from sft_ray.training.model_facts import resolve_model
 
@@ -86,20 +85,15 @@ def export_onnx(model: str, out: str | None = None) -> Export:
             )
         predictor.model.config.save_pretrained(made)
         predictor.encoder.tokenizer.save_pretrained(made)
-        facts = Path(resolve_model(_winner(model))) / MODEL_FACTS
+        facts = Path(resolve_model(winner_of(model))) / MODEL_FACTS
         if facts.is_file():
             shutil.copy(facts, made)
         made.rename(folder)
     return Export(str(folder), inputs, outputs, num_compared, difference)
 
 
-def _winner(model: str) -> str:
-    best = Path(model) / "best"
-    return str(best) if best.is_dir() else model
-
-
 def _beside(model: str) -> Path:
-    if _winner(model) != model:
+    if winner_of(model) != model:
         return Path(model) / "onnx"
     return Path(f"{Path(model).absolute().name}-onnx")
 
@@ -122,11 +116,9 @@ class _Graph(torch.nn.Module):
 def _write_graph(
     predictor: Predictor, path: Path, name: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    model, config = predictor.model, predictor.model.config
+    model = predictor.model
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")
-    if "token_type_ids" in inspect.signature(model.forward).parameters and (
-        (getattr(config, "type_vocab_size", 0) or 0) > 1
-    ):
+    if reads_segments(model):
         inputs += ("token_type_ids",)
     outputs: tuple[str, ...] = ("logits",)
     if predictor.task.name == "question-answering":
@@ -158,7 +150,7 @@ def _write_graph(
     except Exception as error:  # the exporter raises many kinds for what it cannot trace
         reason = " ".join(str(error).split())[:300]
         raise TrialError(
-            f"{name}: PyTorch's exporter fails on {config.model_type}: "
+            f"{name}: PyTorch's exporter fails on {model.config.model_type}: "
             f"{type(error).__name__}: {reason}"
         ) from None
     finally:
@@ -190,10 +182,7 @@ def _compare(predictor: Predictor, path: Path, inputs: tuple[str, ...]) -> tuple
 
 
 def _examples(predictor: Predictor, num_rows: int) -> Examples:
-    rows = sample_rows(predictor.task, num_rows)
-    return encode_split(
-        predictor.checked(rows), predictor.task, predictor.encoder, predictor.label_set
-    )
+    return predictor.encode(predictor.checked(sample_rows(predictor.task, num_rows)))
 
 
 def _batches(

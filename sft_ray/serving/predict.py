@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ import torch
 import transformers
 
 from sft_ray.errors import ConfigError, DataError
+from sft_ray.run_store import BEST
 from sft_ray.training.checkpoint import MODEL_FACTS
 from sft_ray.training.columns import check_fields
 from sft_ray.training.data import encode_split, load_tokenizer
 from sft_ray.training.encoding import Encoder
 from sft_ray.training.examples import Examples, LabelSet
+from sft_ray.training.families import reads_segments
 from sft_ray.training.forward import evaluate
 from sft_ray.training.metrics import Floats
 from sft_ray.training.model import let_pass
@@ -53,6 +55,11 @@ class Predictor:
     world: World
     dtype: torch.dtype
 
+    def encode(self, table: pa.Table) -> Examples:
+        """Checked rows as the model reads them."""
+        examples = encode_split(table, self.task, self.encoder, self.label_set)
+        return examples if reads_segments(self.model) else replace(examples, segments=None)
+
     def outputs(self, examples: Examples) -> Floats:
         """Raw outputs of encoded examples, [n or total, classes]."""
         pad = self.encoder.tokenizer.pad_token_id
@@ -66,8 +73,7 @@ class Predictor:
         """
         rows, start = iter(rows), 0
         while chunk := list(islice(rows, ROWS_AT_ONCE)):
-            table = self.checked(chunk, start)
-            examples = encode_split(table, self.task, self.encoder, self.label_set)
+            examples = self.encode(self.checked(chunk, start))
             yield from self.task.answer(self.outputs(examples), examples, self.label_set)
             start += len(chunk)
 
@@ -108,8 +114,7 @@ def load_predictor(
         ConfigError: there is no such model, or its head belongs to no task.
     """
     quiet_transformers()
-    if (Path(model) / "best").is_dir():
-        model = str(Path(model) / "best")
+    model = winner_of(model)
     folder = resolve_model(model)
     facts = read_facts(folder)
     try:
@@ -141,6 +146,12 @@ def load_predictor(
         world=World(device=device),
         dtype=DTYPES.get(str(facts.get("precision")), torch.float32),
     )
+
+
+def winner_of(model: str) -> str:
+    """The winner's folder in a run folder; any other model as it is."""
+    best = Path(model) / BEST
+    return str(best) if best.is_dir() else model
 
 
 def read_facts(folder: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_ray.errors import ConfigError, TrialError
+from sft_ray.serving.predict import winner_of
 from sft_ray.training.checkpoint import MODEL_FACTS
 
 # What a model folder of ours holds; nothing else is sent.
@@ -53,7 +54,7 @@ def push_model(model: str, repo: str, *, public: bool = False, message: str | No
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    folder = Path(model) / "best" if (Path(model) / "best").is_dir() else Path(model)
+    folder = Path(winner_of(model))
     if not (folder / "config.json").is_file():
         raise ConfigError(f"push: {model} is no model folder or run folder with a winner")
     files = sorted({f.name for pattern in SENT for f in folder.glob(pattern) if f.is_file()})

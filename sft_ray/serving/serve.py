@@ -171,13 +171,11 @@ class Endpoint:
         return bytes(body)
 
 
-def _reply(content: Any) -> Any:
+def _reply(content: Any, status: int = 200) -> Any:
     from starlette.responses import JSONResponse
 
-    return JSONResponse(content)
+    return JSONResponse(content, status_code=status)
 
 
 def _refusal(status: int, line: str) -> Any:
-    from starlette.responses import JSONResponse
-
-    return JSONResponse({"error": " ".join(line.split())}, status_code=status)
+    return _reply({"error": " ".join(line.split())}, status)

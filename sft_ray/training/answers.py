@@ -109,6 +109,9 @@ def answer_spans(logits: Floats, examples: Examples, label_set: LabelSet) -> lis
         if score == -np.inf or (label_set.negative == "" and none > score):
             found.append({"answer": "", "start": 0, "end": 0, "score": none})
         else:
-            place = {"start": int(begin), "end": int(past)}
-            found.append({"answer": context[begin:past], **place, "score": score})
+            # Some tokenizers count the blank before a word to its first token.
+            answer = context[begin:past].strip()
+            start = context.index(answer, begin)
+            place = {"start": start, "end": start + len(answer)}
+            found.append({"answer": answer, **place, "score": score})
     return found

@@ -35,7 +35,7 @@ def save_model(
     setup.tokenizer.save_pretrained(folder)
     facts = {
         "task": setup.task.name,
-        "max_length": min(data.max_length, setup.tokenizer.model_max_length),
+        "max_length": setup.dataset.max_length,
         "doc_stride": data.doc_stride,
         "precision": str(resolve_precision(precision, setup.world.device)[0]).split(".")[-1],
         "negative_label": setup.dataset.label_set.negative,

@@ -9,8 +9,10 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,10 +22,8 @@ UNLABELLED = -1  # GLUE and others mark hidden labels so
 SHOWN = 60  # characters of a wrong value that are worth showing
 
 
-class Kind(Protocol):
-    """Checks one column; yields what is wrong with it, at most one line per rule."""
-
-    def __call__(self, values: pa.ChunkedArray) -> Iterator[str]: ...
+# Checks one column; yields what is wrong with it, at most one line per rule.
+Kind = Callable[[pa.ChunkedArray], Iterator[str]]
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,17 @@ def is_unlabelled(table: pa.Table, target: str) -> bool:
     if pa.types.is_signed_integer(values.type):
         return bool(pc.all(pc.equal(values, UNLABELLED)).as_py())
     if pa.types.is_floating(values.type):
-        return bool(pc.all(pc.is_nan(values), min_count=0).as_py())
+        values = values.cast(pa.float64())
+        hidden = pc.or_(pc.is_nan(values), pc.equal(values, UNLABELLED))
+        return bool(pc.all(hidden, min_count=0).as_py())
     return False
+
+
+def units(table: pa.Table) -> npt.NDArray[np.integer[Any]]:
+    """Number of what stays together, of each row: its group, or the row itself, [rows]."""
+    if "group" not in table.column_names:
+        return np.arange(table.num_rows)
+    return np.unique(table.column("group").to_pylist(), return_inverse=True)[1]
 
 
 # -- kinds ---------------------------------------------------------------------------------------
@@ -195,6 +204,12 @@ def class_name(values: pa.ChunkedArray) -> Iterator[str]:
 
 def class_labels(values: pa.ChunkedArray) -> Iterator[str]:
     """A list of texts or whole numbers, which may be empty."""
+    if row := _multi_hot(values):
+        yield (
+            f"holds one 0 or 1 per class (row {row}); list the classes that hold instead, for "
+            "example [0, 2]"
+        )
+        return
     if not (is_list(values.type) and (is_name(values.type.value_type) or _no_values(values))):
         yield f"must hold a list of labels per row (json, jsonl or parquet), got {values.type}"
         return
@@ -321,6 +336,18 @@ def _is_struct(kind: pa.DataType) -> bool:
 
 def _no_values(values: pa.ChunkedArray) -> bool:
     return len(pc.list_flatten(values)) == 0
+
+
+def _multi_hot(values: pa.ChunkedArray) -> int | None:
+    """Number, from 1, of the first row that can only hold a 0 or 1 for every class."""
+    if not is_list(values.type) or pa.types.is_nested(values.type.value_type):
+        return None
+    inside = pc.list_flatten(values)
+    if not set(pc.unique(inside).to_pylist()) <= {0, 1}:
+        return None
+    # Whole numbers may name two classes; then no row has one of them twice.
+    is_whole = pa.types.is_integer(inside.type)
+    return _first_row(values, lambda row: bool(row) and (not is_whole or len(set(row)) < len(row)))
 
 
 def _blank(values: pa.ChunkedArray) -> Iterator[str]:

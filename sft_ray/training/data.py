@@ -2,7 +2,7 @@
 
 `prepare` reads, checks and tokenises once per machine into a folder of Arrow files; `open_dataset`
 maps that folder into memory.  The test split is sealed: a search counts its duplicates in the
-other splits, and neither encodes nor scores it.
+other splits, compares its labels with theirs, and neither encodes nor scores it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from sft_ray.cache import build_once, cache_root
 from sft_ray.config import Data
 from sft_ray.errors import DataError
 from sft_ray.training import labels, sources
-from sft_ray.training.columns import answer_pairs, is_unlabelled
+from sft_ray.training.columns import answer_pairs, is_unlabelled, units
 from sft_ray.training.encoding import Encoder
 from sft_ray.training.examples import Dataset, Examples, LabelSet
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.sources import Source
 from sft_ray.training.tasks import Task
 
-ENCODING_VERSION = 2  # change when the files below change their meaning
-RARE = 0.01  # share of validation rows whose labels training may lack
+ENCODING_VERSION = 3  # change when the files below change their meaning
+RARE = 0.01  # share of a split's rows whose labels training may lack
 META = "meta.json"
 RAW = "validation.raw.arrow"
 PER_TOKEN = ("tokens", "segments", "words", "starts", "ends")
@@ -58,7 +58,7 @@ def prepare(data: Data, task: Task, model_folder: str, revision: str | None, see
         "tokenizer": _content_hash_text(encoder.tokenizer.backend_tokenizer.to_str()),
         "max_length": encoder.max_length,
         "doc_stride": encoder.doc_stride,
-        "told": [duplicates, test_is_unlabelled],
+        "told": [duplicates, source.num_left_out, test_is_unlabelled],
     }
     key = _content_hash_text(json.dumps(recipe, sort_keys=True))
 
@@ -74,7 +74,9 @@ def prepare(data: Data, task: Task, model_folder: str, revision: str | None, see
             "negative": label_set.negative,
             "fingerprint": key,
             "num_truncated": truncated,
+            "max_length": encoder.max_length,
             "num_duplicates": duplicates,
+            "num_left_out": source.num_left_out,
             "test_is_unlabelled": test_is_unlabelled,
         }
         (folder / META).write_text(json.dumps(meta), encoding="utf-8")
@@ -111,7 +113,9 @@ def open_dataset(folder: Path) -> Dataset:
         label_set=LabelSet(tuple(meta["label_names"]), meta["negative"]),
         fingerprint=meta["fingerprint"],
         num_truncated=meta["num_truncated"],
+        max_length=meta["max_length"],
         num_duplicates=meta["num_duplicates"],
+        num_left_out=meta["num_left_out"],
         test_is_unlabelled=meta["test_is_unlabelled"],
     )
 
@@ -125,8 +129,9 @@ def build_encoder(data: Data, model_folder: str, revision: str | None) -> Encode
 def with_classes(source: Source, data: Data, task: Task) -> tuple[dict[str, pa.Table], LabelSet]:
     """Tables whose class labels are names, and what there is to answer.
 
-    The training split defines the classes; a label that only a few validation rows have is one
-    too, for a rare class can miss training by chance.
+    The training split defines the classes; a label that only a few rows of another split have is
+    one too, for a rare class can miss training by chance.  The labels of the test split are
+    compared, too: a search should not end with one that its models cannot answer.
 
     Raises:
         DataError: labels that do not fit each other or the experiment.
@@ -142,11 +147,13 @@ def with_classes(source: Source, data: Data, task: Task) -> tuple[dict[str, pa.T
         else labels.with_names(table, target, source.names, source.where[split])
         for split, table in tables.items()
     }
-    rare = labels.unknown_names(named["validation"], target, classes)
-    if source.names is None and rare.total() <= RARE * named["validation"].num_rows:
-        classes += tuple(sorted(rare))
-    for split in ("train", "validation"):  # the test split is sealed: told when it is scored
-        labels.check_names(named[split], target, classes, source.where[split])
+    labelled = {split: t for split, t in named.items() if not is_unlabelled(t, target)}
+    for table in labelled.values():
+        rare = labels.unknown_names(table, target, classes)
+        if source.names is None and rare.total() <= RARE * table.num_rows:
+            classes += tuple(sorted(rare))
+    for split, table in labelled.items():
+        labels.check_names(table, target, classes, source.where[split])
     if data.negative_label is not None and data.negative_label not in classes:
         raise DataError(
             f"data.negative_label: {data.negative_label!r} is no label; there are "
@@ -207,11 +214,17 @@ def load_tokenizer(model_folder: str, revision: str | None = None) -> Any:
 
 
 def limited(table: pa.Table, limit: int | None, seed: int, split: str) -> pa.Table:
-    """The first `limit` rows of a seeded shuffle, in their old order."""
+    """The first `limit` rows of a seeded shuffle, in their old order.
+
+    Of groups the first whole ones that fit, at least one.
+    """
     if limit is None or limit >= table.num_rows:
         return table
-    order = np.random.default_rng(derived_seed(seed, "limit", split)).permutation(table.num_rows)
-    return table.take(pa.array(np.sort(order[:limit])))
+    unit_of = units(table)
+    sizes = np.bincount(unit_of)
+    order = np.random.default_rng(derived_seed(seed, "limit", split)).permutation(len(sizes))
+    count = max(1, np.count_nonzero(np.cumsum(sizes[order]) <= limit))
+    return table.take(pa.array(np.flatnonzero(np.isin(unit_of, order[:count]))))
 
 
 def _as_table(examples: Examples) -> pa.Table:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
-from sft_ray.training.examples import Dataset
+from sft_ray.training.examples import IGNORED, Dataset
 from sft_ray.training.losses import LossOptions
 from sft_ray.training.tasks import Task
 from sft_ray.training.world import World
@@ -27,15 +28,22 @@ def constant_loss(task: Task, dataset: Dataset, options: LossOptions) -> float |
     shares = task.constant(train, dataset.label_set)
     if shares is None:
         return None
-    labels, count = torch.tensor(train.labels), int(train.counts.sum())
+    # Rows with the same label have the same loss, and that of probabilities or 0/1 is linear in
+    # them: what is asked is one row per label, or the mean one.
+    if train.labels.ndim == 2:
+        found, counts = train.labels.mean(axis=0, keepdims=True), np.ones(1, dtype=np.intp)
+    else:
+        labelled = train.labels != IGNORED if task.per_token else slice(None)
+        found, counts = np.unique(train.labels[labelled], return_counts=True)
+    labels, weights = torch.tensor(found), torch.tensor(counts / counts.sum())
     constant = torch.tensor(shares, dtype=torch.float64, requires_grad=True)
-    mask = torch.ones(1, len(labels), dtype=torch.bool)
+    mask = torch.ones(len(labels), 1, dtype=torch.bool)
 
     def mean_loss() -> torch.Tensor:
         logits = constant.expand(len(labels), -1)
-        if task.per_token:
-            return task.loss(logits[None], labels[None], mask, options).sum() / count
-        return task.loss(logits, labels, mask, options).sum() / count
+        if task.per_token:  # one token per item
+            return task.loss(logits[:, None], labels[:, None], mask, options) @ weights
+        return task.loss(logits, labels, mask, options) @ weights
 
     def closure() -> float:
         constant.grad = None

@@ -103,7 +103,9 @@ class Dataset:
 
     Attributes:
         num_truncated: split -> rows that lost text.
+        max_length: tokens that they were cut at; the tokenizer may allow less than was asked for.
         num_duplicates: "validation in train", … -> rows whose inputs occur in the other split.
+        num_left_out: rows without a label that were left out.
     """
 
     train: Examples
@@ -111,7 +113,9 @@ class Dataset:
     label_set: LabelSet
     fingerprint: str
     num_truncated: dict[str, int]
+    max_length: int
     num_duplicates: dict[str, int] = field(default_factory=dict)
+    num_left_out: int = 0
     test_is_unlabelled: bool = False
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -71,6 +72,12 @@ def has_module(base: nn.Module, path: str) -> bool:
         return isinstance(module_at(base, path), nn.Module)
     except AttributeError:
         return False
+
+
+def reads_segments(model: Any) -> bool:
+    """Whether a model tells the two texts of a pair apart; others fail on a second segment."""
+    num_segments = getattr(model.config, "type_vocab_size", None) or 0
+    return num_segments > 1 and "token_type_ids" in inspect.signature(model.forward).parameters
 
 
 def reads_first_token(model: Any) -> bool:

@@ -25,12 +25,9 @@ def loss_options(train: Train, setup: Setup) -> LossOptions:
     """Label smoothing and class weights; `balanced` weighs a class by 1 / its training share.
 
     Balanced weights average 1 over the training labels, so the size of the loss stays.
-
-    Raises:
-        ConfigError: weights for classes that the data does not have, or lacks.
     """
     names, chosen = setup.dataset.label_names, train.class_weights
-    if chosen is None or not setup.task.label_options:
+    if chosen is None:
         return LossOptions(train.label_smoothing)
     if chosen == "balanced":
         truth = setup.dataset.train.labels

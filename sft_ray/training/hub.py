@@ -3,7 +3,7 @@
 import os
 
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 
 def is_missing_folder(name: str) -> bool:

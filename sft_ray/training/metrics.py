@@ -66,13 +66,16 @@ def precision_recall_f1(
     `binary` looks at the second class alone.  What is divided by 0 is 0.  Importing scikit-learn
     itself would add a fifth to all that a worker imports.
     """
-    hits, said, true = _counts(logits, labels)
-    chosen = np.flatnonzero(said + true) if classes is None else np.asarray(classes)
+    counts = _counts(logits, labels)
+    chosen = np.flatnonzero(counts[1] + counts[2]) if classes is None else np.asarray(classes)
     if average == "binary":
         chosen = np.array([1])
-    hits, said, true = hits[chosen], said[chosen], true[chosen]
-    if average == "micro":
-        hits, said, true = (np.atleast_1d(part.sum()) for part in (hits, said, true))
+    return _averaged(counts[:, chosen], micro=average == "micro")
+
+
+def _averaged(counts: Integers, *, micro: bool) -> tuple[float, float, float]:
+    """Precision, recall and F1 of `_counts`: of all classes together, or means over them."""
+    hits, said, true = counts.sum(axis=1, keepdims=True) if micro else counts
 
     def ratio(top: Integers, bottom: Integers) -> float:
         return float(np.mean(top / np.maximum(bottom, 1)))  # without a bottom there is no top
@@ -129,14 +132,15 @@ def multi_label(logits: Floats, labels: Floats) -> dict[str, float]:
     Labels are 0/1 [n, classes]; a class is predicted above a probability of 0.5.  The mean of
     average precisions is over the classes that occur.
     """
-    from sklearn.metrics import average_precision_score, f1_score
+    from sklearn.metrics import average_precision_score
 
     labels = labels.astype(np.float64)
     predicted, truth = logits > 0, labels > 0.5
     occurs = truth.any(axis=0)
+    counts = np.stack([part.sum(axis=0) for part in (predicted & truth, predicted, truth)])
     return {
-        "micro_f1": float(f1_score(truth, predicted, average="micro", zero_division=0)),
-        "macro_f1": float(f1_score(truth, predicted, average="macro", zero_division=0)),
+        "micro_f1": _averaged(counts, micro=True)[2],
+        "macro_f1": _averaged(counts, micro=False)[2],
         "subset_accuracy": float((predicted == truth).all(axis=1).mean()),
         "map": float(average_precision_score(truth[:, occurs], logits[:, occurs], average="macro"))
         if occurs.any()

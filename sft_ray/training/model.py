@@ -208,7 +208,7 @@ class Pretrained:
         for module in self._frozen:
             module.requires_grad_(False)
         self._take_pristine()
-        self._reinitialize(reinit_layers, self.seed)
+        self._reinitialize(reinit_layers)
         self.train()
 
     @torch.no_grad()
@@ -223,7 +223,7 @@ class Pretrained:
             else:
                 parameter.copy_(pristine)
 
-    def _reinitialize(self, num_layers: int, seed: int) -> None:
+    def _reinitialize(self, num_layers: int) -> None:
         """Draw the top layers and the pooler anew, by the model's own rules."""
         self.reinitialized = frozenset()
         if num_layers == 0:
@@ -234,7 +234,7 @@ class Pretrained:
         poolers = (getattr(owner, "pooler", None) for owner in (base, self.model))
         parts += [pooler for pooler in poolers if pooler is not None]
         fresh = {parameter for part in parts for parameter in part.parameters()}
-        self._initialize(fresh, derived_seed(seed, "reinit"))
+        self._initialize(fresh, derived_seed(self.seed, "reinit"))
         self.reinitialized = frozenset(
             name for name, parameter in self.model.named_parameters() if parameter in fresh
         )
@@ -329,7 +329,8 @@ def load_pretrained(
     that seed.
 
     Raises:
-        ConfigError: the folder holds no weights that can be loaded safely.
+        ConfigError: the folder holds no weights that can be loaded safely, or not all of the
+            encoder's.
     """
     quiet_transformers()
     auto_model = getattr(transformers, task.auto_model)
@@ -359,7 +360,15 @@ def load_pretrained(
             ) from None
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     from_scratch = frozenset(info["missing_keys"]) | frozenset(mismatched)
-    return Pretrained(model.to(device), from_scratch, used_tokens, seed)
+    pretrained = Pretrained(model.to(device), from_scratch, used_tokens, seed)
+    encoder = [n for n, depth in pretrained.depths().items() if depth <= pretrained.num_layers]
+    if lacking := [name for name in encoder if name in from_scratch]:
+        raise ConfigError(
+            f"model: {folder} lacks {len(lacking)} of the encoder's {len(encoder)} weights, or has "
+            f"them in another shape, for example {lacking[0]}; save the model itself, unwrapped, "
+            "with save_pretrained"
+        )
+    return pretrained
 
 
 def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:

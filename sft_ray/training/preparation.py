@@ -66,7 +66,9 @@ class Prepared:
         if self.task.classes:
             notes.insert(1, f"{len(dataset.label_names)} labels")
         if cut := sum(dataset.num_truncated.values()):
-            notes.append(f"{cut} cut at {experiment.data.max_length} tokens")
+            notes.append(f"{cut} cut at {dataset.max_length} tokens")
+        if dataset.num_left_out:
+            notes.append(f"{dataset.num_left_out} rows without a label left out")
         notes += [
             f"{count} of the inputs in {where.replace(' in ', ' also in ')}"
             for where, count in dataset.num_duplicates.items()

@@ -12,6 +12,7 @@ from sft_ray.config import Experiment
 from sft_ray.training.cpu_memory import suit_training
 from sft_ray.training.data import load_tokenizer, open_dataset
 from sft_ray.training.examples import Dataset
+from sft_ray.training.families import reads_segments
 from sft_ray.training.micro_batch import Probe
 from sft_ray.training.model import Pretrained, load_pretrained
 from sft_ray.training.model_facts import resolve_model
@@ -74,6 +75,9 @@ def load_setup(
         used_tokens=np.union1d(dataset.used_tokens, [tokenizer.pad_token_id]),
         revision=experiment.revision,
     )
+    if not reads_segments(pretrained.model):
+        parts = {s: replace(getattr(dataset, s), segments=None) for s in ("train", "validation")}
+        dataset = replace(dataset, **parts)
     gigabytes = experiment.resources.trunk_cache_gb
     trunk_cache = TrunkCache(
         pretrained,

@@ -10,18 +10,29 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
 from sft_ray.config import Data, Split, Splits
 from sft_ray.errors import DataError, did_you_mean
-from sft_ray.training.columns import Fields, is_name, number, select_fields
+from sft_ray.training.columns import (
+    UNLABELLED,
+    Fields,
+    is_name,
+    is_text,
+    is_unlabelled,
+    number,
+    select_fields,
+    units,
+)
 from sft_ray.training.hub import is_missing_folder
 from sft_ray.training.seeds import derived_seed
 
@@ -43,17 +54,19 @@ class Source:
     """Checked examples under their fields' names.
 
     Attributes:
-        tables: by split; `test` only where the experiment names one that is at hand.
+        tables: by split; `test` only where there is one.
         names: of labels that are whole numbers, where the data set knows them.
         where: split -> how messages call it.
+        num_left_out: rows of these splits without a label, which are in no table.
     """
 
     tables: dict[str, pa.Table]
     names: tuple[str, ...] | None
     where: dict[str, str]
+    num_left_out: int = 0
 
 
-def read_splits(data: Data, fields: Fields, seed: int, splits: tuple[str, ...] = SPLITS) -> Source:
+def read_splits(data: Data, fields: Fields, seed: int) -> Source:
     """The data set's splits, reduced to the fields of a task and checked.
 
     Raises:
@@ -66,7 +79,12 @@ def read_splits(data: Data, fields: Fields, seed: int, splits: tuple[str, ...] =
     elif data.path is not None and data.path.startswith("builtin:"):
         tables = _read_builtin(data.path, data.splits or Splits())
     else:
-        tables, names = _read_dataset(data, splits)
+        tables, names = _read_dataset(data)
+    target = str(data.columns.get(fields.target_name) or fields.target_name)
+    num_rows = sum(table.num_rows for table in tables.values())
+    if target in names:  # elsewhere -1 may be a class of its own
+        tables = {split: _labelled(table, target) for split, table in tables.items()}
+    num_left_out = num_rows - sum(table.num_rows for table in tables.values())
     where = {split: _name_of(data, split) for split in SPLITS}
     selected, problems = select_fields(tables, fields, data.columns, where)
     if problems:
@@ -78,9 +96,18 @@ def read_splits(data: Data, fields: Fields, seed: int, splits: tuple[str, ...] =
         if "test" in selected:  # there is one already
             split = split.model_copy(update={"test": 0.0})
         selected |= _cut(selected["train"], split, fields, seed)
-    target = data.columns.get(fields.target_name) or fields.target_name
-    known = names.get(str(target))
-    return Source(selected, tuple(data.label_names) if data.label_names else known, where)
+    known = tuple(data.label_names) if data.label_names else names.get(target)
+    return Source(selected, known, where, num_left_out)
+
+
+def _labelled(table: pa.Table, target: str) -> pa.Table:
+    """The rows with a label; all of them if none has one."""
+    if target not in table.column_names or is_unlabelled(table, target):
+        return table
+    values = table.column(target)
+    if not pa.types.is_signed_integer(values.type):  # lists of labels, for one
+        return table
+    return table.filter(pc.fill_null(pc.not_equal(values, UNLABELLED), True))
 
 
 def _name_of(data: Data, split: str) -> str:
@@ -115,13 +142,10 @@ def read_file(path: str) -> pa.Table:
 def _parse(path: str, suffix: str) -> pa.Table:
     if suffix == ".parquet":
         return pq.read_table(path)
-    if suffix in (".csv", ".tsv"):
-        delimiter = "\t" if suffix == ".tsv" else ","
-        return pyarrow.csv.read_csv(
-            path,
-            parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(strings_can_be_null=False),
-        )
+    if suffix == ".csv":
+        return _parse_delimited(path, ",")
+    if suffix == ".tsv":
+        return _parse_tabs(path)
     if suffix == ".json" and Path(path).read_bytes().lstrip()[:1] == b"[":
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
         if not rows or not all(isinstance(row, dict) for row in rows):
@@ -129,6 +153,38 @@ def _parse(path: str, suffix: str) -> pa.Table:
         return pa.Table.from_pylist(rows)
     return pyarrow.json.read_json(
         path, parse_options=pyarrow.json.ParseOptions(newlines_in_values=False)
+    )
+
+
+def _parse_tabs(path: str) -> pa.Table:
+    """Quoted like csv, unless quotes are plain text (GLUE's files) and one swallows rows."""
+    try:
+        table = _parse_delimited(path, "\t")
+        if not any(_holds_rows(column) for column in table.columns):
+            return table
+    except pa.ArrowException:
+        pass
+    try:
+        return _parse_delimited(path, "\t", quoted=False)
+    except pa.ArrowException:
+        return _parse_delimited(path, "\t")  # also raises what is wrong with it
+
+
+def _holds_rows(values: pa.ChunkedArray) -> bool:
+    """Whether a text has both a tab and a line break."""
+    if not is_text(values.type):
+        return False
+    both = [pc.match_substring(values, mark) for mark in "\t\n"]
+    return bool(pc.any(pc.and_(*both)).as_py())
+
+
+def _parse_delimited(path: str, delimiter: str, *, quoted: bool = True) -> pa.Table:
+    return pyarrow.csv.read_csv(
+        path,
+        parse_options=pyarrow.csv.ParseOptions(
+            delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted
+        ),
+        convert_options=pyarrow.csv.ConvertOptions(strings_can_be_null=False),
     )
 
 
@@ -141,9 +197,7 @@ def _read_builtin(path: str, splits: Splits) -> dict[str, pa.Table]:
     return _sliced(builtin[path](), splits, path)
 
 
-def _read_dataset(
-    data: Data, wanted: tuple[str, ...]
-) -> tuple[dict[str, pa.Table], dict[str, tuple[str, ...]]]:
+def _read_dataset(data: Data) -> tuple[dict[str, pa.Table], dict[str, tuple[str, ...]]]:
     """A hub data set or a local folder, through `datasets`; and the names of its classes."""
     import datasets
 
@@ -160,26 +214,18 @@ def _read_dataset(
             f"data.path: no such folder: {data.path}; give a hub id or a folder relative to the "
             "working directory"
         )
-    splits = data.splits or Splits()
-    on_disk = [folder / name for name in ("dataset_dict.json", "state.json")]
+    is_saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
     try:
-        if any(marker.is_file() for marker in on_disk):
+        if is_saved:
             loaded = datasets.load_from_disk(data.path)
-            named = loaded if isinstance(loaded, dict) else {"train": loaded}
-            names = _class_names(next(iter(named.values())))
-            tables = {name: part.with_format("arrow")[:] for name, part in named.items()}
-            if "validation" not in tables and data.splits is None and "train" in tables:
-                return {n: tables[n] for n in ("train", "test") if n in tables}, names
-            return _sliced(tables, splits, data.path), names
-        parts = {
-            split: datasets.load_dataset(
-                data.path, data.config, revision=data.revision, split=getattr(splits, split)
-            )
-            for split in wanted
-            if getattr(splits, split) is not None
-        }
-    except DataError:
-        raise
+            parts = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+        else:
+            load = partial(datasets.load_dataset, data.path, data.config, revision=data.revision)
+            if data.splits is None:
+                parts = dict(load())
+            else:
+                named = data.splits.model_dump(exclude_none=True)
+                parts = {split: load(split=spec) for split, spec in named.items()}
     except Exception as error:  # hub, network and parser errors have no common base
         reason = (str(error).strip().splitlines() or [""])[0]
         raise DataError(
@@ -187,8 +233,24 @@ def _read_dataset(
             f"{reason}; "
             "give a hub id, a save_to_disk folder, or data.train with a file"
         ) from None
-    tables = {split: part.with_format("arrow")[:] for split, part in parts.items()}
-    return tables, _class_names(parts["train"])
+    names = _class_names(next(iter(parts.values())))
+    if data.splits is None:
+        if "train" not in parts:
+            raise DataError(
+                f"data.path: {data.path} has no split `train`, got {', '.join(parts)}; name its "
+                "splits in data.splits"
+            )
+        alike = [n for n in parts if n.lower().startswith(("validation", "valid", "dev", "eval"))]
+        if alike and "validation" not in parts:
+            raise DataError(
+                f"data.path: {data.path} has no split `validation`, but {', '.join(alike)}; name "
+                "its splits in data.splits"
+            )
+        parts = {split: parts[split] for split in SPLITS if split in parts}
+    tables = {name: part.with_format("arrow")[:] for name, part in parts.items()}
+    if is_saved and data.splits is not None:
+        tables = _sliced(tables, data.splits, data.path)
+    return tables, names
 
 
 def _class_names(dataset: Any) -> dict[str, tuple[str, ...]]:
@@ -229,27 +291,34 @@ def _sliced(tables: dict[str, pa.Table], splits: Splits, source: str) -> dict[st
 
 
 def _cut(table: pa.Table, split: Split, fields: Fields, seed: int) -> dict[str, pa.Table]:
-    """Seeded parts of one table, stratified by label; the sealed test part is cut off first."""
-    labels = None
-    values = table.column(fields.target_name)
-    if is_name(values.type) and fields.target[fields.target_name] is not number:
+    """Seeded parts of one table; the sealed test part is cut off first.
+
+    Groups stay whole; where there are none, the parts are stratified by label.
+    """
+    unit_of, labels = units(table), None
+    rest = np.unique(unit_of)
+    kind, values = "rows", table.column(fields.target_name)
+    if "group" in table.column_names:
+        kind = "groups"
+    elif is_name(values.type) and fields.target[fields.target_name] is not number:
         labels = np.array([str(value) for value in values.to_pylist()])
-    rest = np.arange(table.num_rows)
-    parts = {}
+    parts, size = {}, len(rest)
     random_state = derived_seed(seed, "split")
     try:
         for name, share in (("test", split.test), ("validation", split.validation)):
             if share > 0:
-                count = round(share * table.num_rows)
-                rest, parts[name] = _hold_out(rest, count, labels, random_state)
+                rest, parts[name] = _hold_out(rest, round(share * size), labels, random_state)
     except ValueError as error:
-        raise DataError(f"data.split: {table.num_rows} rows cannot be split: {error}") from None
+        raise DataError(f"data.split: {size} {kind} cannot be split: {error}") from None
     parts["train"] = rest
-    return {name: table.take(pa.array(np.sort(rows))) for name, rows in parts.items()}
+    rows = {name: np.flatnonzero(np.isin(unit_of, part)) for name, part in parts.items()}
+    return {name: table.take(pa.array(found)) for name, found in rows.items()}
 
 
 def _hold_out(rows: Any, count: int, labels: Any, random_state: int) -> Any:
     """The other rows and `count` held-out ones, as many of each class as there should be.
+
+    Without `labels` rows may be groups, and the cut is plain.
 
     Classes of one or two rows stay where they can be learned; with more classes than held-out rows
     the cut is plain.

@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sft_ray.config import Data, Limit, Split, Splits
+from sft_ray.config import Data, Experiment, Limit, Split, Splits
+from sft_ray.errors import DataError
+from sft_ray.training.columns import is_unlabelled
+from sft_ray.training.data import limited
 from sft_ray.training.examples import Dataset, Examples
+from sft_ray.training.preparation import prepare_training
+from sft_ray.training.seeds import derived_seed
 from sft_ray.training.sources import read_file, read_splits
 from tests.models import KEYWORDS, TASK, TOKEN_ID, VOCABULARY, toy_rows, write_csv
 
@@ -80,6 +86,21 @@ def test_csv_keeps_quoted_delimiters_newlines_and_texts_that_look_like_nothing(t
     assert [tuple(row.values()) for row in table.to_pylist()] == rows
 
 
+def test_quotes_in_a_tab_separated_file_may_be_plain_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+
+    def texts_of(*lines: str) -> list[str]:
+        path.write_text("".join(f"{line}\n" for line in ("text\tlabel", *lines)))
+        return read_file(str(path)).column("text").to_pylist()
+
+    assert texts_of('"the cat\ta', 'a dog" here\tb', "oak\ta") == ['"the cat', 'a dog" here', "oak"]
+    assert texts_of("oak\ta", '"the cat\tb') == ["oak", '"the cat']  # never ends
+    assert texts_of('"a ""cat""\nhere"\ta', "oak\tb") == ['a "cat"\nhere', "oak"]
+    assert texts_of('"a\tcat\n\there"\ta', "oak\tb") == ["a\tcat\n\there", "oak"]
+    with pytest.raises(DataError, match="Expected 2 columns, got 3"):
+        texts_of("a\tb\tc")
+
+
 def test_a_json_file_may_also_hold_one_object_per_line(tmp_path) -> None:
     write_jsonl(tmp_path / "lines.json", ROWS)
     assert read_file(str(tmp_path / "lines.json")).equals(table_of(ROWS))
@@ -121,6 +142,87 @@ def test_a_folder_without_validation_is_split(saved: str, load) -> None:
     )
 
 
+@pytest.fixture(params=["saved", "files"])
+def bare(request, tmp_path: Path, monkeypatch) -> Callable[..., str]:
+    """A data set with splits of the names given: of `save_to_disk`, or as the hub's are read."""
+
+    def write(*names: str) -> str:
+        folder = tmp_path / "bare"
+        if request.param == "saved":
+            part = datasets.Dataset(table_of(ROWS))
+            datasets.DatasetDict(dict.fromkeys(names, part)).save_to_disk(folder)
+        else:
+            folder.mkdir()
+            monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+            for name in names:
+                write_csv(folder / f"{name}.csv", ROWS)
+        return str(folder)
+
+    return write
+
+
+def test_a_data_set_without_validation_is_cut_and_keeps_its_test_split(bare) -> None:
+    data = Data(path=bare("train", "test"), split=Split(validation=0.2, test=0.5))
+    tables = read_splits(data, TASK.fields, 17).tables
+    assert {split: table.num_rows for split, table in tables.items()} == {
+        "train": 72,
+        "validation": 18,
+        "test": 90,
+    }
+
+
+def test_a_data_set_that_has_all_splits_is_taken_as_it_is(bare) -> None:
+    place = bare("train", "validation", "test")
+    tables = read_splits(Data(path=place), TASK.fields, 17).tables
+    assert list(tables) == ["train", "validation", "test"]
+    with pytest.raises(DataError, match="has a validation split already; remove `split`"):
+        read_splits(Data(path=place, split=Split()), TASK.fields, 17)
+
+
+def test_a_data_set_without_a_training_split_tells_those_it_has(bare) -> None:
+    with pytest.raises(DataError, match=r"no split `train`, got validation, test; .*data\.splits"):
+        read_splits(Data(path=bare("validation", "test")), TASK.fields, 17)
+
+
+@pytest.mark.parametrize("name", ["validation_matched", "dev"])
+def test_a_validation_split_of_another_name_is_not_passed_over(tmp_path: Path, name: str) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["a cat", "a dog"] * 9, "label": [0, 1] * 9})
+    datasets.DatasetDict({"train": rows, name: rows}).save_to_disk(tmp_path / "mnli")
+    with pytest.raises(DataError, match=rf"no split `validation`, but {name}; name its splits"):
+        read_splits(Data(path=str(tmp_path / "mnli")), TASK.fields, 17)
+
+
+def test_rows_without_a_label_are_left_out_of_a_data_set_that_names_its_classes(
+    tmp_path: Path, tiny_bert: Path
+) -> None:
+    names = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+
+    def part(labels: list[int]) -> datasets.Dataset:
+        rows = {"text": [f"cat {i} " + "dog " * 70 for i in range(len(labels))], "label": labels}
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    parts = {"train": [0, -1, 1, 0], "validation": [1, -1], "test": [-1, -1, 0]}
+    datasets.DatasetDict({split: part(labels) for split, labels in parts.items()}).save_to_disk(
+        tmp_path / "partly"
+    )
+    data = Data(path=str(tmp_path / "partly"), max_length=80)
+    tables = read_splits(data, TASK.fields, 17).tables
+    found = {split: table.column("label").to_pylist() for split, table in tables.items()}
+    assert found == {"train": [0, 1, 0], "validation": [1], "test": [0]}
+    experiment = Experiment(name="partly", model=str(tiny_bert), data=data)
+    told = prepare_training(experiment).described()["data"]
+    assert "4 rows without a label left out" in told
+    assert "4 cut at 64 tokens" in told  # all that the tokenizer allows
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.float16(), pa.float32(), pa.float64()])
+def test_a_split_of_nothing_but_minus_one_is_unlabelled(kind: pa.DataType) -> None:
+    for labels, unlabelled in (([-1, -1], True), ([-1, 0], False)):
+        column = pa.array(np.array(labels), kind)
+        assert is_unlabelled(pa.table({"label": column}), "label") == unlabelled
+
+
 def numbered(n: int) -> list[tuple[str, str]]:
     """Two of three examples are of the first class; every text is unique."""
     return [(f"{i} cat", "often" if i % 3 else "rare") for i in range(n)]
@@ -160,6 +262,42 @@ def test_the_sealed_part_does_not_depend_on_the_validation_share(tmp_path: Path)
 
     assert len(sealed(0.1)) == 60
     assert sealed(0.1) == sealed(0.3)
+
+
+def grouped(num_groups: int) -> pa.Table:
+    """Groups of two to five rows, one after the other."""
+    groups = [f"q{i}" for i in range(num_groups) for _ in range(2 + i % 4)]
+    texts = [f"cat {i}" for i in range(len(groups))]
+    return pa.table({"text": texts, "label": [i % 2 for i in range(len(groups))], "group": groups})
+
+
+def test_groups_stay_whole_in_a_cut(tmp_path: Path) -> None:
+    pq.write_table(grouped(40), tmp_path / "groups.parquet")
+    data = Data(train=str(tmp_path / "groups.parquet"), split=Split(validation=0.1, test=0.2))
+    tables = read_splits(data, TASK.fields, 17).tables
+    found = {split: set(table.column("group").to_pylist()) for split, table in tables.items()}
+    sizes = {split: len(groups) for split, groups in found.items()}
+    assert sizes == {"train": 28, "validation": 4, "test": 8}
+    assert len(set.union(*found.values())) == 40
+    assert sum(table.num_rows for table in tables.values()) == grouped(40).num_rows
+    pq.write_table(grouped(1), tmp_path / "groups.parquet")
+    with pytest.raises(DataError, match="1 groups cannot be split"):
+        read_splits(data, TASK.fields, 17)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 30])
+def test_groups_stay_whole_under_a_limit(limit: int) -> None:
+    parts = grouped(20), limited(grouped(20), limit, 17, "train")
+    whole, taken = (Counter(part.column("group").to_pylist()) for part in parts)
+    assert taken == {group: whole[group] for group in taken}
+    assert len(taken) == 1 or taken.total() <= limit < taken.total() + max(whole.values())
+
+
+def test_rows_without_groups_are_drawn_one_by_one() -> None:
+    rows = grouped(20).drop_columns("group")
+    order = np.random.default_rng(derived_seed(17, "limit", "train")).permutation(rows.num_rows)
+    expected = rows.take(pa.array(np.sort(order[:9])))
+    assert limited(rows, 9, 17, "train").equals(expected)
 
 
 def test_limit_takes_a_seeded_sample_of_each_split(tmp_path: Path, load) -> None:

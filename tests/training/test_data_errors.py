@@ -105,10 +105,6 @@ CASES: dict[str, Case] = {
         lambda at: {"train": csv(at / "a.csv", [("a", 0), ("b", 1), ("c", -1)])},
         ["data.train", "a.csv", "'label' is -1, unlabelled, in row 3"],
     ),
-    "unlabelled rows of a save_to_disk folder": (
-        lambda at: {"path": saved(at / "folder", [0, 1, -1])},
-        ["folder", "train", "row 3", "'label'"],
-    ),
     "header only": (
         lambda at: {"train": csv(at / "a.csv", [])},
         ["data.train", "a.csv", "has no rows"],

@@ -1,6 +1,7 @@
 """A trial that learns nothing is found out at a third of its schedule."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,10 @@ import torch
 from scipy.special import softmax
 
 from sft_ray.training.divergence import DivergenceWatch, constant_loss
-from sft_ray.training.examples import Dataset, Examples, LabelSet
+from sft_ray.training.examples import IGNORED, Dataset, Examples, LabelSet
 from sft_ray.training.losses import LossOptions
 from sft_ray.training.setup import Setup
-from sft_ray.training.tasks import find_task
+from sft_ray.training.tasks import Task, find_task
 from sft_ray.training.world import World
 from tests.models import load_tiny, run_fit
 
@@ -28,7 +29,7 @@ def dataset(labels: Any, names: tuple[str, ...], words: Any = None, lengths: Any
         words=words,
         labels=np.array(labels),
     )
-    return Dataset(examples, examples, LabelSet(names), "x", {})
+    return Dataset(examples, examples, LabelSet(names), "x", {}, 32)
 
 
 def test_of_classes_it_is_the_entropy_of_their_shares() -> None:
@@ -53,6 +54,65 @@ def test_of_tags_only_labelled_tokens_count() -> None:
 def test_questions_have_none() -> None:
     data = dataset([[0, 1]], ())
     assert constant_loss(find_task("question-answering"), data, LossOptions()) is None
+
+
+def loss_over_all_rows(task: Task, data: Dataset, options: LossOptions) -> float:
+    """As it is defined: the smallest mean over the training labels, one after the other."""
+    train = data.train
+    constant = torch.tensor(task.constant(train, data.label_set), requires_grad=True)
+    labels = [torch.tensor(label) for label in train.labels]
+    if task.per_token:
+        labels = [label for label in labels if label != IGNORED]
+
+    def closure() -> float:
+        constant.grad = None
+        logits = constant[None, None] if task.per_token else constant[None]
+        losses = [
+            task.loss(
+                logits, label.view(logits.shape[:-1] + label.shape), torch.ones(1, 1), options
+            )
+            for label in labels
+        ]
+        loss = torch.cat(losses).mean()
+        loss.backward()
+        return float(loss.detach())
+
+    torch.optim.LBFGS([constant], line_search_fn="strong_wolfe").step(closure)
+    return closure()
+
+
+OPTIONS = {
+    "plain": LossOptions(),
+    "smoothed": LossOptions(0.2),
+    "weighed": LossOptions(0.1, torch.tensor([1.0, 3.0, 0.5])),
+}
+WORDS = np.zeros(5, dtype=np.int64)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "labels", "words"),
+    [
+        ("text-classification", [0, 2, 2, 1, 2], None),
+        ("text-classification", [[0.5, 0.5, 0.0], [0.1, 0.2, 0.7]], None),
+        ("multi-label", np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]], dtype=np.uint8), None),
+        ("token-classification", [0, IGNORED, 2, 2, 1], WORDS),
+        ("regression", [1.0, 2.5, 1.0, -100.0], None),
+    ],
+)
+def test_equal_labels_counted_once_give_the_loss_over_all_rows(
+    name: str, labels: Any, words: Any, options: LossOptions
+) -> None:
+    task, asked = find_task(name), []
+
+    def loss(logits: torch.Tensor, *others: Any) -> torch.Tensor:
+        asked.append(len(logits))
+        return task.loss(logits, *others)
+
+    data = dataset(labels, ("a", "b", "c"), words=words)
+    found = constant_loss(replace(task, loss=loss), data, options)
+    assert found == pytest.approx(loss_over_all_rows(task, data, options), rel=1e-12)
+    assert set(asked) == {1 if data.train.labels.ndim == 2 else 3}
 
 
 def test_other_rows_have_a_constant_of_their_own() -> None:

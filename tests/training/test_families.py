@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from sft_ray.config import Data, Regularization
+from sft_ray.config import Data, Experiment, Regularization
 from sft_ray.errors import ConfigError
+from sft_ray.serving.predict import load_predictor
 from sft_ray.training.data import open_dataset, prepare
 from sft_ray.training.examples import Dataset, LabelSet
-from sft_ray.training.families import FAMILIES
+from sft_ray.training.families import FAMILIES, reads_segments
 from sft_ray.training.forward import evaluate
 from sft_ray.training.model import Pretrained, load_pretrained
 from sft_ray.training.model_facts import inspect_model
+from sft_ray.training.preparation import prepare_training
+from sft_ray.training.setup import load_setup
 from sft_ray.training.world import World
 from tests.models import (
     CPU,
@@ -200,6 +206,56 @@ def test_pairs_of_texts_train_in_every_family(folder: Path, tmp_path: Path) -> N
     assert dataset.train.segments is not None
     reports = run_fit(load_tiny(folder, dataset), dataset, rungs=(), epochs=1)
     assert [(r.percent, r.fault) for r in reports] == [(100, None)]
+
+
+def reload(folder: Path) -> Pretrained:
+    return load_pretrained(str(folder), TASK, LabelSet(("a", "b")), seed=1, device=CPU)
+
+
+def test_a_checkpoint_that_lacks_weights_of_the_encoder_is_refused(folder, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
+    save_file(wrapped, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks (\d+) of the encoder's \1 weights"):
+        reload(tmp_path)
+    save_file(weights, file, metadata={"format": "pt"})
+    reload(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vocab_size"] += 8
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"lacks 1 of .*, for example .*embed.*; save the model"):
+        reload(tmp_path)
+
+
+def test_an_encoder_may_come_from_under_any_other_head(folder: Path, tmp_path: Path) -> None:
+    for head in ("MaskedLM", "TokenClassification", "QuestionAnswering"):
+        auto_model = getattr(transformers, f"AutoModelFor{head}")
+        auto_model.from_pretrained(folder).save_pretrained(tmp_path / head)
+        depths = reload(tmp_path / head).depths()
+        assert max(depths.values()) == 3
+
+
+def test_a_second_segment_never_reaches_a_model_that_knows_one(tmp_path: Path) -> None:
+    folder = tiny_model_folder(tmp_path / "base", "roberta", type_vocab_size=1)
+    rows = [(text, text, label) for text, label in toy_rows(24, seed=1)]
+    file = str(write_csv(tmp_path / "pairs.csv", rows, ("text", "text_pair", "label")))
+    data = Data(train=file, validation=file, max_length=40)
+    experiment = Experiment(name="pairs", model=str(folder), data=data)
+    prepared = prepare_training(experiment)
+    assert prepared.dataset.train.segments is not None
+    setup = load_setup(experiment, prepared.dataset_folder, World())
+    assert setup.trunk_cache.dataset is setup.dataset
+    outputs = evaluate(setup.pretrained.model, TASK, setup.dataset.validation, PAD, World())
+    (tmp_path / "mine").mkdir()
+    save_tiny(tmp_path / "mine", folder, setup.pretrained, setup.dataset, {})
+    answers = load_predictor(str(tmp_path / "mine")).predict(
+        {"text": text, "text_pair": pair} for text, pair, _ in rows
+    )
+    names = [setup.dataset.label_names[i] for i in outputs.argmax(axis=1)]
+    assert [answer["label"] for answer in answers] == names
+    assert reads_segments(reload(tiny_model_folder(tmp_path / "bert")).model)
 
 
 def test_deberta_convolution_belongs_to_the_frozen_trunk(tmp_path: Path, few: Dataset) -> None:

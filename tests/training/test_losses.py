@@ -153,11 +153,6 @@ def test_class_weights_are_given_by_name_in_any_order(toy: Dataset) -> None:
     assert dict(zip(toy.label_names, weights.tolist(), strict=True)) == given
 
 
-@pytest.mark.parametrize("name", ["multi-label", "regression", "question-answering"])
-def test_tasks_without_use_for_them_take_no_class_weights(name: str, toy: Dataset) -> None:
-    assert options_of(toy, name, class_weights="balanced").class_weights is None
-
-
 def test_label_smoothing_and_class_weights_reach_the_training_loss(tiny_bert, toy) -> None:
     pretrained = load_tiny(tiny_bert, toy)
     settings = {

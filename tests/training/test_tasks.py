@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from tests.models import (
     task_dataset,
     task_rows,
     tiny_model_folder,
+    write_jsonl,
 )
 
 CLASSIFY, LABELS, REGRESS = "text-classification", "multi-label", "regression"
@@ -266,6 +267,17 @@ def test_a_rare_label_of_the_validation_split_becomes_a_class(build) -> None:
         build(CLASSIFY, train, [*validation, rare, rare, rare])
 
 
+def test_labels_of_the_test_split_are_compared_before_anything_is_trained(
+    build, tmp_path: Path
+) -> None:
+    rows = [{"text": f"cat {i}", "label": "ab"[i % 2]} for i in range(199)]
+    test = write_jsonl(tmp_path / "test.jsonl", [*rows, {"text": "oak", "label": "A"}])
+    assert build(CLASSIFY, rows, test=str(test)).label_names == ("a", "b", "A")
+    write_jsonl(test, [*rows[:9], {"text": "oak", "label": "A"}])
+    with pytest.raises(DataError, match=r"test.*'A' \(1 times\) is not among the training labels"):
+        build(CLASSIFY, rows, test=str(test))
+
+
 def test_label_names_keep_the_order_of_the_numbers(build) -> None:
     rows = [{"text": f"cat {i}", "label": i % 3} for i in range(9)]
     dataset = build(CLASSIFY, rows, label_names=["zero", "one", "another"])
@@ -299,6 +311,26 @@ def test_labels_of_multi_label_rows_may_be_none_at_all(build) -> None:
 
 
 # -- tags ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "row"),
+    [
+        ([[1, 0], [], [1, 0, 0]], 3),
+        ([[], [True, False], [False, True]], 2),
+        ([[0.0, 1.0], [1.0, 1.0]], 1),
+    ],
+)
+def test_one_0_or_1_per_class_is_no_list_of_labels(build, labels: list[Any], row: int) -> None:
+    rows = [{"text": f"cat {i}", "labels": found} for i, found in enumerate(labels)]
+    with pytest.raises(DataError, match=rf"holds one 0 or 1 per class \(row {row}\); list the"):
+        build(LABELS, rows)
+
+
+@pytest.mark.parametrize("labels", [[[0, 1], [1], []], [["0", "0"], ["1"]], [[2, 0], [0, 0]]])
+def test_classes_may_be_called_0_and_1(build, labels: list[Any]) -> None:
+    rows = [{"text": f"cat {i}", "labels": found} for i, found in enumerate(labels)]
+    assert len(build(LABELS, rows).label_names) == 2
 
 
 def test_words_that_were_cut_off_count_as_outside(build) -> None:
@@ -458,6 +490,17 @@ def test_the_best_window_gives_the_answer(build) -> None:
     answers = TASKS[ANSWER].answer(outputs, examples, dataset.label_set)
     last = [np.flatnonzero(examples.rows == row)[-1] for row in (0, 1)]
     assert [a["score"] for a in answers] == [2 * item for item in last]
+
+
+def test_a_blank_that_a_token_covers_is_no_part_of_an_answer(build) -> None:
+    dataset = build(ANSWER, [question("the cat went", "cat")] * 2)
+    examples = dataset.validation
+    # As tokenizers of sentence pieces give them.
+    spans = examples.spans - ((examples.spans[:, :1] > 0) * [[1, 0]])
+    shifted = replace(examples, spans=spans)
+    assert (spans[:, 0] == 3).any()
+    for answer in TASKS[ANSWER].answer(perfect(shifted, 2), shifted, dataset.label_set):
+        assert (answer["answer"], answer["start"], answer["end"]) == ("cat", 4, 7)
 
 
 def test_a_question_of_more_than_half_the_length_is_cut_and_counted(build) -> None:
