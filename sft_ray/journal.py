@@ -105,26 +105,30 @@ class Journal:
             where = self._store.path_of(JOURNAL)
             raise ConfigError(f"{where}: damaged: {error}") from None
 
-    def push(self, *, now: bool = True) -> None:
+    def push(self, *, now: bool = True) -> bool:
         """Store the live study, and a last-good copy of it.
 
         Args:
             now: even if the last copy is of the last seconds, or has everything.
+
+        Returns:
+            Whether the store has all of the study now.
         """
         if not self.live.exists():
-            return
-        began = time.monotonic()
+            return True
+        began, is_here = time.monotonic(), self._store.local_root is not None
         if not now:
-            share = SHARE if self._store.local_root is not None else SHARE_OF_STORE
             has_all = self.live.stat().st_size == self._kept_bytes  # it only ever grows
+            share = SHARE if is_here else SHARE_OF_STORE
             if has_all or began - self._kept_at < min(MOST_SECONDS, self._cost / share):
-                return
+                return has_all or is_here
         content = self.live.read_bytes()
-        if self._store.local_root is None:
+        if not is_here:
             self._store.write_bytes(JOURNAL, content)
         self._store.write_good(JOURNAL, content)
         self._kept_at, self._kept_bytes = time.monotonic(), len(content)
         self._cost = self._kept_at - began
+        return True
 
 
 def recovered(content: bytes, good: bytes | None) -> bytes:

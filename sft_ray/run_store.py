@@ -79,7 +79,7 @@ class RunStore(FileStore):
         """See `Journal.read`."""
         return self._journal.read()
 
-    def push_journal(self, *, now: bool = True) -> None:
+    def push_journal(self, *, now: bool = True) -> bool:
         """See `Journal.push`.
 
         Raises:
@@ -87,7 +87,7 @@ class RunStore(FileStore):
         """
         if self.is_taken_over:
             raise ResourceError(f"{self.location}: another driver has taken the run over")
-        self._journal.push(now=now)
+        return self._journal.push(now=now)
 
     @contextmanager
     def locked(self) -> Iterator[list[str]]:

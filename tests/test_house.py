@@ -22,6 +22,7 @@ LAYERS = [
         "location",
         "retries",
         "space",
+        "squad",
         "tags",
         "yaml_text",
         "screen",

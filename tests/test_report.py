@@ -321,6 +321,21 @@ def test_answers_are_right_whatever_their_case_and_dots() -> None:
     assert found.hardest[0].truth == "Paris / in Paris"
 
 
+def test_answers_are_right_in_a_report_where_exact_match_calls_them_so() -> None:
+    given = [(["the cat"], "cat"), ([], ""), (["北京"], "“北京”"), ([], "a cat")]
+    rows = [
+        {
+            "question": "q",
+            "context": "c",
+            "answers": {"text": truths, "answer_start": [0] * len(truths)},
+            "predicted_answer": answer,
+            "predicted_score": 1.0,
+        }
+        for truths, answer in given
+    ]
+    assert judge("question-answering", rows, {}).wrong == 1
+
+
 def test_a_relation_shows_its_entities() -> None:
     row = {"text": "Marie was born in Warsaw.", "subject_start": 0, "subject_end": 5}
     row |= {"object_start": 18, "object_end": 24, "label": "born", "predicted_label": "none"}

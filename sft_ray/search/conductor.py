@@ -25,8 +25,9 @@ class Conductor:
 
     Args:
         slots: most trials at a time.
-        after_change: called when a trial has begun, when its end has been taken in, and when
-            `keep` is.
+        store_study: stores what the trials' states follow from, and says whether all of it is
+            stored; called when a trial has begun, when its end has been taken in, and when `keep`
+            is.
         tracker: tells other tools.
 
     Attributes:
@@ -43,11 +44,11 @@ class Conductor:
         screen: Screen,
         objective: str,
         slots: int,
-        after_change: Callable[[], None] = lambda: None,
+        store_study: Callable[[], bool] = lambda: True,
         tracker: Tracker | None = None,
     ) -> None:
         self.trials, self.store, self.screen = trials, store, screen
-        self.objective, self.slots, self._after_change = objective, slots, after_change
+        self.objective, self.slots, self._store_study = objective, slots, store_study
         self.board = trials.open_board(objective, slots)
         self._tracker = tracker or Tracker((), store, screen.event)
         self.stopped: str | None = None
@@ -59,6 +60,7 @@ class Conductor:
         self._lines: dict[int, list[str]] = {}  # of metrics.jsonl
         self._restarts: dict[int, int] = {}  # of slots that died under a trial, by our number
         self._failures_in_a_row = 0
+        self._ended: list[str] = []  # folders of trials whose states go when their ends are stored
         self._with_models: set[str] | None = None  # folders of trials that may hold a model
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class Conductor:
         planned = self.trials.next_trial()
         if planned is not None:
             self.planned[tune_id] = planned
-            self._after_change()
+            self._settle()
             if self._with_models is not None:
                 self._with_models.add(planned.folder)
             self.board.start(planned)
@@ -100,6 +102,9 @@ class Conductor:
             self.ready_at = time.monotonic() - message.get("slot_seconds", 0.0)
         if "failed" in message:
             self._log_error(planned, message["failed"], message["traceback"])
+            if self.is_pausing and not message.get("fault"):
+                self._put_back(planned, f"failed   ({message['failed']}), to be tried again")
+                return False
             self._failures_in_a_row += 1
             last = {**self._last.get(number, {}), **message}
             if message.get("fault"):
@@ -109,11 +114,15 @@ class Conductor:
                 self._end(planned, TrialState.FAIL, last, reason=message["failed"])
             return False
         self._failures_in_a_row = 0
-        self._last[number] = message
-        self._write_metrics(planned, message)
         if message["fault"]:
+            self._write_metrics(planned, message)
+            last = self._last.get(number, message)
+            if last["percent"] > message["percent"]:  # after a restart, before marks of old
+                message = {**last, **{name: message[name] for name in ("fault", "slot_seconds")}}
             self._end(planned, TrialState.PRUNED, message, reason=message["fault"], fault=True)
             return False
+        self._last[number] = message
+        self._write_metrics(planned, message)
         score = message["metrics"][self.objective]
         self.board.mark(number, message["percent"], score, message["train_loss"])
         self._tracker.mark(number, message)
@@ -160,6 +169,7 @@ class Conductor:
     def _put_back(self, planned: PlannedTrial, said: str) -> None:
         """A trial that the same command will go on with."""
         self.trials.put_back(planned.number)
+        self._last.pop(planned.number, None)  # who takes it up tells what it goes on from
         self.board.lose(planned.number)
         self.screen.event(f"{planned.label:<9} {said}")
 
@@ -179,7 +189,7 @@ class Conductor:
     def keep(self) -> None:
         """To be called now and then: what the last change has left to be stored."""
         if not self._is_taken_over():
-            self._after_change()
+            self._settle()
 
     def startup_seconds(self, since: float) -> float | None:
         """From `since` until the first slot was ready for its first trial."""
@@ -213,12 +223,23 @@ class Conductor:
         if self.store.local_root is None:
             self._store_metrics(planned)
         self.store.write_json(f"{planned.folder}/{TRIAL}", row)
-        self.store.delete_folder(f"{planned.folder}/last")
         self._last.pop(planned.number, None)
         self._lines.pop(planned.number, None)
-        self._after_change()
-        self._delete_outdated()
+        self._ended.append(planned.folder)
+        self._settle()
         self._say_end(planned, state, outcome, is_best)
+
+    def _settle(self) -> None:
+        """Store the study, then remove what it has no more use for.
+
+        A driver that takes up an older copy finds the states and models that this one speaks of.
+        """
+        if not self._store_study() or not self._ended:
+            return
+        for folder in self._ended:
+            self.store.delete_folder(f"{folder}/last")
+        self._ended.clear()
+        self._delete_outdated()
 
     def _delete_outdated(self) -> None:
         """Remove models that are not among the best; asks storage only about what may be there."""
@@ -252,9 +273,9 @@ class Conductor:
         )
 
     def _write_metrics(self, planned: PlannedTrial, message: dict[str, Any]) -> None:
-        if message["index"] == 0:  # from the start, also after a restart
+        if message["index"] == 0 and not message["fault"]:  # from the start, also after a restart
             self._lines[planned.number] = []
-        self._lines[planned.number].append(json.dumps(message))
+        self._lines.setdefault(planned.number, []).append(json.dumps(message))
         # An object store gets them at the end: whoever takes the trial up is told every mark anew.
         if self.store.local_root is not None:
             self._store_metrics(planned)

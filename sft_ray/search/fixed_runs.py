@@ -226,6 +226,7 @@ def run_fixed(
         TrialError: nothing can go on; what was finished is kept.
         KeyboardInterrupt: interrupted; the same call goes on where it stopped.
     """
+    store.tidy()  # of workers that were killed
     trials = FixedRuns(runs, store, folder, leave_out)
     before = len(trials.finished_rows)
     if before:

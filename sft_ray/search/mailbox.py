@@ -93,10 +93,10 @@ class Mailbox:
         """A newer assignment than `after`; None when there is none within a poll."""
         self._ready.add(rank)
         await self._notify()
-        await self._wait(lambda: self._closed or self._open_generation() > after)
+        await self._wait(lambda: self._closed or self._is_to_begin(after))
         if self._closed:
             return "go home"
-        if self._assignment is None or self._generation <= after:
+        if self._assignment is None or not self._is_to_begin(after):
             return None
         self._begun |= rank == 0
         return self._generation, {
@@ -106,30 +106,44 @@ class Mailbox:
         }
 
     async def post(self, generation: int, index: int, message: dict[str, Any]) -> None:
-        """Report mark `index`, once; or a fault or a pause, at whatever mark that is."""
+        """Report mark `index`, once; a fault or a pause at whatever mark that is."""
         self._starts_in_a_row = 0
         if "paused" in message or message.get("fault"):
             await self._end(generation, message)
         elif generation == self._generation and index == len(self._messages):
             self._messages.append(message)
+            if message.get("finished"):
+                self._assignment = None
             await self._notify()
 
     async def post_failure(self, generation: int, reason: str, traceback: str) -> None:
         """The trial raised."""
+        self._starts_in_a_row = 0
         await self._end(generation, _failed(reason, traceback))
 
     async def post_disk_problem(self, generation: int, problem: str) -> None:
         """What the trial would write cannot be written: others would fare no better."""
+        self._starts_in_a_row = 0
         await self._end(generation, {"paused": True, "disk": problem})
 
     async def out_of_memory(self, generation: int, micro_batch: int) -> None:
         """A step did not fit: hand the trial out again with half, or call it at fault."""
         if generation != self._generation or self._assignment is None:
             return
+        self._starts_in_a_row = 0
         self._most_per_pass = max(1, micro_batch // 2)
         if micro_batch == 1 or self._restarts >= MAX_RESTARTS_PER_TRIAL:
             reason = f"out of memory at micro-batch {micro_batch}"
             await self._end(generation, {**_failed(reason), "fault": True})
+
+    async def killed_for_memory(self) -> None:
+        """The machine ran out of memory, and Ray killed the only worker."""
+        if self._assignment is None or not self._begun:
+            return
+        told = [m["micro_batch"] for m in self._messages if m.get("micro_batch")]
+        whole = self._assignment["train"]["batch_size"]
+        size = self._most_per_pass or (told[-1] if told else whole)
+        await self.out_of_memory(self._generation, size)
 
     async def may_continue(self, generation: int, index: int) -> bool | None:
         """Whether to go on to mark `index`; None when nothing was decided within a poll."""
@@ -159,8 +173,13 @@ class Mailbox:
 
     # -- both --------------------------------------------------------------------------------
 
-    def _open_generation(self) -> int:
-        return self._generation if self._assignment is not None else 0
+    def _is_to_begin(self, after: int) -> bool:
+        """Whether there is a newer assignment, of which a mark is owed.
+
+        One whose workers died behind the last mark that was permitted may have ended there.
+        """
+        is_owed = self._restarts == 0 or self._permitted > len(self._messages)
+        return self._assignment is not None and self._generation > after and is_owed
 
     async def _notify(self) -> None:
         async with self._changed:

@@ -274,6 +274,7 @@ def _conclude(
     screen: Screen,
 ) -> SearchResult:
     """Put the winner in best/ and write results.json last."""
+    store.tidy()  # of workers that were killed
     _forget_what_is_over(store, study)
     best = _best_with_model(store, study, screen)
     tree = {

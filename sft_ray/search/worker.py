@@ -149,7 +149,9 @@ def _run_trial(
     every_minutes = loaded.experiment.checkpoint.every_minutes
     last = LastState(loaded.store, assignment["folder"], every_minutes, train, seed, uploads)
     pulse.enter(STORAGE)
-    state = last.load() if assignment["restarts"] or assignment["resumes"] else None
+    state = None
+    if assignment["restarts"] or assignment["resumes"]:
+        state = load_by_all(last, setup.world)
     posted: list[dict[str, Any]] = [] if state is None else state.facts["messages"]
     clock = Clock(mailbox, state)
 
@@ -201,6 +203,20 @@ def _run_trial(
         last.write(paused, messages=posted, clock=clock.facts())
         uploads.join()
         post(len(posted), {"paused": True})
+
+
+def load_by_all(last: LastState, world: World) -> ResumeState | None:
+    """The state that every rank has read; None if not all of them have read the same.
+
+    The first reads before the others: it finishes what a kill has left half-way.
+    """
+    state = last.load() if world.rank == 0 else None
+    world.minimum(0)
+    if world.rank > 0:
+        state = last.load()
+    step = -1 if state is None else int(state.facts["step"])
+    is_same = world.minimum(step) == -world.minimum(-step)
+    return state if is_same else None
 
 
 class Clock:

@@ -65,7 +65,9 @@ def _run_one(
         try:
             ray.get(worker.serve.remote(settings, bool(resources.get("GPU"))))
             return
-        except ray.exceptions.RayError:  # it died or raised: the next one has a clean process
+        except ray.exceptions.RayError as error:  # the next one has a clean process
+            if isinstance(error, ray.exceptions.OutOfMemoryError):  # of its machine
+                ray.get(settings["mailbox"].killed_for_memory.remote())
             time.sleep(RESTART_SECONDS)
         finally:
             ray.kill(worker)

@@ -36,7 +36,7 @@ from sft_ray.training.progress import (
 from sft_ray.training.regularize import bind_penalty
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.setup import Setup
-from sft_ray.training.trunk_cache import Split, TrunkCache
+from sft_ray.training.trunk_cache import BUILDING, Split, TrunkCache
 from sft_ray.training.world import World, resolve_precision
 
 # Steps between two agreements of several workers on a pause: each of them is a collective.
@@ -171,11 +171,11 @@ class _Trial:
 
     def open_trunks(self, cache: TrunkCache | None) -> dict[Split, Trunk | None]:
         """Outputs of the frozen layers, as far as they are cached."""
-        if cache is None:
-            return {"train": None, "validation": None}
-        self.clock.enter("train")
         depth = self.train.frozen_layers
         depth = self.pretrained.num_layers if depth == "all" else depth
+        if cache is None or depth == 0:
+            return {"train": None, "validation": None}
+        self.clock.enter("train")
         share = len(self.dataset.train) / len(cache.dataset.train)
         passes: dict[Split, float] = {
             "train": self.train.epochs * share,
@@ -185,6 +185,11 @@ class _Trial:
             split: cache.open(split, depth, self.dtype, passes[split], self.beat)
             for split in passes
         }
+        # On another machine it may take longer, and may not work.
+        self.world.wait_for_all(lambda: self.beat(BUILDING))
+        for split, trunk in opened.items():
+            if self.world.minimum(int(trunk is not None)) == 0:
+                opened[split] = None
         self.clock.enter("other")
         return opened
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import string
 from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from sft_ray.squad import normalize_answer
 from sft_ray.tags import with_prefixes
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -193,17 +193,9 @@ def entities(
     }
 
 
-ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
-CJK_PUNCTUATION = "。，、；：？！“”‘’（）《》〈〉「」『』·…—"
-PUNCTUATION = str.maketrans("", "", string.punctuation + CJK_PUNCTUATION)
 # Chinese characters, kana and hangul: scripts whose answers are compared character by character.
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af\U00020000-\U0003ffff"
 CJK_OR_WORD = re.compile(f"[{CJK}]|[^{CJK}\\s]+")
-
-
-def normalize_answer(text: str) -> str:
-    """SQuAD's rules: lower case, no punctuation, no articles, single blanks."""
-    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
 def answer_words(text: str) -> list[str]:

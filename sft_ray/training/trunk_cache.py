@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -75,25 +75,20 @@ class Costs:
 
     Attributes:
         compute: through all frozen layers.
-        build: through those that no shallower output spares, writing included.
-        read: from the cache.
+        write, read: of the cache.
     """
 
     compute: float
-    build: float
+    write: float
     read: float
 
     @classmethod
-    def of(cls, rates: Rates, flops: float, flops_to_build: float, num_bytes: int) -> Costs:
-        return cls(
-            compute=flops / rates.flops,
-            build=flops_to_build / rates.flops + num_bytes / rates.written,
-            read=num_bytes / rates.read,
-        )
+    def of(cls, rates: Rates, flops: float, num_bytes: int) -> Costs:
+        return cls(flops / rates.flops, num_bytes / rates.written, num_bytes / rates.read)
 
     def pays(self, passes: float) -> bool:
         """Whether to compute once and read `passes` times is less than to compute every time."""
-        return self.build + passes * self.read < passes * self.compute
+        return self.compute + self.write + passes * self.read < passes * self.compute
 
 
 @dataclass(frozen=True)
@@ -106,6 +101,7 @@ class TrunkCache:
         budget_bytes: most that all trunks of this machine take on disk; None takes a part of what
             is free, 0 keeps none.
         uses: how many trials will ask for the same depth, roughly.
+        rates: of this machine, by number format, where they had to be measured.
     """
 
     pretrained: Pretrained
@@ -114,6 +110,7 @@ class TrunkCache:
     pad_token: int
     budget_bytes: int | None = None
     uses: float = 1.0
+    rates: dict[torch.dtype, Rates] = field(default_factory=dict)
 
     def open(
         self, split: Split, depth: int, dtype: torch.dtype, passes: float, beat: Beat
@@ -135,15 +132,18 @@ class TrunkCache:
             return None
         build = _Build(self, split, depth, dtype)
         try:
+            # Whatever is there already: else a trial's numbers would depend on who ran before.
+            if not build.costs().pays(passes * self.uses):
+                return None
             if not build.is_complete():
                 if not make_room(build.folder, build.num_bytes, self.budget_bytes):
                     return None
-                if not build.run(passes * self.uses, beat):
+                if not build.run(beat):
                     return None
                 give_back_free_memory()
             return build.open()
         except (OSError, pa.ArrowException):
-            # The disk is full, somebody made room, a file is torn: none of it may stop a trial.
+            # The disk is full, a file is torn: none of it may stop a trial.
             shutil.rmtree(build.folder, ignore_errors=True)
             return None
 
@@ -198,17 +198,19 @@ class _Build:
         maps = [_read(self.path(number)) for number in range(len(self.chunks))]
         return Trunk(self.depth, maps, chunk_of, start_of, self.most_tokens)
 
-    def run(self, passes: float, beat: Beat) -> bool:
-        """Make what is missing, together with others; False if it does not pay, or for a pause."""
+    def run(self, beat: Beat) -> bool:
+        """Make what is missing, together with others.
+
+        Returns:
+            False where somebody else wanted the room, or asks for a pause.
+        """
         below = self._deepest_below()
-        if not self._costs(below).pays(passes):
-            return False
         first = self.cache.world.rank * len(self.chunks) // self.cache.world.size
         order = [*range(first, len(self.chunks)), *range(first)]
         while missing := [number for number in order if not self.path(number).exists()]:
             made = 0
             for number in missing:
-                if beat(BUILDING):
+                if beat(BUILDING) or not (self.folder / RESERVED).exists():
                     return False
                 made += self._make(number, below)
             if made == 0:  # others are at all of them
@@ -257,18 +259,22 @@ class _Build:
                 return found.open()
         return None
 
-    def _costs(self, below: Trunk | None) -> Costs:
+    def costs(self) -> Costs:
         layers = self.cache.pretrained.num_layers
         flops = 2.0 * self.cache.pretrained.layer_parameters() / layers  # per token and layer
-        missing = self.depth - (0 if below is None else below.depth)
-        known = RATES.get((self.cache.world.device.type, self.dtype))
-        rates = known or self._measured_rates(flops)
+        rates = RATES.get((self.cache.world.device.type, self.dtype))
+        if rates is None:
+            known = self.cache.rates
+            if self.dtype not in known:
+                known[self.dtype] = self._measured_rates(flops)
+            rates = known[self.dtype]
         num_bytes = self.num_bytes // int(self.examples.lengths.sum())
-        return Costs.of(rates, flops * self.depth, flops * missing, num_bytes)
+        return Costs.of(rates, flops * self.depth, num_bytes)
 
     def _measured_rates(self, flops: float) -> Rates:
         """Of this machine, by one chunk; `flops` is per token and layer."""
-        items, trial = self.chunks[-1], self.folder / f"rates-{uuid.uuid4().hex}"
+        trunks_root().mkdir(parents=True, exist_ok=True)
+        items, trial = self.chunks[-1], trunks_root() / f"rates-{uuid.uuid4().hex}"
         self._compute(items, None)  # what is first is slow
         began = time.monotonic()
         hidden_TH = self._compute(items, None)
@@ -307,7 +313,12 @@ def make_room(folder: Path, num_bytes: int, budget_bytes: int | None) -> bool:
     root = trunks_root()
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / LOCK):
-        sizes = {found.parent: _reserved(found) for found in root.glob(f"*/*/{RESERVED}")}
+        sizes = {}
+        for found in root.glob("*/*/"):
+            if (found / RESERVED).exists():
+                sizes[found] = _reserved(found / RESERVED)
+            else:  # of who wrote on where room had been made
+                shutil.rmtree(found, ignore_errors=True)
         if budget_bytes is None:
             free = shutil.disk_usage(root).free
             budget_bytes = int(FREE_SHARE * (free + sum(sizes.values())))

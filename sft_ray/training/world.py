@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from sft_ray.training.shared_sum import SharedSum, open_shared_sum
 
+ARRIVED, SECONDS_BETWEEN_LOOKS = "sft_ray/arrived", 0.05
 # Instructions that multiply bf16 faster than fp32, as torch and the makers call them.
 BF16_CAPABILITIES = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16"}
 
@@ -46,6 +48,20 @@ class World:
         found = torch.tensor(value, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MIN)
         return int(found)
+
+    def wait_for_all(self, beat: Callable[[], object]) -> None:
+        """Return when every worker has called this as often.
+
+        Inside a collective nobody sees that somebody waits and does not hang; here `beat` is called
+        now and then.
+        """
+        if self.size == 1:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        arrived = store.add(ARRIVED, 1)
+        while store.add(ARRIVED, 0) < self.size * -(-arrived // self.size):
+            beat()
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over all workers during backward.

@@ -370,3 +370,60 @@ def test_three_failures_in_a_row_stop_the_list_and_the_next_call_goes_on(store: 
     assert slots.conductor.stopped == "3 failures in a row"
     again = Slots(grid(), store)
     assert [row["state"] for row in again.run_all()] == ["COMPLETE"] * 4
+
+
+def test_states_and_models_go_only_when_the_study_that_says_so_is_stored(store: RunStore) -> None:
+    stored = [False]
+    slots = Slots([run(keep_model=True), run("b", 2e-4)], store)
+    slots.conductor._store_study = lambda: stored[0]
+    first = slots.start()
+    assert first is not None
+    last = f"{FOLDER}/{first.key}/last"
+    with store.replacing_folder(last) as folder:
+        (folder / "state").touch()
+    slots.finish()
+    slots.start()
+    slots.conductor.keep()
+    assert store.is_intact(last)
+    stored[0] = True
+    slots.conductor.keep()
+    assert not store.files_below(last)
+
+
+def test_a_fault_that_lies_before_old_marks_leaves_them(store: RunStore) -> None:
+    slots = Slots([run()], store)
+    mine = slots.start()
+    assert mine is not None
+    for index in (0, 1):
+        slots.mark(index)
+    found = {"fault": "not finite", "percent": 0, "slot_seconds": 9.0, "score": None}
+    assert not slots.conductor.on_message("tune 0", {**message(0.0, 0), **found})
+    (row,) = slots.trials.finished_rows
+    assert (row["state"], row["reason"], len(row["curve"])) == ("PRUNED", "not finite", 2)
+    assert row["value"] == pytest.approx(score_of(mine, MARKS[1]))
+    assert sum(row[f"{kind}_seconds"] for kind in ("train", "eval", "overhead")) == 9.0
+    lines = store.read_text(f"{FOLDER}/{mine.key}/metrics.jsonl")
+    assert lines is not None
+    assert len(lines.splitlines()) == 3
+
+
+def test_who_fails_while_a_search_is_stopping_is_tried_again(store: RunStore) -> None:
+    slots = Slots([run()], store)
+    slots.start()
+    slots.conductor.is_pausing = True
+    slots.fail()
+    assert slots.trials.finished_rows == []
+    assert slots.trials.num_pending == 1
+    assert "a bug" in (store.read_text("errors.log") or "")
+
+
+def test_a_run_that_fails_in_another_slot_has_no_negative_overhead(store: RunStore) -> None:
+    slots = Slots([run()], store)
+    slots.start()
+    slots.mark(0, train_seconds=300.0, slot_seconds=310.0)
+    slots.conductor.on_slot_lost("tune 0", "gone", excused=True)
+    slots.start()
+    failed = {"failed": "ValueError: a bug", "traceback": "…", "slot_seconds": 20.0}
+    slots.conductor.on_message("tune 1", failed)
+    (row,) = slots.trials.finished_rows
+    assert (row["train_seconds"], row["overhead_seconds"]) == (0.0, 20.0)

@@ -101,6 +101,7 @@ def test_a_trial_whose_workers_keep_dying_fails_and_the_slot_lives_on() -> None:
     async def scenario() -> None:
         box = await ready_box(1)
         await box.assign({"number": 1})
+        await box.advance(0)
         for _ in range(3):
             await box.next_assignment(0, 0)
             await box.register(0)
@@ -118,6 +119,7 @@ def test_a_trial_without_memory_comes_again_at_half_and_twice_at_most() -> None:
     async def scenario() -> None:
         box = await ready_box(1)
         await box.assign({"number": 1})
+        await box.advance(0)
         handed_out = []
         for used in (32, 16, 8):
             answer = await box.next_assignment(0, 0)
@@ -134,6 +136,66 @@ def test_a_trial_without_memory_comes_again_at_half_and_twice_at_most() -> None:
         }
         await box.assign({"number": 2})
         assert await box.next_assignment(0, 0) == (2, {"number": 2, "restarts": 0, **WHOLE})
+
+    asyncio.run(scenario())
+
+
+def test_who_is_killed_for_its_machines_memory_comes_again_at_half() -> None:
+    async def scenario() -> None:
+        box = await ready_box(1)
+        await box.killed_for_memory()  # nothing had begun
+        await box.assign({"number": 1, "train": {"batch_size": 64}})
+        await box.advance(0)
+        handed_out = []
+        for _ in range(2):
+            answer = await box.next_assignment(0, 0)
+            assert isinstance(answer, tuple)
+            handed_out.append(answer[1]["most_per_pass"])
+            await box.killed_for_memory()
+            await box.register(0)
+        await box.assign({"number": 2, "train": {"batch_size": 64}})
+        await box.advance(0)
+        await box.next_assignment(0, 1)
+        await box.post(2, 0, {"micro_batch": 8})
+        await box.advance(1)
+        await box.killed_for_memory()
+        await box.register(0)
+        answer = await box.next_assignment(0, 1)
+        assert isinstance(answer, tuple)
+        assert [*handed_out, answer[1]["most_per_pass"]] == [None, 32, 4]
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_dies_behind_the_end_of_its_trial_does_not_train_it_again() -> None:
+    async def scenario() -> None:
+        box = await ready_box(1)
+        for number, last in ((1, {"finished": True}), (2, {"score": 1})):
+            await box.assign({"number": number})
+            await box.advance(0)
+            assert await box.next_assignment(0, number - 1) is not None
+            await box.post(number, 0, last)
+            await box.register(0)
+            assert await box.next_assignment(0, number - 1) is None
+        await box.advance(1)  # the second one goes on
+        assert await box.next_assignment(0, 1) is not None
+
+    asyncio.run(scenario())
+
+
+def test_trials_without_memory_do_not_break_their_slot() -> None:
+    async def scenario() -> None:
+        box = await ready_box(1)
+        for number in (1, 2, 3):
+            await box.assign({"number": number})
+            await box.advance(0)
+            for _ in range(3):
+                assert await box.next_assignment(0, number - 1) is not None
+                await box.out_of_memory(number, 8)
+                await box.register(0)
+            message = await box.message(0)
+            assert message is not None
+            assert message["failed"].startswith("out of memory")
 
     asyncio.run(scenario())
 

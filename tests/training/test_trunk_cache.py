@@ -180,10 +180,10 @@ def test_nothing_is_kept_that_does_not_pay(toy: Dataset, bert: Path, root: Path)
 
 def test_costs_follow_from_what_is_computed_and_moved() -> None:
     rates = Rates(flops=100.0, written=10.0, read=50.0)
-    costs = Costs.of(rates, flops=400.0, flops_to_build=200.0, num_bytes=10)
-    assert (costs.compute, costs.build, costs.read) == (4.0, 3.0, 0.2)
-    assert [costs.pays(passes) for passes in (0.5, 0.8, 3)] == [False, True, True]
-    dear = Costs.of(rates, flops=10.0, flops_to_build=10.0, num_bytes=10)
+    costs = Costs.of(rates, flops=400.0, num_bytes=10)
+    assert (costs.compute, costs.write, costs.read) == (4.0, 1.0, 0.2)
+    assert [costs.pays(passes) for passes in (1, 1.3, 1.4)] == [False, False, True]
+    dear = Costs.of(rates, flops=10.0, num_bytes=10)
     assert not dear.pays(1000)
 
 
@@ -202,6 +202,39 @@ def test_what_was_used_longest_ago_makes_way(root: Path) -> None:
     assert [folder.exists() for folder in folders] == [True, False, False, True]
     assert not make_room(root / "key" / "train-9", 301, 300)
     assert [folder.exists() for folder in folders] == [True, False, False, True]
+
+
+def test_whether_outputs_are_read_does_not_depend_on_what_others_have_left(
+    toy: Dataset, bert: Path, root: Path
+) -> None:
+    often, seldom = (setup_of(bert, toy) for _ in range(2))
+    seldom = replace(seldom, trunk_cache=replace(seldom.trunk_cache, uses=0.9))
+    alone = run(seldom, frozen_layers=2, epochs=1)
+    for k in (1, 2):
+        run(often, frozen_layers=k)
+    assert kept(root) == {"train-1", "validation-1", "train-2", "validation-2"}
+    beside = run(seldom, frozen_layers=2, epochs=1)
+    assert [mark.train_loss for mark in beside] == [mark.train_loss for mark in alone]
+
+
+def test_who_loses_the_room_while_building_leaves_nothing(
+    toy: Dataset, bert: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trunk_cache, "CHUNK_TOKENS", 64)
+    setup, written = setup_of(bert, toy), []
+
+    def beat(what: str) -> bool:
+        written.append(what)
+        if len(written) == 3:
+            assert make_room(root / "other" / "train-1", 10**9, 10**9)
+        return False
+
+    assert setup.trunk_cache.open("train", 2, FP32, 9, beat) is None
+    assert len(written) == 3
+    assert {path.name for path in root.glob("*/*/")} == {"train-1"}
+    (root / "key" / "train-5").mkdir(parents=True)  # of who wrote on all the same
+    assert make_room(root / "other" / "train-2", 100, 10**9 + 100)
+    assert {path.name for path in root.glob("*/*/")} == {"train-1", "train-2"}
 
 
 def test_a_torn_file_is_made_again(toy: Dataset, bert: Path, root: Path) -> None:

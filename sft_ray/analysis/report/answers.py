@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import string
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 from sft_ray.analysis.report.run import Run
 from sft_ray.analysis.results import reading
 from sft_ray.run_store import BEST, PREDICTIONS
+from sft_ray.squad import normalize_answer
 from sft_ray.tags import with_prefixes
 
 MATRIX_UP_TO = 15  # classes; above, the commonest confusions are listed
@@ -261,7 +261,8 @@ def _judge_tags(row: Row, names: Mapping[int, str]) -> _Judged:
 def _judge_answer(row: Row) -> _Judged:
     """Wrong and sure of it first."""
     truths, predicted = _answer_texts(row["answers"]), row["predicted_answer"]
-    wrong = _plain(predicted) not in {_plain(text) for text in truths}
+    right = {normalize_answer(text) for text in truths or [""]}
+    wrong = normalize_answer(predicted) not in right
     score = float(row["predicted_score"])
     words = " / ".join(dict.fromkeys(truths)) or "no answer", predicted or "no answer"
     rank = (0.0, -score) if wrong else (1.0, score)
@@ -311,12 +312,6 @@ def _answer_texts(value: Any) -> list[str]:
     if isinstance(value, list):
         return [answer["text"] for answer in value]
     return list(value["text"])
-
-
-def _plain(text: str) -> str:
-    """Without case, punctuation and spaces at the ends of words."""
-    kept = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(kept.split())
 
 
 def _shown(row: Row) -> dict[str, str]:
