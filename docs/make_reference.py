@@ -15,7 +15,7 @@ import typer
 
 from sft_ray import config
 from sft_ray.cli import app
-from sft_ray.training.tasks import TASKS
+from sft_ray.training.tasks import TASKS, Task
 
 HEAD = """# Reference
 
@@ -29,7 +29,7 @@ def reference() -> str:
     verbs = "\n".join(_verb(name, command) for name, command in _commands().items())
     sections = "\n".join(_section(path, model) for path, model in _sections())
     tasks = "\n".join(
-        f"| `{task.name}` | {_codes([*task.fields.inputs, *task.fields.optional])} | "
+        f"| `{task.name}` | {_codes(_read_by(task))} | "
         f"`{task.fields.target_name}` | {_codes(task.metrics)} |"
         for task in TASKS.values()
     )
@@ -40,6 +40,16 @@ def reference() -> str:
         "| task | reads | learns | metrics, the default objective first |\n|---|---|---|---|\n"
         f"{tasks}\n"
     )
+
+
+def _read_by(task: Task) -> list[str]:
+    """Fields as `data.columns` names them: the two ends of a span have one name."""
+    fields = [*task.fields.inputs, *task.fields.optional]
+    spans = {name.removesuffix("_start") for name in fields if name.endswith("_start")}
+    found = [
+        name.rpartition("_")[0] if name.rpartition("_")[0] in spans else name for name in fields
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _commands() -> dict[str, Any]:
@@ -99,7 +109,8 @@ def _fields(model: type[config.Section]) -> list[tuple[str, str, str, str]]:
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             behind = lines[(node.end_lineno or node.lineno) - 1][node.end_col_offset or 0 :]
-            comment = re.match(r"\s*#\s*(.*)", behind)
+            above = lines[node.lineno - 2]
+            comment = re.match(r"\s*#\s*(.*)", behind) or re.match(r"\s*#\s*(.*)", above)
             default = "required" if node.value is None else f"`{ast.unparse(node.value)}`"
             kind = _kind(node.annotation)
             found.append((node.target.id, kind, default, comment.group(1) if comment else ""))
@@ -120,6 +131,7 @@ def _kind(node: ast.expr) -> str:
                 for part in parts[1:]
                 if isinstance(part, ast.Call)
                 for k in part.keywords
+                if k.arg != "validate_default"
             ]
             words = ", ".join(limits).replace("ge ", "at least ").replace("gt ", "above ")
             words = words.replace("le ", "at most ").replace("lt ", "below ")
@@ -130,6 +142,8 @@ def _kind(node: ast.expr) -> str:
             return f"{_kind(parts[0])} to {_kind(parts[1])}"
     names = {"None": "null", "str": "text", "Any": "value", "Location": "text (may hold ${NAME})"}
     names |= {"Fraction": "number from 0 to below 1", "float": "number", "int": "whole number"}
+    names |= {"Column": "name, [start, end] or null", "str": "text", "bool": "true or false"}
+    names |= {"TrackingTool": "tensorboard, mlflow or wandb"}
     text = ast.unparse(node)
     return names.get(text, text)
 

@@ -58,7 +58,7 @@ class Split(Section):
     """Fractions cut off one file or split that holds everything, by label or in whole groups."""
 
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    test: Fraction = 0.0
+    test: Fraction = 0.0  # cut off first
 
 
 class Splits(Section):
@@ -66,26 +66,26 @@ class Splits(Section):
 
     train: str = "train"
     validation: str = "validation"
-    test: str | None = None
+    test: str | None = None  # sealed: neither trained on nor scored while searching
 
 
 class Data(Section):
     """Where examples come from: a data set (`path`) or files (`train`, `validation`, `test`)."""
 
-    path: Location | None = None
-    config: str | None = None
-    revision: str | None = None
+    path: Location | None = None  # hub id, folder, or builtin:docstrings
+    config: str | None = None  # of a hub data set, for example sst2 of nyu-mll/glue
+    revision: str | None = None  # of a hub data set
     splits: Splits | None = None  # default: train, validation and test as far as they are there
-    train: Location | None = None
-    validation: Location | None = None
-    test: Location | None = None
-    split: Split | None = None
+    train: Location | None = None  # file: csv, tsv, json, jsonl or parquet
+    validation: Location | None = None  # file beside `train`; left out, `split` cuts it off
+    test: Location | None = None  # file beside `train`
+    split: Split | None = None  # where there is no validation split
     columns: dict[str, Column] = {}  # field of the task -> column; default: the same name
     label_names: list[str] | None = None  # of labels that are whole numbers, in their order
     negative_label: str | None = None  # relation-extraction: the label that says "no relation"
     max_length: Annotated[int, Field(ge=4, le=8192)] = 128  # tokens
     doc_stride: Annotated[int, Field(ge=0)] = 64  # question-answering: tokens windows share
-    limit: Limit = Limit()
+    limit: Limit = Limit()  # fewer rows, drawn by the seed
 
     @field_validator("columns")
     @classmethod
@@ -135,7 +135,7 @@ class Regularization(Section):
     """
 
     kind: Literal["none", "weight_decay", "l1", "l2", "l2_sp"] = "none"
-    strength: Annotated[float, Field(ge=0, le=1e3)] | None = None
+    strength: Annotated[float, Field(ge=0, le=1e3)] | None = None  # lambda; none takes none
 
     @model_validator(mode="after")
     def _strength_where_needed(self) -> Self:
@@ -151,24 +151,28 @@ class Train(Section):
 
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     momentum: Fraction = 0.9  # of sgd
+    # Of the learning rate, behind the warm-up.
     schedule: Literal["linear", "cosine", "constant", "constant_with_cooldown"] = "linear"
     warmup: Fraction = 0.06  # fraction of all optimiser steps
     cooldown: Fraction = 0.2  # fraction of all steps, of constant_with_cooldown
+    # Of matrix products; auto: bf16 where the hardware multiplies it natively, else fp32.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-5
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-5  # its peak
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # learning rate, per layer downwards
-    head_learning_rate_multiplier: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    head_learning_rate_multiplier: Annotated[float, Field(gt=0, le=1000)] = 1.0  # of the new head
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 32  # global: over all workers
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # most per worker and pass
-    epochs: Annotated[int, Field(ge=1, le=1000)] = 3
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 3  # passes over the training rows
     compile: bool | Literal["auto"] = "auto"  # layers that pack; auto: off, not measured yet
     cuda_graphs: bool = False  # of the same families, one worker per trial; not measured yet
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0  # longer gradients are scaled down to it
     regularization: Regularization = Regularization(kind="weight_decay", strength=0.01)
+    # From the bottom, with the embeddings; all leaves the pooler and the head.
     frozen_layers: Annotated[int, Field(ge=0)] | Literal["all"] = 0
     dropout: Fraction | None = None  # every dropout of the model; null keeps the model's own
     reinit_layers: Annotated[int, Field(ge=0)] = 0  # top layers, and the pooler, begun anew
-    label_smoothing: Fraction = 0.0
+    label_smoothing: Fraction = 0.0  # Szegedy et al. 2016
+    # Of the loss, by label; balanced: 1 / a label's share of the training rows, 1 on average.
     class_weights: dict[str, float] | Literal["balanced"] | None = None
 
     @field_validator("class_weights", mode="before")
@@ -200,8 +204,8 @@ class Train(Section):
 class Budget(Section):
     """Ends a search before its trials are used up; the first limit that is reached counts."""
 
-    wall_minutes: Annotated[float, Field(gt=0)] | None = None
-    worker_hours: Annotated[float, Field(gt=0)] | None = None
+    wall_minutes: Annotated[float, Field(gt=0)] | None = None  # of all sessions
+    worker_hours: Annotated[float, Field(gt=0)] | None = None  # slot time times workers per trial
     target: float | None = None  # a value of the objective that is good enough
     patience: Annotated[int, Field(ge=1)] | None = None  # trials without a new best one
 
@@ -210,18 +214,19 @@ class Search(Section):
     """What is searched, by what, and how long."""
 
     objective: str | list[str] | None = None  # a list: a score, then costs to keep small
-    space: dict[str, Any] | None = None
-    trials: Annotated[int, Field(ge=1, le=100_000)] = 32
-    sampler: Literal["tpe", "gp", "random", "qmc", "grid", "nsga2"] = "tpe"
+    space: dict[str, Any] | None = None  # path -> domain; default: by model family
+    trials: Annotated[int, Field(ge=1, le=100_000)] = 32  # most, the default recipe among them
+    sampler: Literal["tpe", "gp", "random", "qmc", "grid", "nsga2"] = "tpe"  # who proposes
+    # Who ends trials early.
     pruner: Literal["successive_halving", "median", "hyperband", "patient", "none"] = (
         "successive_halving"
     )
     rungs: list[Annotated[int, Field(ge=1, le=99)]] = [33]  # percent of a trial's schedule
-    reduction_factor: Annotated[int, Field(ge=2, le=100)] = 2
-    default_recipe: bool = True
-    enqueue: list[dict[str, Any]] = []
+    reduction_factor: Annotated[int, Field(ge=2, le=100)] = 2  # of n trials 1/n go on at a rung
+    default_recipe: bool = True  # runs first, to its end
+    enqueue: list[dict[str, Any]] = []  # configurations that run next: path -> value
     warm_start: list[Location] = []  # run folders whose best configurations run early
-    budget: Budget = Budget()
+    budget: Budget = Budget()  # ends the search before its trials are used up
 
     @model_validator(mode="before")
     @classmethod
@@ -299,14 +304,14 @@ class Search(Section):
 class Confirm(Section):
     """Runs of a search's best configurations on fresh seeds, which count in its budget."""
 
-    top: Annotated[int, Field(ge=1, le=100)] = 3
-    seeds: Annotated[int, Field(ge=2, le=100)] = 5
+    top: Annotated[int, Field(ge=1, le=100)] = 3  # configurations, beside the default recipe
+    seeds: Annotated[int, Field(ge=2, le=100)] = 5  # fresh ones, the same for all
 
 
 class Checkpoint(Section):
     """Which checkpoints stay on disk."""
 
-    every_minutes: Annotated[float, Field(gt=0)] = 10
+    every_minutes: Annotated[float, Field(gt=0)] = 10  # between two states to go on from
     keep: Annotated[int, Field(ge=1)] = 5  # best model folders under trials/
 
 
@@ -322,10 +327,11 @@ class Watchdog(Section):
 class Resources(Section):
     """What one trial uses and how many run at once; `auto` follows the cluster."""
 
-    workers_per_trial: Annotated[int, Field(ge=1)] = 1
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    workers_per_trial: Annotated[int, Field(ge=1)] = 1  # which share every batch
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1  # and as many threads
+    # auto: 1, or a share of one, where the cluster has GPUs or can start some, else 0.
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    slots: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    slots: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # auto: what fits
     trials_per_gpu: Annotated[int, Field(ge=1)] | Literal["auto"] = 1  # auto measures one trial
     # Of disk on every machine, for the outputs of frozen layers; 0 computes them each time.
     trunk_cache_gb: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
@@ -344,20 +350,22 @@ class Resources(Section):
 class Experiment(Section):
     """The whole experiment; the contract of the YAML."""
 
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]
-    model: Location
-    revision: str | None = None
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]  # of the run folder
+    model: Location  # hub id, local folder, or package:NAME/FOLDER
+    revision: str | None = None  # of a hub model
     task: str = "text-classification"  # one of training/tasks.py
-    data: Data
-    train: Train = Train()
-    search: Search = Search()
-    confirm: Confirm | None = None
-    watchdog: Watchdog = Watchdog()
-    checkpoint: Checkpoint = Checkpoint()
-    resources: Resources = Resources()
+    data: Data  # what is learned from
+    train: Train = Train()  # what trials have in common
+    search: Search = Search()  # what is searched, and how
+    confirm: Confirm | None = None  # null: `sft-ray confirm` does it when it is asked
+    watchdog: Watchdog = Watchdog()  # what counts as hanging
+    checkpoint: Checkpoint = Checkpoint()  # what stays on disk
+    resources: Resources = Resources()  # of one trial, and how many run at once
+    # Tools that are told of every trial.
     tracking: Annotated[list[TrackingTool], BeforeValidator(as_list)] = []
+    # Folder or URI of the run folders.
     storage: Annotated[Location, Field(validate_default=True)] = "${SFT_RAY_STORAGE:-runs}"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 17  # all random numbers follow from it
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> Self:
