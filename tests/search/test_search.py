@@ -244,7 +244,9 @@ def test_another_task_ends_with_its_own_kind_of_model_and_answers(
     ]
     data = tmp_path / "词.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tree = with_search(experiment, trials=2, default_recipe=False, pruner="none").to_tree()
+    # One worker, as there will be one process: bf16 rounds other batches otherwise.
+    alone = with_workers(experiment, 1)
+    tree = with_search(alone, trials=2, default_recipe=False, pruner="none").to_tree()
     tree |= {"name": "命名实体", "task": "token-classification"}
     tree["data"] |= {"train": str(data), "split": {"validation": 0.2, "test": 0.2}}
     result = run_search(Experiment.from_tree(tree), quiet=True)
