@@ -167,6 +167,12 @@ def open_run(place: str) -> RunStore:
     return store
 
 
+def winner_of(model: str) -> str:
+    """The winner's folder in a run folder; any other model as it is."""
+    best = Path(model) / BEST
+    return str(best) if best.is_dir() else model
+
+
 def write_results(store: RunStore, tree: dict[str, Any]) -> None:
     """Write results.json, the marker of a finished run, and before it the checksums of the run.
 

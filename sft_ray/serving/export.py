@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from sft_ray.errors import ConfigError, TrialError
-from sft_ray.serving.predict import Predictor, load_predictor, winner_of
+from sft_ray.run_store import winner_of
+from sft_ray.serving.predict import Predictor, load_predictor
 from sft_ray.serving.samples import sample_rows
 from sft_ray.training import batches
 from sft_ray.training.checkpoint import MODEL_FACTS

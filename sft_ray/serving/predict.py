@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from sft_ray.errors import ConfigError, DataError
-from sft_ray.run_store import BEST
+from sft_ray.run_store import winner_of
 from sft_ray.training.checkpoint import MODEL_FACTS
 from sft_ray.training.columns import check_fields
 from sft_ray.training.data import encode_split, load_tokenizer
@@ -146,12 +146,6 @@ def load_predictor(
         world=World(device=device),
         dtype=DTYPES.get(str(facts.get("precision")), torch.float32),
     )
-
-
-def winner_of(model: str) -> str:
-    """The winner's folder in a run folder; any other model as it is."""
-    best = Path(model) / BEST
-    return str(best) if best.is_dir() else model
 
 
 def read_facts(folder: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_ray.errors import ConfigError, TrialError
-from sft_ray.serving.predict import winner_of
+from sft_ray.run_store import winner_of
 from sft_ray.training.checkpoint import MODEL_FACTS
 
 # What a model folder of ours holds; nothing else is sent.
