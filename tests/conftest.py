@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +80,20 @@ def tiny_experiment(tiny_model: Path, toy_csv: Path) -> Experiment:
             "resources": {"workers_per_trial": 2, "slots": 1},
         }
     )
+
+
+@pytest.fixture
+def hears_signals() -> Iterator[None]:
+    """Signals as a terminal leaves them: in the background some are ignored, by children too."""
+    from sft_ray.interrupt import SIGNALS
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -263,6 +263,7 @@ def test_misspelt_commands_end_with_code_2(
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("hears_signals")
 @pytest.mark.cluster
 def test_ctrl_c_ends_cleanly_and_the_same_command_finishes(
     tiny_model: Path, toy_csv: Path, tmp_path: Path

@@ -17,6 +17,8 @@ from sft_ray.config import Experiment
 from sft_ray.interrupt import SIGNALS, interruptible
 from sft_ray.yaml_text import dump_yaml
 
+pytestmark = pytest.mark.usefixtures("hears_signals")
+
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals) -> None:
@@ -32,16 +34,13 @@ def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals) -> No
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
     """As after `nohup`."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with interruptible() as interruption:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not interruption.is_asked
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert interruption.is_asked
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with interruptible() as interruption:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not interruption.is_asked
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.is_asked
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_another_thread_catches_nothing() -> None:

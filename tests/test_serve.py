@@ -223,6 +223,7 @@ def fetch(url: str, body: bytes | None = None) -> tuple[int, Any]:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("hears_signals")
 @pytest.mark.cluster
 def test_a_real_server_answers_until_ctrl_c(
     model: Path, predictor: Predictor, tmp_path: Path

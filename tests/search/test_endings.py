@@ -19,7 +19,11 @@ import pytest
 from sft_ray.config import Experiment
 from sft_ray.yaml_text import dump_yaml
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
+    pytest.mark.usefixtures("hears_signals"),
+]
 
 
 class Search:
