@@ -56,7 +56,7 @@ SYSTEMS = (*OURS, "dynamic", "grouped", "dynamic compiled", "grouped compiled")
 WITH_GRAPHS = "1 with graphs"
 SHARES = (1, 2, 4, 8, "auto", WITH_GRAPHS)
 JOINED = 12  # sentences of a text that is cut at 128 tokens
-TURNS, STEPS = 6, 10
+TURNS = 6
 TRIALS, TRIAL_ROWS = 24, 2000
 TRUNK_ROWS, TRUNK_BATCH_SIZE = 2000, 32
 PEAK_SIZE = 8192
@@ -125,8 +125,9 @@ def measure_steps(folder: Path, model: str, name: str, batch_size: int, device: 
     lengths, source = setup.dataset.train.lengths, throughput.endless(trial)
     seconds: dict[str, list[float]] = {system: [] for system in SYSTEMS}
     flops, peaks = [], []
+    steps_per_turn = batches_grouped(len(lengths), batch_size)
     for turn in range(TURNS + 1):
-        chosen = [next(source) for _ in range(STEPS)]
+        chosen = [next(source) for _ in range(steps_per_turn)]
         grouped = by_length(chosen, lengths)
         peaks.append(throughput.peak_flops(device, torch.bfloat16, PEAK_SIZE))
         flops.append(sum(throughput.model_flops(setup, 0, lengths[i]) for i in chosen))
@@ -139,7 +140,7 @@ def measure_steps(folder: Path, model: str, name: str, batch_size: int, device: 
             setup.world.synchronize()
             seconds[system].append(time.perf_counter() - began)
     peak = max(peaks)
-    examples = STEPS * batch_size
+    examples = steps_per_turn * batch_size
 
     def median(values: Iterable[float]) -> float:
         return statistics.median(list(values)[1:])  # what is first is slow, and compiles
@@ -156,6 +157,11 @@ def measure_steps(folder: Path, model: str, name: str, batch_size: int, device: 
         "peak_flops": peak,
         "tokens_per_example": float(lengths.mean()),
     }
+
+
+def batches_grouped(num_rows: int, batch_size: int) -> int:
+    """How many batches transformers' `group_by_length` sorts together; so many make a turn."""
+    return max(1, min(50, num_rows // (4 * batch_size)))
 
 
 def by_length(chosen: Sequence[Any], lengths: Any) -> list[Any]:

@@ -2,8 +2,9 @@
 
 For every k: seconds per training example and per validation example, without the cache
 (`requires_grad` off, the trunk in evaluation mode in both) and with it, in turns in one process;
-what building costs, in epochs without it; the scores of whole trials; then the sum over trials of
-k = 0..L with the same settings, building included, as a search with k uniform would have it.
+what building costs from nothing, in epochs without it; the scores of whole trials; then the sum
+over trials of k = 0..L with the same settings, one after the other in an order drawn by chance and
+building included, as a search with k uniform would have it.
 `loop` asks how many times as fast an epoch with the cache is as one of a loop of a few lines around
 the library's own model, `requires_grad` off, batches padded to their longest, in the same format
 of numbers: what the cache and all else do together.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -38,7 +40,7 @@ from sft_ray.training.fitting import _Trial, fit
 from sft_ray.training.passes import Pass, trunk_output
 from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup, load_setup
-from sft_ray.training.trunk_cache import _read, _write
+from sft_ray.training.trunk_cache import _read, _write, trunks_root
 from sft_ray.training.world import World
 
 SEED, EPOCHS = 0, 3
@@ -95,6 +97,8 @@ def measure(setup: Setup, k: int, batch_size: int) -> dict[str, Any]:
     runs: dict[str, list[Progress]] = {"plain": [], "filling": [], "full": []}
     for order in (("plain", "filling", "full"), ("full", "plain")):
         for how in order:
+            if how == "filling":
+                shutil.rmtree(trunks_root(), ignore_errors=True)
             runs[how].append(whole_trial(plain if how == "plain" else setup, k, batch_size))
 
     def seconds(how: str, what: str) -> float:
@@ -223,8 +227,14 @@ def all_depths(setup: Setup, options: argparse.Namespace) -> None:
             flush=True,
         )
         keep(row, options.out)
-    search = sum(r["plain_seconds"] for r in rows) / sum(r["filling_seconds"] for r in rows)
-    print(f"all depths once, building included: {search:.2f} ({WANTED_OF_SEARCH})")
+    shutil.rmtree(trunks_root(), ignore_errors=True)
+    order = np.random.default_rng(SEED).permutation(len(rows)).tolist()
+    trials = [whole_trial(setup, k, options.batch_size) for k in order]
+    seconds = sum(trial.train_seconds + trial.eval_seconds for trial in trials)
+    search = sum(row["plain_seconds"] for row in rows) / seconds
+    said = f"all depths once, in the order {order}, building included"
+    print(f"{said}: {search:.2f} ({WANTED_OF_SEARCH})")
+    keep({"order": order, "search_times_faster": search}, options.out)
 
 
 def beside_loop(setup: Setup, options: argparse.Namespace) -> None:

@@ -80,8 +80,8 @@ class RunLock:
         if self._store.local_root is None:
             return _is_alive(self._lease())
         try:
-            with self._path.open() as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with self._path.open() as lock:  # which NFS locks for readers only
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         except FileNotFoundError:

@@ -115,6 +115,10 @@ class RunStore(FileStore):
             ResourceError: a driver works on it.
         """
         self.check_free()
+        if self.is_locked() is None:
+            raise ResourceError(
+                f"{self.location}: whether a search runs there cannot be seen; move it by hand"
+            )
         number = 1
         while RunStore(self.storage, f"{self.name}.old-{number}").is_there():
             number += 1

@@ -233,7 +233,7 @@ def parameters(values: Mapping[str, Any]) -> dict[str, Any]:
     """Flat parameter names and values, as the study and results.json hold them."""
     flat: dict[str, Any] = {}
     for path, value in values.items():
-        if isinstance(value, Mapping) and "kind" in value:
+        if isinstance(value, Mapping) and isinstance(value.get("kind"), str):
             flat[f"{path}.kind"] = value["kind"]
             for name, sub in value.items():
                 if name != "kind" and sub is not None:

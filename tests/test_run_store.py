@@ -1,6 +1,9 @@
+import errno
+import fcntl
 import json
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -183,3 +186,22 @@ def test_a_lock_that_may_not_be_looked_at_says_nothing(tmp_path: Path) -> None:
     assert store.is_locked() is False
     (tmp_path / "x" / ".lock").mkdir(parents=True)  # opening it fails, also for root
     assert store.is_locked() is None
+    with pytest.raises(ResourceError, match="whether a search runs there cannot be seen"):
+        store.set_aside()
+
+
+def test_a_look_at_the_lock_does_not_ask_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS refuses an exclusive lock on a file that is open for reading."""
+    store, flock = RunStore(str(tmp_path), "x"), fcntl.flock
+
+    def of_nfs(file: Any, how: int) -> None:
+        if how & fcntl.LOCK_EX and file.mode == "r":
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    with store.locked():
+        assert RunStore(str(tmp_path), "x").is_locked() is True
+    assert store.is_locked() is False

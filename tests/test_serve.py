@@ -194,7 +194,30 @@ def test_a_batch_grows_while_the_model_is_busy_and_an_error_is_that_batch_s_only
         assert await batches.answer(3) == 6
 
     asyncio.run(talk())
-    assert sizes in ([1, 32, 17, 1, 1], [1, 32, 18, 1, 1])
+    assert sizes in ([1, 32, 17, 1, 1], [1, 31, 18, 1, 1])
+
+
+def test_nothing_is_computed_for_who_has_gone() -> None:
+    seen: list[int] = []
+
+    def slow(rows: list[int]) -> list[int]:
+        seen.extend(rows)
+        time.sleep(0.05)
+        return rows
+
+    async def talk() -> None:
+        batches = Batches(slow)
+        first = asyncio.create_task(batches.answer(0))
+        await asyncio.sleep(0.02)
+        gone = [asyncio.create_task(batches.answer(row)) for row in range(1, 200)]
+        await asyncio.sleep(0)
+        for task in gone:
+            task.cancel()
+        last = asyncio.create_task(batches.answer(200))
+        assert [await first, await last] == [0, 200]
+
+    asyncio.run(talk())
+    assert seen == [0, 200]
 
 
 def test_what_cannot_be_served_is_refused_before_ray_starts(model: Path, monkeypatch) -> None:

@@ -137,3 +137,6 @@ def test_what_is_no_kind_stays_one_parameter() -> None:
         "train.class_weights": weights,
         "train.regularization.kind": "none",
     }
+    assert spaces.parameters({"train.class_weights": {"kind": 2.0}}) == {
+        "train.class_weights": {"kind": 2.0}
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from sft_ray import cli, single_trial
 from sft_ray.config import Experiment
@@ -26,7 +27,15 @@ from sft_ray.single_trial import run_training
 from sft_ray.training import fitting as fit_module
 from sft_ray.training.checkpoint import ResumeState
 from sft_ray.training.preparation import prepare_training
-from tests.models import TASK, load_tiny, save_tiny, toy_dataset, toy_rows, write_csv
+from tests.models import (
+    TASK,
+    load_tiny,
+    save_tiny,
+    tiny_model_folder,
+    toy_dataset,
+    toy_rows,
+    write_csv,
+)
 
 ARGUMENTS = {"learning_rate": 5e-3, "epochs": 2, "dropout": 0.1, "precision": "fp32"}
 
@@ -367,3 +376,27 @@ def test_a_damaged_outcome_of_a_training_is_written_anew(make, capsys, name: str
     last = run_training(experiment)
     assert "best/model.safetensors was damaged; nothing else holds it" in capsys.readouterr().out
     assert last.best["validation"] == first.best["validation"]
+
+
+@pytest.mark.parametrize(
+    "facts", [{"max_length": "128"}, {"max_length": -5}, {"max_length": True}, {"doc_stride": 1.5}]
+)
+def test_facts_beside_a_model_that_cannot_be_are_one_line(
+    run: Path, tmp_path: Path, facts: dict[str, Any]
+) -> None:
+    folder = shutil.copytree(run / "best", tmp_path / "model")
+    (folder / "sft_ray.json").write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match=f"{next(iter(facts))} must be a whole number from"):
+        load_predictor(str(folder))
+
+
+def test_a_model_from_elsewhere_with_one_output_answers_a_number(tmp_path: Path) -> None:
+    base = tiny_model_folder(tmp_path / "base", "roberta", max_position_embeddings=20)
+    folder = tmp_path / "reranker"
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    predictor = load_predictor(str(folder))
+    assert predictor.task.name == "regression"
+    assert predictor.encoder.max_length == 18  # two positions are the padding token's
+    (answer,) = predictor.predict([{"text": "cat " * 50}])
+    assert isinstance(answer["value"], float)

@@ -7,8 +7,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -16,8 +18,15 @@ import torch
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError
 from sft_ray.run_store import CHECKSUMS, RESULTS, delete_results, open_run, write_results
-from sft_ray.serving.verify import Verification, compared_scores, run_verification
+from sft_ray.serving.verify import (
+    Verification,
+    compared_scores,
+    moved_by_a_close_call,
+    run_verification,
+)
 from sft_ray.single_trial import run_training
+from sft_ray.training.examples import LabelSet
+from sft_ray.training.tasks import find_task
 from tests.models import toy_rows, write_csv
 
 NAMES = ["checksums", "results", "data", "versions", "score"]
@@ -261,7 +270,7 @@ def test_damaged_files_are_failed_checks(
 @pytest.mark.parametrize("facts", [{"max_length": "x"}, {"task": "regression"}])
 def test_false_facts_of_the_model_are_a_failed_check(run: Path, facts: dict[str, Any]) -> None:
     edit(run / "best/sft_ray.json", lambda tree: tree.update(facts))
-    assert set(found(run)) == {"checksums", "score"}
+    assert set(found(run)) - {"data"} == {"checksums", "score"}  # whose fingerprint is a fact, too
 
 
 def test_a_confirmed_winner_has_scores_of_its_own(run: Path) -> None:
@@ -314,3 +323,22 @@ def test_scores_may_differ_by_rounding_or_one_example(
     reported: dict[str, Any], again: dict[str, float], ok: bool
 ) -> None:
     assert compared_scores(reported, again, 100).ok is ok
+
+
+def test_a_close_call_that_falls_otherwise_is_no_damage() -> None:
+    """MCC and its kin move by more than one example's share."""
+    rng, task = np.random.default_rng(3), find_task("text-classification")
+    labels = rng.choice(6, size=500, p=[0.3, 0.3, 0.2, 0.1, 0.08, 0.02])
+    outputs = rng.normal(size=(500, 6)) + 4 * np.eye(6)[labels]
+    examples = SimpleNamespace(labels=labels, has=lambda name: False)
+    predictor = SimpleNamespace(task=task, label_set=LabelSet(tuple("abcdef")))
+    reported = task.score(outputs, examples, predictor.label_set)
+    moved = moved_by_a_close_call(outputs, examples, predictor, reported)
+    margins = np.diff(np.sort(outputs, axis=1)[:, -2:], axis=1)[:, 0]
+    row = margins.argmin()
+    again, top = outputs.copy(), np.argsort(outputs[row])[-2:]
+    again[row, top] = outputs[row, top[::-1]]
+    found = task.score(again, examples, predictor.label_set)
+    assert moved["accuracy"] == pytest.approx(1 / 500)
+    assert compared_scores(reported, found, 500, moved).ok
+    assert not compared_scores({**reported, "mcc": reported["mcc"] - 0.02}, found, 500, moved).ok

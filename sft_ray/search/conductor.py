@@ -106,7 +106,8 @@ class Conductor:
                 self._put_back(planned, f"failed   ({message['failed']}), to be tried again")
                 return False
             self._failures_in_a_row += 1
-            last = {**self._last.get(number, {}), **message}
+            last = self._last.get(number, {})
+            last = {**last, **message, **_longer(last, message)}
             if message.get("fault"):
                 self._failures_in_a_row = 0
                 self._end(planned, TrialState.PRUNED, last, reason=message["failed"], fault=True)
@@ -118,7 +119,7 @@ class Conductor:
             self._write_metrics(planned, message)
             last = self._last.get(number, message)
             if last["percent"] > message["percent"]:  # after a restart, before marks of old
-                message = {**last, **{name: message[name] for name in ("fault", "slot_seconds")}}
+                message = {**last, "fault": message["fault"], **_longer(last, message)}
             self._end(planned, TrialState.PRUNED, message, reason=message["fault"], fault=True)
             return False
         self._last[number] = message
@@ -169,7 +170,6 @@ class Conductor:
     def _put_back(self, planned: PlannedTrial, said: str) -> None:
         """A trial that the same command will go on with."""
         self.trials.put_back(planned.number)
-        self._last.pop(planned.number, None)  # who takes it up tells what it goes on from
         self.board.lose(planned.number)
         self.screen.event(f"{planned.label:<9} {said}")
 
@@ -287,3 +287,8 @@ class Conductor:
 
     def _log_error(self, planned: PlannedTrial, reason: str, traceback: str) -> None:
         self.store.append_text(ERROR_LOG, f"{planned.label}: {reason}\n{traceback}\n")
+
+
+def _longer(last: dict[str, Any], message: dict[str, Any]) -> dict[str, float]:
+    """A trial that starts over in another slot has taken the time that it took before, too."""
+    return {"slot_seconds": max(m.get("slot_seconds", 0.0) for m in (last, message))}

@@ -249,4 +249,9 @@ def run_fixed(
             )
             with closing(tracker), live_view(screen, conductor.board):
                 run_on_slots(conductor, prepared, layout)
+        store.tidy()
+        there = store.files_below(folder)
+        for ended in {runs[number].key for number in trials.rows}:
+            if any(path.startswith(f"{folder}/{ended}/last/") for path in there):
+                store.delete_folder(f"{folder}/{ended}/last")
     return trials.finished_rows

@@ -31,6 +31,7 @@ class Mailbox:
         self._messages: list[dict[str, Any]] = []
         self._restarts = 0
         self._most_per_pass: int | None = None
+        self._halvings = 0  # of a micro-batch that nobody has told
         self._begun = False  # rank 0 has taken the assignment up
         self._starts_in_a_row = 0
         self._ready: set[int] = set()
@@ -44,7 +45,7 @@ class Mailbox:
         self._generation += 1
         self._assignment, self._permitted = assignment, 0
         self._messages, self._restarts, self._begun = [], 0, False
-        self._most_per_pass = None
+        self._most_per_pass, self._halvings = None, 0
         await self._notify()
 
     async def advance(self, index: int) -> None:
@@ -96,13 +97,14 @@ class Mailbox:
         await self._wait(lambda: self._closed or self._is_to_begin(after))
         if self._closed:
             return "go home"
-        if self._assignment is None or not self._is_to_begin(after):
+        if self._assignment is None or not self._is_to_begin(after):  # the former for its type
             return None
         self._begun |= rank == 0
         return self._generation, {
             **self._assignment,
             "restarts": self._restarts,
             "most_per_pass": self._most_per_pass,
+            "halvings": self._halvings,
         }
 
     async def post(self, generation: int, index: int, message: dict[str, Any]) -> None:
@@ -140,10 +142,11 @@ class Mailbox:
         """The machine ran out of memory, and Ray killed the only worker."""
         if self._assignment is None or not self._begun:
             return
-        told = [m["micro_batch"] for m in self._messages if m.get("micro_batch")]
-        whole = self._assignment["train"]["batch_size"]
-        size = self._most_per_pass or (told[-1] if told else whole)
-        await self.out_of_memory(self._generation, size)
+        self._starts_in_a_row = 0
+        self._halvings += 1
+        if self._restarts >= MAX_RESTARTS_PER_TRIAL:
+            reason = "out of memory: Ray ended its worker because its machine had none left"
+            await self._end(self._generation, {**_failed(reason), "fault": True})
 
     async def may_continue(self, generation: int, index: int) -> bool | None:
         """Whether to go on to mark `index`; None when nothing was decided within a poll."""

@@ -196,6 +196,7 @@ def _run_trial(
             beat=pulse.enter,
             resume=state,
             most_per_pass=assignment["most_per_pass"],
+            halvings=assignment["halvings"],
             end_diverged=assignment["end_diverged"],
         )
     if paused is not None:

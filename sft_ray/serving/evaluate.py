@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, DataError
 from sft_ray.run_store import EXPERIMENT, TEST_ACCESS, RunStore
@@ -15,6 +17,7 @@ from sft_ray.serving.predict import Predictor, load_predictor
 from sft_ray.training import labels, sources
 from sft_ray.training.columns import is_unlabelled
 from sft_ray.training.data import limited
+from sft_ray.training.examples import Examples
 from sft_ray.training.tasks import Task
 
 
@@ -94,7 +97,14 @@ def has_test_split(experiment: Experiment, task: Task) -> bool:
 def score_split(
     predictor: Predictor, experiment: Experiment, split: str
 ) -> tuple[dict[str, float], int]:
-    """Metrics and number of rows.
+    """Metrics and number of rows; raises as `examples_of` does."""
+    examples = examples_of(predictor, experiment, split)
+    found = predictor.task.score(predictor.outputs(examples), examples, predictor.label_set)
+    return found, len(np.unique(examples.rows))
+
+
+def examples_of(predictor: Predictor, experiment: Experiment, split: str) -> Examples:
+    """A split of the experiment's data as the model reads it.
 
     Raises:
         DataError: the data has no such split, or no labels for it that the model knows.
@@ -118,9 +128,7 @@ def score_split(
         labels.check_names(table, target, predictor.label_set.names, source.where[split])
     if split == "validation":
         table = limited(table, data.limit.validation, seed, split)
-    examples = predictor.encode(table)
-    outputs = predictor.outputs(examples)
-    return task.score(outputs, examples, predictor.label_set), table.num_rows
+    return predictor.encode(table)
 
 
 def _find_run(place: str, experiment_file: str | None) -> tuple[Experiment, RunStore]:

@@ -24,10 +24,11 @@ from sft_ray.training.families import reads_segments
 from sft_ray.training.forward import evaluate
 from sft_ray.training.metrics import Floats
 from sft_ray.training.model import let_pass
-from sft_ray.training.model_facts import quiet_transformers, resolve_model
+from sft_ray.training.model_facts import most_positions, quiet_transformers, resolve_model
 from sft_ray.training.tasks import Task, find_task
 from sft_ray.training.world import World
 
+UNKNOWN_LENGTH = 512  # most tokens, where no facts of ours say
 ROWS_AT_ONCE = 2000  # encoded and sorted by length together
 # What a head says of its task, where no facts of ours do.
 HEADS = {
@@ -134,8 +135,8 @@ def load_predictor(
     if as_trained:
         let_pass(loaded)
     tokenizer = load_tokenizer(folder)
-    most = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    max_length = min(facts.get("max_length") or 512, tokenizer.model_max_length, most)
+    most = min(most_positions(config), tokenizer.model_max_length)
+    max_length = min(facts.get("max_length", UNKNOWN_LENGTH), most)
     names = tuple(config.id2label[i] for i in range(config.num_labels)) if task.classes else ()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Predictor(
@@ -163,6 +164,10 @@ def read_facts(folder: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: damaged JSON: {error}") from None
     if not isinstance(facts, dict):
         raise ConfigError(f"{path}: must hold an object, got {type(facts).__name__}")
+    for name, least in (("max_length", 4), ("doc_stride", 0)):
+        value = facts.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{path}: {name} must be a whole number from {least}, got {value!r}")
     return facts
 
 
@@ -212,6 +217,8 @@ def _task_of(config: Any, model: str) -> str:
         for ending, task in HEADS.items():
             if architecture.endswith(ending):
                 if ending == "ForSequenceClassification":
+                    if config.problem_type is None and config.num_labels == 1:
+                        return "regression"  # as the library has it: rerankers, for one
                     return PROBLEM_TYPES.get(config.problem_type, task)
                 return task
     heads = ", ".join(HEADS)

@@ -116,6 +116,8 @@ class Batches:
 
     async def _work(self) -> None:
         while self._waiting:
+            # Of who has gone nothing is computed, and nothing kept.
+            self._waiting = [pair for pair in self._waiting if not pair[1].done()]
             batch = self._waiting[:ROWS_PER_BATCH]
             self._waiting = self._waiting[ROWS_PER_BATCH:]
             try:

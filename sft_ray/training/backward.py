@@ -26,6 +26,7 @@ class Backward:
 
     Args:
         most: upper bound of the micro-batch, after running out of memory.
+        halvings: of the micro-batch that would be taken otherwise.
 
     Attributes:
         most: examples of a micro-batch.
@@ -45,6 +46,7 @@ class Backward:
         dtype: torch.dtype,
         options: LossOptions,
         most: int | None,
+        halvings: int = 0,
     ) -> None:
         self._train, self._setup, self._dtype, self._options = train, setup, dtype, options
         self.world, self.pretrained = setup.world, setup.pretrained
@@ -55,7 +57,7 @@ class Backward:
         share = -(-train.batch_size // self.world.size)
         self._probe = self._probed(share)
         fits = self._probe.fits if train.micro_batch == "auto" else train.micro_batch
-        self.most = min(share, most or share, fits)
+        self.most = max(1, min(share, most or share, fits) >> halvings)
         if self.world.device.type == "cuda":  # what the probe tried is not the trial's
             torch.cuda.reset_peak_memory_stats(self.world.device)
         self.model = self.world.wrap(self.model)

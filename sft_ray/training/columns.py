@@ -165,7 +165,8 @@ def units(table: pa.Table) -> npt.NDArray[np.integer[Any]]:
     """Number of what stays together, of each row: its group, or the row itself, [rows]."""
     if "group" not in table.column_names:
         return np.arange(table.num_rows)
-    return np.unique(table.column("group").to_pylist(), return_inverse=True)[1]
+    groups = table.column("group").combine_chunks().dictionary_encode()
+    return np.asarray(groups.indices.to_numpy())
 
 
 # -- kinds ---------------------------------------------------------------------------------------

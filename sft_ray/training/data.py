@@ -152,6 +152,8 @@ def with_classes(source: Source, data: Data, task: Task) -> tuple[dict[str, pa.T
         rare = labels.unknown_names(table, target, classes)
         if source.names is None and rare.total() <= RARE * table.num_rows:
             classes += tuple(sorted(rare))
+    if classes != source.names and all(name.removeprefix("-").isdecimal() for name in classes):
+        classes = tuple(sorted(classes, key=int))  # grades, of which ranking makes use
     for split, table in labelled.items():
         labels.check_names(table, target, classes, source.where[split])
     if data.negative_label is not None and data.negative_label not in classes:

@@ -54,6 +54,7 @@ def fit(
     beat: Beat = no_beat,
     resume: ResumeState | None = None,
     most_per_pass: int | None = None,
+    halvings: int = 0,
     end_diverged: bool = False,
 ) -> ResumeState | None:
     """Train `setup.pretrained` from its pristine weights, reporting at every mark.
@@ -73,6 +74,7 @@ def fit(
         resume: state of this very configuration; the trial goes on behind it, with the same
             numbers as if it had never stopped.
         most_per_pass: upper bound of the micro-batch, after running out of memory.
+        halvings: of the micro-batch, after a machine ran out of memory.
         end_diverged: a trial whose training loss is no better at a third of its schedule than that
             of always answering the same is at fault too.
 
@@ -88,7 +90,7 @@ def fit(
         rungs, train.epochs, batches.steps_per_epoch(len(setup.dataset.train), train.batch_size)
     )
     try:
-        trial = _Trial(train, setup, objective, seed, most_per_pass, end_diverged, beat)
+        trial = _Trial(train, setup, objective, seed, most_per_pass, end_diverged, beat, halvings)
     except micro_batch.NothingFitsError as error:
         report(never_began(str(error)))
         return None
@@ -129,6 +131,7 @@ class _Trial:
         most_per_pass: int | None,
         end_diverged: bool = False,
         beat: Beat = no_beat,
+        halvings: int = 0,
     ) -> None:
         self.beat = beat
         self.train, self.task, self.world = train, setup.task, setup.world
@@ -143,7 +146,9 @@ class _Trial:
             reinit_layers=train.reinit_layers,
             seed=seed,
         )
-        self.backward = Backward(train, setup, self.dtype, self.loss_options, most_per_pass)
+        self.backward = Backward(
+            train, setup, self.dtype, self.loss_options, most_per_pass, halvings
+        )
         self.trainable = list(self.pretrained.trainable().values())
         self.penalty = bind_penalty(train.regularization, self.pretrained)
         self.steps_per_epoch = batches.steps_per_epoch(len(self.dataset.train), train.batch_size)
@@ -181,8 +186,12 @@ class _Trial:
             "train": self.train.epochs * share,
             "validation": self.train.epochs,  # at least
         }
+        pays = {  # of which workers may think differently, where they have measured it
+            split: self.world.minimum(int(cache.pays(split, depth, self.dtype, times)))
+            for split, times in passes.items()
+        }
         opened = {
-            split: cache.open(split, depth, self.dtype, passes[split], self.beat)
+            split: cache.open(split, depth, self.dtype, self.beat) if pays[split] else None
             for split in passes
         }
         # On another machine it may take longer, and may not work.

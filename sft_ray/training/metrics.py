@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from sft_ray.squad import normalize_answer
+from sft_ray.squad import CJK, normalize_answer
 from sft_ray.tags import with_prefixes
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -193,8 +193,6 @@ def entities(
     }
 
 
-# Chinese characters, kana and hangul: scripts whose answers are compared character by character.
-CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af\U00020000-\U0003ffff"
 CJK_OR_WORD = re.compile(f"[{CJK}]|[^{CJK}\\s]+")
 
 

@@ -112,13 +112,19 @@ def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
     if Path(folder).is_dir():
         _check_weights(Path(folder))
     try:
-        num_layers = int(config.num_hidden_layers)
-        positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
-        if FAMILIES[config.model_type].positions_after_padding:
-            positions -= config.pad_token_id + 1
+        num_layers, positions = int(config.num_hidden_layers), most_positions(config)
     except (AttributeError, TypeError, ValueError) as error:
         raise _describes_no_model(folder, error) from None
     return ModelFacts(folder, config, num_layers, positions)
+
+
+def most_positions(config: Any) -> int:
+    """Tokens that a model has positions for."""
+    positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
+    family = FAMILIES.get(config.model_type)
+    if family is not None and family.positions_after_padding:
+        positions -= config.pad_token_id + 1
+    return positions
 
 
 def _describes_no_model(folder: str, error: Exception) -> ConfigError:

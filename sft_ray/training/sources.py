@@ -6,6 +6,7 @@ label.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from collections import Counter
@@ -160,7 +161,7 @@ def _parse_tabs(path: str) -> pa.Table:
     """Quoted like csv, unless quotes are plain text (GLUE's files) and one swallows rows."""
     try:
         table = _parse_delimited(path, "\t")
-        if not any(_holds_rows(column) for column in table.columns):
+        if not any(_holds_rows(column) for column in table.columns) or _is_quoted(path):
             return table
     except pa.ArrowException:
         pass
@@ -168,6 +169,20 @@ def _parse_tabs(path: str) -> pa.Table:
         return _parse_delimited(path, "\t", quoted=False)
     except pa.ArrowException:
         return _parse_delimited(path, "\t")  # also raises what is wrong with it
+
+
+def _is_quoted(path: str) -> bool:
+    """Whether every quote of a tab-separated file opens or closes a whole value, or is doubled."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        with Path(path).open(encoding="utf-8", newline="") as file:
+            for _ in csv.reader(file, delimiter="\t", strict=True):
+                pass
+    except csv.Error:
+        return False
+    finally:
+        csv.field_size_limit(before)
+    return True
 
 
 def _holds_rows(values: pa.ChunkedArray) -> bool:

@@ -112,29 +112,31 @@ class TrunkCache:
     uses: float = 1.0
     rates: dict[torch.dtype, Rates] = field(default_factory=dict)
 
-    def open(
-        self, split: Split, depth: int, dtype: torch.dtype, passes: float, beat: Beat
-    ) -> Trunk | None:
-        """Outputs of the first `depth` layers, made now if they are missing and pay.
+    def pays(self, split: Split, depth: int, dtype: torch.dtype, passes: float) -> bool:
+        """Whether to keep the outputs of the first `depth` layers, as far as this worker knows.
 
-        All workers of the machine that ask for the same share the work; one that is killed leaves
-        its part to the others.
+        Whatever is there already: else a trial's numbers would depend on who ran before.
 
         Args:
             dtype: of matrix products.
             passes: how often a trial will ask for every example.
-
-        Returns:
-            None if the trunk shall be computed each time: it is cheaper, there is no room on disk,
-            or somebody asks for a pause.
         """
         if depth == 0 or self.budget_bytes == 0 or not self.pretrained.can_split:
-            return None
+            return False
+        return _Build(self, split, depth, dtype).costs().pays(passes * self.uses)
+
+    def open(self, split: Split, depth: int, dtype: torch.dtype, beat: Beat) -> Trunk | None:
+        """Outputs of the first `depth` layers, made now if they are missing.
+
+        All workers of the machine that ask for the same share the work; one that is killed leaves
+        its part to the others.
+
+        Returns:
+            None if the trunk shall be computed each time, because there is no room on disk, or
+            because somebody asks for a pause.
+        """
         build = _Build(self, split, depth, dtype)
         try:
-            # Whatever is there already: else a trial's numbers would depend on who ran before.
-            if not build.costs().pays(passes * self.uses):
-                return None
             if not build.is_complete():
                 if not make_room(build.folder, build.num_bytes, self.budget_bytes):
                     return None

@@ -426,4 +426,5 @@ def test_a_run_that_fails_in_another_slot_has_no_negative_overhead(store: RunSto
     failed = {"failed": "ValueError: a bug", "traceback": "…", "slot_seconds": 20.0}
     slots.conductor.on_message("tune 1", failed)
     (row,) = slots.trials.finished_rows
-    assert (row["train_seconds"], row["overhead_seconds"]) == (0.0, 20.0)
+    assert (row["train_seconds"], row["eval_seconds"]) == (300.0, 0.125)
+    assert row["overhead_seconds"] == pytest.approx(310 - 300 - 0.125)

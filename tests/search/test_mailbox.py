@@ -6,7 +6,7 @@ import pytest
 from sft_ray.search import mailbox as mailbox_module
 from sft_ray.search.mailbox import Mailbox
 
-WHOLE = {"most_per_pass": None}
+WHOLE = {"most_per_pass": None, "halvings": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -140,29 +140,26 @@ def test_a_trial_without_memory_comes_again_at_half_and_twice_at_most() -> None:
     asyncio.run(scenario())
 
 
-def test_who_is_killed_for_its_machines_memory_comes_again_at_half() -> None:
+def test_who_is_killed_for_its_machines_memory_comes_again_at_half_and_twice_at_most() -> None:
     async def scenario() -> None:
         box = await ready_box(1)
         await box.killed_for_memory()  # nothing had begun
-        await box.assign({"number": 1, "train": {"batch_size": 64}})
+        await box.assign({"number": 1})
         await box.advance(0)
         handed_out = []
-        for _ in range(2):
+        for _ in range(3):
             answer = await box.next_assignment(0, 0)
             assert isinstance(answer, tuple)
-            handed_out.append(answer[1]["most_per_pass"])
+            handed_out.append(answer[1]["halvings"])
             await box.killed_for_memory()
             await box.register(0)
-        await box.assign({"number": 2, "train": {"batch_size": 64}})
-        await box.advance(0)
-        await box.next_assignment(0, 1)
-        await box.post(2, 0, {"micro_batch": 8})
-        await box.advance(1)
-        await box.killed_for_memory()
-        await box.register(0)
-        answer = await box.next_assignment(0, 1)
-        assert isinstance(answer, tuple)
-        assert [*handed_out, answer[1]["most_per_pass"]] == [None, 32, 4]
+        assert handed_out == [0, 1, 2]
+        message = await box.message(0)
+        assert message is not None
+        assert message["failed"].startswith("out of memory: Ray ended its worker")
+        assert message["fault"]
+        await box.assign({"number": 2})
+        assert await box.next_assignment(0, 1) == (2, {"number": 2, "restarts": 0, **WHOLE})
 
     asyncio.run(scenario())
 

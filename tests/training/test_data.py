@@ -97,6 +97,7 @@ def test_quotes_in_a_tab_separated_file_may_be_plain_text(tmp_path: Path) -> Non
     assert texts_of("oak\ta", '"the cat\tb') == ["oak", '"the cat']  # never ends
     assert texts_of('"a ""cat""\nhere"\ta', "oak\tb") == ['a "cat"\nhere', "oak"]
     assert texts_of('"a\tcat\n\there"\ta', "oak\tb") == ["a\tcat\n\there", "oak"]
+    assert texts_of('"a\tb\nc"\t1', "oak\t0") == ["a\tb\nc", "oak"]  # as pandas writes it
     with pytest.raises(DataError, match="Expected 2 columns, got 3"):
         texts_of("a\tb\tc")
 
@@ -324,3 +325,12 @@ def test_a_limit_above_the_number_of_rows_takes_all_of_them(tmp_path: Path, load
     path = str(write_csv(tmp_path / "all.csv", ROWS))
     dataset = load(train=path, validation=path, limit=Limit(train=1000))
     assert texts(dataset, dataset.train) == ROWS
+
+
+def test_a_rare_grade_stands_where_its_number_does(tmp_path: Path, load) -> None:
+    """Ranking takes a class's place for what a candidate gains."""
+    train = [(f"text {i}", (0, 1, 3, 10)[i % 4]) for i in range(80)]
+    write_csv(tmp_path / "train.csv", train)
+    write_csv(tmp_path / "dev.csv", [*train * 2, ("another", 2)])
+    files = {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "dev.csv")}
+    assert load(**files).label_names == ("0", "1", "2", "3", "10")

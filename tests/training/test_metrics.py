@@ -234,6 +234,13 @@ def test_an_entity_may_begin_with_inside_as_conlleval_counts() -> None:
     assert entities([["B-LOC", "I-PER"]], [["B-LOC", "B-PER"]])["f1"] == 1
 
 
+def test_the_tags_of_chinese_corpora_are_read_as_those_they_stand_for() -> None:
+    truth = [["B-ORG", "M-ORG", "M-ORG", "E-ORG", "O", "S-PER"]]
+    found = [["B-ORG", "M-ORG", "M-ORG", "O", "O", "W-PER"]]
+    assert entities(truth, found)["f1"] == pytest.approx(0.5)
+    assert entities(truth, truth)["f1"] == 1
+
+
 def test_tags_without_a_prefix_count_every_word() -> None:
     truth = [["DET", "NOUN", "VERB"], ["NOUN", "NOUN"]]
     predicted = [["DET", "NOUN", "NOUN"], ["NOUN", "VERB"]]
@@ -269,6 +276,7 @@ def test_rows_without_any_entity_score_0_and_not_an_error() -> None:
         ("theatre", "theatre"),
         ("U.S.A.", "usa"),
         ("“北京”。", "北京"),
+        ("“Agreement”", "“agreement”"),  # as the official script has it
         ("...", ""),
     ],
 )

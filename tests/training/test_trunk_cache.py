@@ -103,7 +103,7 @@ def test_bf16_is_kept_as_it_is(toy: Dataset, bert: Path, root: Path) -> None:
     settings = {"frozen_layers": 2, "precision": "bf16"}
     made, found = (run(setup, **settings) for _ in range(2))
     plain = run(replace(setup, trunk_cache=None), **settings)
-    trunk = setup.trunk_cache.open("train", 2, torch.bfloat16, 9, no_beat)
+    trunk = setup.trunk_cache.open("train", 2, torch.bfloat16, no_beat)
     assert trunk is not None
     assert sum(chunk.nbytes for chunk in trunk.maps) == 2 * 32 * len(toy.train.tokens)
     for one, again, without in zip(made, found, plain, strict=True):
@@ -132,7 +132,7 @@ def test_layers_above_cached_outputs_can_be_compiled(
 def test_validation_logits_are_equal(k: int, toy: Dataset, bert: Path, root: Path) -> None:
     setup = setup_of(bert, toy)
     setup.pretrained.reset(k)
-    trunk = setup.trunk_cache.open("validation", k, FP32, 9, no_beat)
+    trunk = setup.trunk_cache.open("validation", k, FP32, no_beat)
     assert trunk is not None
     assert (trunk.most_tokens == 1) == (k == LAYERS)
     arguments = (setup.pretrained.model, TASK, toy.validation, PAD, World(), FP32, no_beat)
@@ -229,7 +229,7 @@ def test_who_loses_the_room_while_building_leaves_nothing(
             assert make_room(root / "other" / "train-1", 10**9, 10**9)
         return False
 
-    assert setup.trunk_cache.open("train", 2, FP32, 9, beat) is None
+    assert setup.trunk_cache.open("train", 2, FP32, beat) is None
     assert len(written) == 3
     assert {path.name for path in root.glob("*/*/")} == {"train-1"}
     (root / "key" / "train-5").mkdir(parents=True)  # of who wrote on all the same
@@ -255,7 +255,7 @@ def test_a_pause_that_is_asked_for_is_not_kept_waiting(
 ) -> None:
     setup = setup_of(bert, toy)
     said: list[str] = []
-    opened = setup.trunk_cache.open("train", 2, FP32, 9, lambda what: not said.append(what))
+    opened = setup.trunk_cache.open("train", 2, FP32, lambda what: not said.append(what))
     assert opened is None
     assert said == [trunk_cache.BUILDING]
     assert kept(root) == set()
@@ -277,7 +277,7 @@ def _build(folder: str, dataset: Dataset, cache: str, slow: bool, rank: int, out
 
     trunk_cache._write = write
     setup.pretrained.reset(2)
-    opened = cached.open("train", 2, FP32, 9, no_beat)
+    opened = cached.open("train", 2, FP32, no_beat)
     out.put((rank, "opened" if opened else "none"))
 
 
