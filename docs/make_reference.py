@@ -46,10 +46,8 @@ def _read_by(task: Task) -> list[str]:
     """Fields as `data.columns` names them: the two ends of a span have one name."""
     fields = [*task.fields.inputs, *task.fields.optional]
     spans = {name.removesuffix("_start") for name in fields if name.endswith("_start")}
-    found = [
-        name.rpartition("_")[0] if name.rpartition("_")[0] in spans else name for name in fields
-    ]
-    return list(dict.fromkeys(found))
+    whole = {f"{span}_{end}": span for span in spans for end in ("start", "end")}
+    return list(dict.fromkeys(whole.get(name, name) for name in fields))
 
 
 def _commands() -> dict[str, Any]:
@@ -140,10 +138,18 @@ def _kind(node: ast.expr) -> str:
             return f"list of {_kind(parts[0])}"
         if node.value.id == "dict":
             return f"{_kind(parts[0])} to {_kind(parts[1])}"
-    names = {"None": "null", "str": "text", "Any": "value", "Location": "text (may hold ${NAME})"}
-    names |= {"Fraction": "number from 0 to below 1", "float": "number", "int": "whole number"}
-    names |= {"Column": "name, [start, end] or null", "str": "text", "bool": "true or false"}
-    names |= {"TrackingTool": "tensorboard, mlflow or wandb"}
+    names = {
+        "None": "null",
+        "str": "text",
+        "bool": "true or false",
+        "int": "whole number",
+        "float": "number",
+        "Any": "value",
+        "Fraction": "number from 0 to below 1",
+        "Location": "text (may hold ${NAME})",
+        "Column": "name, [start, end] or null",
+        "TrackingTool": "tensorboard, mlflow or wandb",
+    }
     text = ast.unparse(node)
     return names.get(text, text)
 

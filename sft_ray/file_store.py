@@ -92,6 +92,10 @@ class FileStore:
         found = self._try(lambda: self._filesystem.get_file_info(selector))
         return sorted(info.path for info in found if info.type == fs.FileType.File)
 
+    def folders_below(self, folder: str) -> set[str]:
+        """Every folder below a folder that has files of its own."""
+        return {path.rpartition("/")[0] for path in self.files_below(folder)}
+
     # -- reading -----------------------------------------------------------------------------
 
     def read_bytes(self, path: str) -> bytes | None:

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sft_ray.errors import ConfigError, ResourceError
 from sft_ray.file_store import FileStore
@@ -90,14 +90,16 @@ class RunLock:
             return None
         return False
 
-    def check_free(self) -> None:
-        """Tell early what `held` would tell.
+    def check_free(self) -> Literal[False] | None:
+        """Tell early what `held` would tell; None if this user may not know.
 
         Raises:
             ResourceError: a driver works on the run.
         """
-        if self.is_held():
+        is_held = self.is_held()
+        if is_held:
             raise self._busy("in this folder")
+        return is_held
 
     def _busy(self, where: str) -> ResourceError:
         return ResourceError(

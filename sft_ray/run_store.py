@@ -114,8 +114,7 @@ class RunStore(FileStore):
         Raises:
             ResourceError: a driver works on it.
         """
-        self.check_free()
-        if self.is_locked() is None:
+        if self._lock.check_free() is None:
             raise ResourceError(
                 f"{self.location}: whether a search runs there cannot be seen; move it by hand"
             )

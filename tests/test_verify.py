@@ -322,7 +322,7 @@ def test_an_unfinished_run_and_no_run_are_one_line(run: Path, tmp_path: Path) ->
 def test_scores_may_differ_by_rounding_or_one_example(
     reported: dict[str, Any], again: dict[str, float], ok: bool
 ) -> None:
-    assert compared_scores(reported, again, 100).ok is ok
+    assert compared_scores(reported, again, 100, {}).ok is ok
 
 
 def test_a_close_call_that_falls_otherwise_is_no_damage() -> None:

@@ -132,7 +132,8 @@ def run_confirm(
         winner = tree["configurations"][0]
         if winner["expected"] is None or winner["behind"]:
             raise TrialError(f"{store.location}: no configuration finished on all fresh seeds")
-        ended = {row["arm"]: row for row in rows if row["seed"] == seeds[0] and _is_complete(row)}
+        complete = [row for row in rows if row["state"] == TrialState.COMPLETE.name]
+        ended = {row["arm"]: row for row in complete if row["seed"] == seeds[0]}
         models = {run.arm: run for run in runs if run.keep_model and run.arm in ended}
         scored = {arm: models[arm] for arm in (winner["arm"], YARDSTICK) if arm in models}
         tree["test"] = _test_scores(prepared, store, scored)
@@ -147,10 +148,6 @@ def run_confirm(
 def fresh_seeds(seed: int, count: int) -> list[int]:
     """Seeds that no trial of the search has trained with."""
     return [derived_seed(seed, "confirm", i) for i in range(count)]
-
-
-def _is_complete(row: Row) -> bool:
-    return bool(row["state"] == TrialState.COMPLETE.name)
 
 
 def _default_recipe(experiment: Experiment, prepared: Prepared) -> Candidate:

@@ -250,8 +250,7 @@ def run_fixed(
             with closing(tracker), live_view(screen, conductor.board):
                 run_on_slots(conductor, prepared, layout)
         store.tidy()
-        there = store.files_below(folder)
-        for ended in {runs[number].key for number in trials.rows}:
-            if any(path.startswith(f"{folder}/{ended}/last/") for path in there):
-                store.delete_folder(f"{folder}/{ended}/last")
+        ended = {f"{folder}/{runs[number].key}/last" for number in trials.rows}
+        for state in ended & store.folders_below(folder):
+            store.delete_folder(state)
     return trials.finished_rows

@@ -227,8 +227,8 @@ def _forget_what_is_over(store: RunStore, study: SearchStudy) -> frozenset[int]:
     """
     ended = {trial_folder(t.number) for t in study.trials if t.state.is_finished()}
     outdated = set(study.outdated())
-    left, numbers = {path.rsplit("/", 1)[0] for path in store.files_below("trials")}, set[int]()
-    for path in sorted(left):
+    numbers = set[int]()
+    for path in sorted(store.folders_below("trials")):
         folder, _, kind = path.rpartition("/")
         if (kind == "last" and folder in ended) or (kind == BEST and folder in outdated):
             store.delete_folder(path)

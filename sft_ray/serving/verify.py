@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -249,10 +248,7 @@ def moved_by_a_close_call(
 
 
 def compared_scores(
-    reported: dict[str, Any],
-    found: dict[str, float],
-    num_examples: int,
-    moved: Mapping[str, float] = MappingProxyType({}),
+    reported: dict[str, Any], found: dict[str, float], num_examples: int, moved: dict[str, float]
 ) -> Check:
     """Whether scores are the reported ones, up to rounding or an example that fell otherwise.
 

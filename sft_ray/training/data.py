@@ -141,13 +141,11 @@ def with_classes(source: Source, data: Data, task: Task) -> tuple[dict[str, pa.T
         rows = tables["train"].column(target).to_pylist() if target == "answers" else []
         return dict(tables), LabelSet((), "" if any(not answer_pairs(v) for v in rows) else None)
     classes = labels.choose_classes(tables["train"], target, source.names)
-    named = {
-        split: table
-        if is_unlabelled(table, target)
-        else labels.with_names(table, target, source.names, source.where[split])
+    labelled = {
+        split: labels.with_names(table, target, source.names, source.where[split])
         for split, table in tables.items()
+        if not is_unlabelled(table, target)
     }
-    labelled = {split: t for split, t in named.items() if not is_unlabelled(t, target)}
     for table in labelled.values():
         rare = labels.unknown_names(table, target, classes)
         if source.names is None and rare.total() <= RARE * table.num_rows:
@@ -161,7 +159,7 @@ def with_classes(source: Source, data: Data, task: Task) -> tuple[dict[str, pa.T
             f"data.negative_label: {data.negative_label!r} is no label; there are "
             f"{', '.join(map(repr, classes[:10]))}"
         )
-    return named, LabelSet(classes, data.negative_label)
+    return {**tables, **labelled}, LabelSet(classes, data.negative_label)
 
 
 def count_duplicates(tables: dict[str, pa.Table], task: Task) -> dict[str, int]:

@@ -14,6 +14,7 @@ import shutil
 import time
 import uuid
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -123,7 +124,10 @@ class TrunkCache:
         """
         if depth == 0 or self.budget_bytes == 0 or not self.pretrained.can_split:
             return False
-        return _Build(self, split, depth, dtype).costs().pays(passes * self.uses)
+        try:
+            return _Build(self, split, depth, dtype).costs().pays(passes * self.uses)
+        except OSError:  # the disk is full, where rates are measured
+            return False
 
     def open(self, split: Split, depth: int, dtype: torch.dtype, beat: Beat) -> Trunk | None:
         """Outputs of the first `depth` layers, made now if they are missing.
@@ -170,13 +174,16 @@ class _Build:
         self.cache, self.split, self.depth, self.dtype = cache, split, depth, dtype
         self.examples: Examples = getattr(cache.dataset, split)
         self.folder = cache.folder(split, depth, dtype)
-        self.chunks = list(batches.evaluation_shares(self.examples.lengths, 0, 1, CHUNK_TOKENS))
         model = cache.pretrained.model
         is_top = depth == cache.pretrained.num_layers
         self.most_tokens = 1 if is_top and reads_first_token(model) else None
         kept = batches.kept_lengths(self.examples.lengths, self.most_tokens)
         itemsize = 2 if dtype == torch.bfloat16 else model.dtype.itemsize
         self.num_bytes = int(kept.sum()) * model.config.hidden_size * itemsize
+
+    @cached_property
+    def chunks(self) -> list[IntArray]:
+        return list(batches.evaluation_shares(self.examples.lengths, 0, 1, CHUNK_TOKENS))
 
     def is_complete(self) -> bool:
         return (self.folder / COMPLETE).exists()

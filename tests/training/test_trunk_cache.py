@@ -237,6 +237,18 @@ def test_who_loses_the_room_while_building_leaves_nothing(
     assert {path.name for path in root.glob("*/*/")} == {"train-1", "train-2"}
 
 
+def test_a_full_disk_where_rates_are_measured_stops_no_trial(
+    toy: Dataset, bert: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trunk_cache, "RATES", {})
+    monkeypatch.setattr(trunk_cache, "_write", full)
+    assert len(run(setup_of(bert, toy), frozen_layers=2)) == 4
+    assert kept(root) == set()
+
+
 def test_a_torn_file_is_made_again(toy: Dataset, bert: Path, root: Path) -> None:
     setup = setup_of(bert, toy)
     whole = run(setup, frozen_layers=2)
