@@ -44,7 +44,7 @@ from sft_ray.training.data import (
 )
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import Dataset, Examples
-from sft_ray.training.fitting import _Trial, fit
+from sft_ray.training.fitting import Trial, fit
 from sft_ray.training.forward import evaluate
 from sft_ray.training.model import load_pretrained
 from sft_ray.training.model_facts import resolve_model
@@ -147,7 +147,7 @@ MULTI_LABEL = Case("wikiann-types", "multi-label", "micro_f1")
 
 def step_losses_ours(train: Train, setup: Setup, seed: int) -> list[float]:
     """The mean loss of every step of one of our trials."""
-    trial = _Trial(train, setup, setup.task.default_objective, seed, None)
+    trial = Trial(train, setup, setup.task.default_objective, seed)
     losses = []
     for indices in trial.batches_from(0):
         loss, count = float(trial.loss_sum), trial.count

@@ -25,7 +25,7 @@ from torch.multiprocessing.spawn import spawn
 from benchmarks.throughput import MODEL
 from sft_ray.config import Experiment
 from sft_ray.search.preflight import prepare_experiment
-from sft_ray.training.fitting import _Trial
+from sft_ray.training.fitting import Trial
 from sft_ray.training.setup import load_setup
 from sft_ray.training.world import join_world
 
@@ -46,7 +46,7 @@ def worker(rank: int, size: int, options: dict[str, Any], meeting: str, out: str
         train = Experiment.model_validate(tree_of(options)).train.model_copy(
             update={"frozen_layers": k}
         )
-        trial = _Trial(train, setup, "accuracy", SEED, None)
+        trial = Trial(train, setup, "accuracy", SEED)
         steps = trial.batches_from(0)
         for _ in range(WARM_STEPS):
             trial.take_step(next(steps))

@@ -263,7 +263,7 @@ def taken():
         return None
 
 def plant(module):
-    honest_step = module._Trial.take_step
+    honest_step = module.Trial.take_step
     def take_step(trial, indices):
         action = taken()
         if action == "raise":
@@ -277,7 +277,7 @@ def plant(module):
         if action == "hang":
             time.sleep(1e6)
         return honest_step(trial, indices)
-    module._Trial.take_step = take_step
+    module.Trial.take_step = take_step
 """
 RANK = r"^ray::(RayTrainWorker|Worker\b)"
 FAULTS = (

@@ -30,7 +30,7 @@ import transformers
 
 from sft_ray.config import Experiment
 from sft_ray.search.preflight import prepare_experiment
-from sft_ray.training.fitting import _Trial
+from sft_ray.training.fitting import Trial
 from sft_ray.training.model_facts import resolve_model
 from sft_ray.training.setup import Setup, load_setup
 from sft_ray.training.world import World
@@ -70,7 +70,7 @@ Step = Callable[[Any], None]
 
 def load(
     data: Path, name: str, batch_size: int, model: str = MODEL, device: str = "cpu", **train: Any
-) -> tuple[Setup, _Trial]:
+) -> tuple[Setup, Trial]:
     tree = {
         "name": "throughput",
         "model": model,
@@ -84,7 +84,7 @@ def load(
     prepared = prepare_experiment(Experiment.model_validate(tree))
     world = World(device=torch.device(device))
     setup = load_setup(prepared.experiment, prepared.dataset_folder, world)
-    trial = _Trial(prepared.experiment.train, setup, prepared.objective, SEED, None)
+    trial = Trial(prepared.experiment.train, setup, prepared.objective, SEED)
     return setup, trial
 
 
@@ -178,7 +178,7 @@ def peak_flops(
     return max(found)
 
 
-def endless(trial: _Trial) -> Iterator[Any]:
+def endless(trial: Trial) -> Iterator[Any]:
     while True:
         yield from trial.batches_from(0)
 

@@ -36,7 +36,7 @@ from sft_ray.config import Experiment, Train
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.training.batches import collate
 from sft_ray.training.encoding import IntArray
-from sft_ray.training.fitting import _Trial, fit
+from sft_ray.training.fitting import Trial, fit
 from sft_ray.training.passes import Pass, trunk_output
 from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup, load_setup
@@ -155,7 +155,7 @@ def loop_step(setup: Setup, k: int, dtype: torch.dtype) -> Callable[[IntArray], 
 def against_loop(setup: Setup, k: int, batch_size: int) -> dict[str, Any]:
     """An epoch of the loop in turns with one of a trial whose cache is full."""
     train = Train(learning_rate=1e-4, epochs=EPOCHS, batch_size=batch_size, frozen_layers=k)
-    trial = _Trial(train, setup, "accuracy", SEED, None)
+    trial = Trial(train, setup, "accuracy", SEED)
     steps: dict[str, Callable[[IntArray], Any]] = {
         "loop": loop_step(setup, k, trial.dtype),
         "ours": trial.take_step,

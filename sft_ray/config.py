@@ -175,6 +175,10 @@ class Train(Section):
     # Of the loss, by label; balanced: 1 / a label's share of the training rows, 1 on average.
     class_weights: dict[str, float] | Literal["balanced"] | None = None
 
+    def frozen_depth(self, num_layers: int) -> int:
+        """`frozen_layers` as a number, of a model of so many layers."""
+        return num_layers if self.frozen_layers == "all" else self.frozen_layers
+
     @field_validator("class_weights", mode="before")
     @classmethod
     def _by_name(cls, weights: Any) -> Any:

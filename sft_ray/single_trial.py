@@ -11,7 +11,7 @@ import torch
 
 from sft_ray import space as spaces
 from sft_ray.analysis.model_card import model_card
-from sft_ray.analysis.outcome import Outcome
+from sft_ray.analysis.outcome import Outcome, slot_seconds_of
 from sft_ray.analysis.results import SearchResult, best_row, trial_row
 from sft_ray.config import Experiment, Train
 from sft_ray.environment import describe_environment
@@ -130,8 +130,7 @@ class _Run:
     def train(self, beat: Beat) -> Outcome:
         """Fit, from the last state if there is one; halve the micro-batch when memory runs out."""
         experiment = self.prepared.experiment
-        most = None
-        for attempt in range(TIMES_HALVED + 1):
+        for halvings in range(TIMES_HALVED + 1):
             try:
                 paused = fit(
                     experiment.train,
@@ -142,14 +141,14 @@ class _Run:
                     report=self.report,
                     beat=beat,
                     resume=self._take_up(),
-                    most_per_pass=most,
+                    halvings=halvings,
                 )
                 break
             except StepOutOfMemoryError as error:
-                if error.micro_batch == 1 or attempt == TIMES_HALVED:
+                if error.micro_batch == 1 or halvings == TIMES_HALVED:
                     raise TrialError(f"{experiment.name}: {error}") from None
-                most = error.micro_batch // 2
-                self.screen.event(f"out of memory; going on with {most} examples per pass")
+                half = error.micro_batch // 2
+                self.screen.event(f"out of memory; going on with {half} examples per pass")
         if paused is not None:
             self.last.write(paused, messages=self.messages, seconds_before=self._seconds())
             self.screen.event(f"paused at step {paused.facts['step']}")
@@ -223,7 +222,7 @@ def _conclude(
         curve=run.curve,
         seed=experiment.seed,
     )
-    store.write_json(f"{FOLDER}/trial.json", row)
+    store.write_json(f"{FOLDER}/{TRIAL}", row)
     if outcome.score is None:
         raise TrialError(f"{experiment.name}: {outcome.reason}; nothing was evaluated before")
     tree = _write_outcome(prepared, store, row, environment)
@@ -240,7 +239,7 @@ def _write_outcome(
         "name": experiment.name,
         "metric": prepared.objective,
         "direction": prepared.direction,
-        "wall_seconds": sum(row[f"{kind}_seconds"] for kind in ("train", "eval", "overhead")),
+        "wall_seconds": slot_seconds_of(row),
         "startup_seconds": None,
         "best": best_row(row, None, store.path_of(BEST)),
         "trials": [row],

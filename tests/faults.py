@@ -39,13 +39,13 @@ def install() -> None:
         return honest_load(*arguments, **options)
 
     setup_module.load_pretrained = load_pretrained
-    honest_step = fit_module._Trial.take_step
+    honest_step = fit_module.Trial.take_step
 
     def take_step(trial: Any, indices: Any) -> Any:
         strike(trial.train.learning_rate, trial.step + 1, trial.world.rank)
         return honest_step(trial, indices)
 
-    fit_module._Trial.take_step = take_step
+    fit_module.Trial.take_step = take_step
 
 
 def strike(learning_rate: float, step: int, rank: int) -> None:

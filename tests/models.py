@@ -351,7 +351,7 @@ def run_fit(
     world: World | None = None,
     stop_after: int | None = None,
     resume: ResumeState | None = None,
-    most_per_pass: int | None = None,
+    halvings: int = 0,
     end_diverged: bool = False,
     also: Callable[[Progress], Any] | None = None,
     beat: Callable[[str], bool] = lambda activity: False,
@@ -379,7 +379,7 @@ def run_fit(
         seed=seed,
         report=report,
         resume=resume,
-        most_per_pass=most_per_pass,
+        halvings=halvings,
         end_diverged=end_diverged,
         beat=beat,
     )

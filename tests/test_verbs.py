@@ -112,19 +112,19 @@ def test_the_run_folder_keeps_its_rules(make) -> None:
 def test_an_interrupted_training_goes_on_as_if_it_had_not_stopped(make, monkeypatch) -> None:
     straight = run_training(make(name="straight"), quiet=True)
     often = make(name="interrupted", checkpoint={"every_minutes": 1e-6})
-    honest = fit_module._Trial.take_step
+    honest = fit_module.Trial.take_step
 
     def interrupt(trial: Any, indices: Any) -> Any:
         if trial.step == 8:
             raise KeyboardInterrupt
         return honest(trial, indices)
 
-    monkeypatch.setattr(fit_module._Trial, "take_step", interrupt)
+    monkeypatch.setattr(fit_module.Trial, "take_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_training(often, quiet=True)
     steps: list[int] = []
     monkeypatch.setattr(
-        fit_module._Trial,
+        fit_module.Trial,
         "take_step",
         lambda trial, indices: steps.append(trial.step) or honest(trial, indices),
     )
@@ -140,14 +140,14 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_stopped(make, monkeypa
 
 
 def test_a_step_without_memory_is_tried_with_half(make, monkeypatch, capsys) -> None:
-    honest = fit_module._Trial.take_step
+    honest = fit_module.Trial.take_step
 
     def refuse(trial: Any, indices: Any) -> Any:
         if trial.backward.most > 8:
             raise MemoryError
         return honest(trial, indices)
 
-    monkeypatch.setattr(fit_module._Trial, "take_step", refuse)
+    monkeypatch.setattr(fit_module.Trial, "take_step", refuse)
     result = run_training(make(train={**ARGUMENTS, "micro_batch": 32}))
     assert result.trials[0]["micro_batch"] == 8
     assert capsys.readouterr().out.count("out of memory; going on with") == 2
@@ -338,14 +338,14 @@ def test_a_model_is_scored_the_way_it_was_trained(make, toy_csv: Path, change: A
 
 
 def test_marks_of_an_attempt_that_ran_out_of_memory_are_not_kept(make, monkeypatch) -> None:
-    honest = fit_module._Trial.take_step
+    honest = fit_module.Trial.take_step
 
     def refuse(trial: Any, indices: Any) -> Any:
         if trial.step == 8 and trial.backward.most > 8:
             raise MemoryError
         return honest(trial, indices)
 
-    monkeypatch.setattr(fit_module._Trial, "take_step", refuse)
+    monkeypatch.setattr(fit_module.Trial, "take_step", refuse)
     result = run_training(make(), quiet=True)
     lines = Path(result.location, "trials/0/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["percent"] for line in lines] == [10, 33, 50, 100]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -20,7 +21,7 @@ class Outcome:
         has_checkpoint: whether `trials/<n>/best` was written with the weights of `score`.
         padding_share: of the positions that the first worker's layers computed in training.
         trained_parameters: how many numbers were trained.
-        memory_bytes: most that the first worker's device held (see `training.fitting`).
+        memory_bytes: most that the first worker's device held (see `training.backward`).
     """
 
     reason: str | None = None
@@ -91,6 +92,11 @@ class Outcome:
         """What the study keeps of a trial that has ended."""
         known = {f.name for f in fields(cls)}
         return cls(**{name: v for name, v in trial.user_attrs.items() if name in known})
+
+
+def slot_seconds_of(row: Mapping[str, Any]) -> float:
+    """What a trial of results.json took of its slot; a damaged or younger row says less."""
+    return sum(row.get(f"{part}_seconds") or 0.0 for part in ("train", "eval", "overhead"))
 
 
 def score_of(trial: FrozenTrial) -> float:

@@ -73,9 +73,7 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     return Interval(mean, sd, float(low), float(high), n)
 
 
-def paired_difference(
-    values: Sequence[float], base: Sequence[float], level: float = LEVEL
-) -> Paired:
+def paired_difference(values: Sequence[float], base: Sequence[float]) -> Paired:
     """Paired t interval and test of `values` minus `base`, entry by entry of the same seed.
 
     Pairing takes out what a seed does to both arms, so it tells apart more than two intervals
@@ -95,7 +93,7 @@ def paired_difference(
             return Paired(0.0, None, None, 1.0, n, None)
         return Paired(difference, None, None, 2 * 0.5**n, n, None)
     test = stats.ttest_rel(scores[0], scores[1])
-    low, high = test.confidence_interval(level)
+    low, high = test.confidence_interval(LEVEL)
     standard_error = float(differences.std(ddof=1)) / math.sqrt(n)
     detectable = _detectable_noncentrality(n - 1) * standard_error
     return Paired(difference, float(low), float(high), float(test.pvalue), n, detectable)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sft_ray.analysis.outcome import slot_seconds_of
 from sft_ray.analysis.results import SearchResult
 from sft_ray.screen import count, short_params
 
@@ -49,15 +50,13 @@ def _best_first(result: SearchResult) -> list[dict[str, Any]]:
 
 
 def _cells(row: dict[str, Any], best: int | None) -> tuple[str, ...]:
-    parts = ("train_seconds", "eval_seconds", "overhead_seconds")
     value = row.get("value")
-    seconds = sum(row.get(name) or 0.0 for name in parts)
     return (
         f"{row['number']}{'*' if row['number'] == best else ' '}",
         row["state"],
         "" if value is None else f"{value:.4f}",
         str(row.get("schedule_percent", "")),
-        f"{seconds:.1f}",
+        f"{slot_seconds_of(row):.1f}",
     )
 
 

@@ -176,6 +176,7 @@ class Conductor:
     def set_slots(self, slots: int) -> None:
         """There is room for more, or for fewer: those beyond it get no other trial."""
         self.slots = self.board.slots = slots
+        self.trials.set_slots(slots)
 
     def forgive(self) -> None:
         """The failures so far have a cause that is out of the way."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from sft_ray.analysis.outcome import Outcome
+from sft_ray.analysis.outcome import Outcome, slot_seconds_of
 from sft_ray.analysis.results import check_row, trial_row
 from sft_ray.config import Train
 from sft_ray.errors import ConfigError
@@ -27,7 +27,6 @@ from sft_ray.search.trials import PlannedTrial
 from sft_ray.training.preparation import Prepared
 
 Row = dict[str, Any]
-SLOT_TIME = ("train", "eval", "overhead")
 
 
 @dataclass(frozen=True)
@@ -175,6 +174,9 @@ class FixedRuns:
         del self._curves[number]
         self._pending.insert(0, number)
 
+    def set_slots(self, slots: int) -> None:
+        """Nothing follows from it."""
+
     def row(self, number: int) -> Row:
         return self.rows[number]
 
@@ -190,7 +192,7 @@ class FixedRuns:
         """What a live view shows at first; runs whose arm has fallen behind may yet be left out."""
         board = Board(objective, len(self.runs), slots, noun="run")
         for row in self.finished_rows:
-            number, seconds = row["number"], sum(row[f"{kind}_seconds"] for kind in SLOT_TIME)
+            number, seconds = row["number"], slot_seconds_of(row)
             said = f"{row['arm']}, seed {row['seed']}"
             ended = EndedTrial(
                 number, f"run {number}", row["state"], row["value"], None, seconds, said

@@ -17,7 +17,7 @@ from sft_ray.config import Experiment, Train
 from sft_ray.search.sharing import WARMUP_STEPS, WINDOW_STEPS, Findings
 from sft_ray.training import batches
 from sft_ray.training.examples import Examples
-from sft_ray.training.fitting import _Trial
+from sft_ray.training.fitting import Trial
 from sft_ray.training.forward import evaluate
 from sft_ray.training.world import World
 
@@ -47,7 +47,7 @@ def probe(
     warnings.simplefilter("ignore")
     experiment, world = Experiment.model_validate(tree), World(device=torch.device(device))
     setup = replace(load_here(experiment, Path(dataset_folder), world), trunk_cache=None)
-    trial = _Trial(Train.model_validate(train), setup, objective, experiment.seed, None)
+    trial = Trial(Train.model_validate(train), setup, objective, experiment.seed)
     steps = trial.batches_from(0)
     for indices in itertools.islice(steps, WARMUP_STEPS):
         trial.take_step(indices)

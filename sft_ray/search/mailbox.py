@@ -30,8 +30,7 @@ class Mailbox:
         self._permitted = 0
         self._messages: list[dict[str, Any]] = []
         self._restarts = 0
-        self._most_per_pass: int | None = None
-        self._halvings = 0  # of a micro-batch that nobody has told
+        self._halvings = 0  # of the micro-batch
         self._begun = False  # rank 0 has taken the assignment up
         self._starts_in_a_row = 0
         self._ready: set[int] = set()
@@ -44,8 +43,8 @@ class Mailbox:
         """Replace the assignment; workers still on the previous one are told to stop."""
         self._generation += 1
         self._assignment, self._permitted = assignment, 0
-        self._messages, self._restarts, self._begun = [], 0, False
-        self._most_per_pass, self._halvings = None, 0
+        self._messages, self._begun = [], False
+        self._restarts = self._halvings = 0
         await self._notify()
 
     async def advance(self, index: int) -> None:
@@ -103,7 +102,6 @@ class Mailbox:
         return self._generation, {
             **self._assignment,
             "restarts": self._restarts,
-            "most_per_pass": self._most_per_pass,
             "halvings": self._halvings,
         }
 
@@ -133,7 +131,7 @@ class Mailbox:
         if generation != self._generation or self._assignment is None:
             return
         self._starts_in_a_row = 0
-        self._most_per_pass = max(1, micro_batch // 2)
+        self._halvings += 1
         if micro_batch == 1 or self._restarts >= MAX_RESTARTS_PER_TRIAL:
             reason = f"out of memory at micro-batch {micro_batch}"
             await self._end(generation, {**_failed(reason), "fault": True})

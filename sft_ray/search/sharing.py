@@ -227,7 +227,7 @@ def heaviest(trains: Iterable[Train], num_layers: int) -> Train:
     It has epochs for all steps of the probe, however few steps an epoch has.
     """
     found = list(trains)
-    depths = [num_layers if t.frozen_layers == "all" else t.frozen_layers for t in found]
+    depths = [train.frozen_depth(num_layers) for train in found]
     return found[0].model_copy(
         update={
             "batch_size": max(train.batch_size for train in found),

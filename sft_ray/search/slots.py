@@ -151,8 +151,6 @@ class TrialSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        if error:
-            self.conductor.on_slot_lost(trial_id, "the slot died")
         self.conductor.on_end(trial_id)
 
     def save(self, checkpoint_path: str) -> None:

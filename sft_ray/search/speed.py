@@ -14,7 +14,7 @@ from sft_ray.config import Train
 from sft_ray.errors import ResourceError
 from sft_ray.search.cluster import Layout
 from sft_ray.training import batches
-from sft_ray.training.fitting import _Trial
+from sft_ray.training.fitting import Trial
 from sft_ray.training.forward import evaluate
 from sft_ray.training.micro_batch import NothingFitsError
 from sft_ray.training.passes import trunk_output
@@ -62,7 +62,7 @@ class Speed:
 
 def _between(measured: dict[int, float], train: Train) -> float:
     depths = sorted(measured)
-    depth = depths[-1] if train.frozen_layers == "all" else train.frozen_layers
+    depth = train.frozen_depth(depths[-1])
     return float(np.interp(depth, depths, [measured[d] for d in depths]))
 
 
@@ -77,7 +77,7 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
         SftError: the model cannot be loaded, or not one example fits into memory.
     """
     layers = prepared.model.num_layers
-    found = sorted({layers if t.frozen_layers == "all" else t.frozen_layers for t in trains})
+    found = sorted({train.frozen_depth(layers) for train in trains})
     depths = sorted({found[0], found[len(found) // 2], found[-1]})
     batch_size = sorted(train.batch_size for train in trains)[len(trains) // 2]
     on_gpu = layout.gpus_per_worker > 0 and torch.cuda.is_available()
@@ -148,7 +148,7 @@ def _trunk(setup: Setup, train: Train, depth: int) -> Callable[[], int]:
 def _training(train: Train, setup: Setup, prepared: Prepared, workers: int) -> Callable[[], int]:
     """A function that takes one worker's share of a step; how many examples that were."""
     try:
-        trial = _Trial(train, setup, prepared.objective, prepared.experiment.seed, None)
+        trial = Trial(train, setup, prepared.objective, prepared.experiment.seed)
     except NothingFitsError:
         raise ResourceError(
             f"data.max_length: not one example of {setup.dataset.train.lengths.max()} tokens fits "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +51,22 @@ def open_storage(journal: Path) -> BaseStorage:
     return JournalStorage(JournalFileBackend(str(journal), lock_obj=_HeldByTheRun()))
 
 
+@dataclass
+class _Live:
+    """A trial that is under way.
+
+    Attributes:
+        settled: marks that were decided on before it was interrupted.
+        curve: percent of the schedule -> score, of this session.
+        slot_seconds: that it has taken so far.
+    """
+
+    trial: optuna.Trial
+    settled: frozenset[int]
+    curve: dict[int, float] = field(default_factory=dict)
+    slot_seconds: float = 0.0
+
+
 class SearchStudy:
     """A study and the rules of the search over it.
 
@@ -87,11 +104,7 @@ class SearchStudy:
         )
         self._started = time.monotonic()
         self._wall_seconds_before = self.study.user_attrs.get("wall_seconds", 0.0)
-        self._running_seconds: dict[int, float] = {}
-        self._live: dict[int, optuna.Trial] = {}
-        self._curves: dict[int, dict[int, float]] = {}  # of live trials
-        # Marks of live trials that were decided on before these were interrupted.
-        self._settled: dict[int, set[int]] = {}
+        self._live: dict[int, _Live] = {}
         self._interrupted = [t.number for t in self.trials if t.state == TrialState.RUNNING]
         # Trials that a lost head had begun behind the last copy of the journal: they get the same
         # numbers again, mostly with the same configurations.
@@ -120,18 +133,17 @@ class SearchStudy:
             self.study.sampler = self._sampler(asked)
             self._propose(asked)
             trial = self.study.ask()
-        self._live[trial.number] = trial
+        settled = frozenset(self._frozen(trial.number).intermediate_values)
+        self._live[trial.number] = _Live(trial, settled)
         values = self._values(trial)
         train = apply_values(self.experiment.train, values)
         params = spaces.parameters(values)
         trial.set_user_attr("params", params)
         trial.set_user_attr("train", train.model_dump(mode="json"))
         trial.set_user_attr("path", trial_folder(trial.number))
-        self._curves[trial.number] = {}
-        self._settled[trial.number] = set(self._frozen(trial.number).intermediate_values)
-        complete = sorted((self.sign * score_of(t) for t in self._complete()), reverse=True)
+        ranked = self._ranked()
         # With several objectives a low score may belong to the Pareto set.
-        keep = len(complete) + 1 if self.costs else self.experiment.checkpoint.keep
+        keep = len(ranked) + 1 if self.costs else self.experiment.checkpoint.keep
         return PlannedTrial(
             number=trial.number,
             label=f"trial {trial.number}",
@@ -140,8 +152,8 @@ class SearchStudy:
             train=train,
             params=params,
             seed=self.experiment.seed,
-            save_above=complete[keep - 1] if len(complete) >= keep else None,
-            save_unfinished=not complete,
+            save_above=self.sign * score_of(ranked[keep - 1]) if len(ranked) >= keep else None,
+            save_unfinished=not ranked,
             end_diverged=trial.user_attrs.get("role") != YARDSTICK,
             resumes=resumes or trial.number in self.left_behind,
         )
@@ -175,19 +187,20 @@ class SearchStudy:
 
     def mark(self, number: int, percent: int, score: float, slot_seconds: float) -> str | None:
         """Report one evaluation; why the trial must end now, or None."""
-        trial = self._live[number]
-        self._curves[number].setdefault(percent, score)
-        self._running_seconds[number] = slot_seconds
-        if percent in self._settled[number]:
+        live = self._live[number]
+        live.curve.setdefault(percent, score)
+        live.slot_seconds = slot_seconds
+        if percent in live.settled:
             return None
         if not self.costs:  # Optuna takes no intermediate values of several objectives
-            trial.report(score, percent)
+            live.trial.report(score, percent)
         if percent >= 100:
             return None
         if budget := self.budget_used_up():
             return f"budget: {budget}"
         search = self.experiment.search
-        if self.costs or percent not in search.rungs or trial.user_attrs.get("role") == YARDSTICK:
+        is_yardstick = live.trial.user_attrs.get("role") == YARDSTICK
+        if self.costs or percent not in search.rungs or is_yardstick:
             return None
         if prune_at(self.pruner, self.study, self._frozen(number), percent):
             return f"rung {percent}"
@@ -195,15 +208,13 @@ class SearchStudy:
 
     def finish(self, number: int, state: TrialState, outcome: Outcome) -> None:
         """Tell the true end of a trial."""
-        trial = self._live.pop(number)
-        self._running_seconds.pop(number, None)
+        live = self._live.pop(number)
         if outcome.fault:  # teaches TPE to stay away; a FAIL teaches it nothing
-            trial.set_constraint("fault", 1.0)
+            live.trial.set_constraint("fault", 1.0)
         for name, value in outcome.to_attributes().items():
-            trial.set_user_attr(name, value)
-        curve = self._curves.pop(number)
+            live.trial.set_user_attr(name, value)
         if self.costs:
-            trial.set_user_attr("curve", sorted(curve.items()))
+            live.trial.set_user_attr("curve", sorted(live.curve.items()))
         self._note_wall_seconds()
         values = None
         if state == TrialState.COMPLETE:
@@ -211,10 +222,13 @@ class SearchStudy:
             values = [outcome.score, *(float(getattr(outcome, cost)) for cost in self.costs)]
         self.study.tell(number, values, state=state)
 
+    def set_slots(self, slots: int) -> None:
+        """There is room for more, or for fewer."""
+        self.slots = slots
+
     def put_back(self, number: int) -> None:
         """Take back a trial that has not ended; it is next in line."""
         del self._live[number]
-        self._running_seconds.pop(number, None)
         self._interrupted.append(number)
         self._note_wall_seconds()
 
@@ -243,7 +257,7 @@ class SearchStudy:
 
         At most half of a budget is kept for it.
         """
-        confirm, complete = self.experiment.confirm, self._complete()
+        confirm, complete = self.experiment.confirm, self._ranked()
         if confirm is None or not complete:
             return 0.0
         mean = sum(Outcome.of(trial).slot_seconds for trial in complete) / len(complete)
@@ -251,12 +265,11 @@ class SearchStudy:
 
     def _trials_since_best(self) -> int:
         """Trials that have ended since the best one did."""
-        complete = self._complete()
-        if not complete:
+        ranked = self._ranked()
+        if not ranked:
             return 0
-        best = max(complete, key=lambda t: (self.sign * score_of(t), -t.number))
         ended = [t.datetime_complete for t in self.trials if t.state.is_finished()]
-        return sum(at > best.datetime_complete for at in ended if at is not None)
+        return sum(at > ranked[0].datetime_complete for at in ended if at is not None)
 
     def _nothing_left(self) -> bool:
         """As many trials as wanted have started, or every point of a finite space has."""
@@ -280,7 +293,7 @@ class SearchStudy:
         """Slot time of all trials, running ones included, times the workers of a slot."""
         finished = sum(Outcome.of(t).slot_seconds for t in self.trials if t.state.is_finished())
         workers = self.experiment.resources.workers_per_trial
-        return (finished + sum(self._running_seconds.values())) * workers / 3600
+        return (finished + sum(t.slot_seconds for t in self._live.values())) * workers / 3600
 
     def is_over(self) -> bool:
         """Nothing is running, nothing is left to run."""
@@ -335,7 +348,7 @@ class SearchStudy:
 
     def kept(self) -> set[int]:
         """Numbers of the trials whose model folders stay on disk."""
-        ranked = sorted(self._complete(), key=lambda t: (-self.sign * score_of(t), t.number))
+        ranked = self._ranked()
         if not ranked:
             return {t.number for t in self.trials}
         kept = {t.number for t in ranked[: self.experiment.checkpoint.keep]} | set(self._live)
@@ -348,11 +361,13 @@ class SearchStudy:
 
     def best_score(self) -> float | None:
         """The best score of the COMPLETE trials."""
-        scores = [score_of(t) for t in self._complete()]
-        return max(scores, key=lambda score: self.sign * score, default=None)
+        ranked = self._ranked()
+        return score_of(ranked[0]) if ranked else None
 
-    def _complete(self) -> list[Any]:
-        return [t for t in self.trials if t.state == TrialState.COMPLETE]
+    def _ranked(self) -> list[Any]:
+        """The COMPLETE trials, the best first; of equal ones, the one that began first."""
+        complete = [t for t in self.trials if t.state == TrialState.COMPLETE]
+        return sorted(complete, key=lambda t: (-self.sign * score_of(t), t.number))
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[number]

@@ -92,6 +92,9 @@ class Trials(Protocol):
     def put_back(self, number: int) -> None:
         """Take back a trial that has not ended; it is next in line."""
 
+    def set_slots(self, slots: int) -> None:
+        """There is room for so many at a time from now on."""
+
     def row(self, number: int) -> dict[str, Any]:
         """A trial that has ended, for its trial.json."""
 

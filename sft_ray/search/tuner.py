@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial
 
 from sft_ray.analysis.importance import importances
 from sft_ray.analysis.model_card import model_card
+from sft_ray.analysis.outcome import slot_seconds_of
 from sft_ray.analysis.results import (
     SearchResult,
     best_row,
@@ -133,11 +134,7 @@ def _confirmed(
     if budget.wall_minutes is not None:
         left.append(60 * budget.wall_minutes - tree["wall_seconds"])
     if budget.worker_hours is not None:
-        slot_seconds = sum(
-            row[f"{kind}_seconds"]
-            for row in tree["trials"]
-            for kind in ("train", "eval", "overhead")
-        )
+        slot_seconds = sum(slot_seconds_of(row) for row in tree["trials"])
         workers, slots = experiment.resources.workers_per_trial, tree["environment"].get("slots", 1)
         left.append((3600 * budget.worker_hours / workers - slot_seconds) / slots)
     seconds = min(left, default=None)

@@ -195,7 +195,6 @@ def _run_trial(
             report=report,
             beat=pulse.enter,
             resume=state,
-            most_per_pass=assignment["most_per_pass"],
             halvings=assignment["halvings"],
             end_diverged=assignment["end_diverged"],
         )

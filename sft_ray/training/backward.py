@@ -25,8 +25,7 @@ class Backward:
     """Forward and backward passes of a model that was reset for a trial.
 
     Args:
-        most: upper bound of the micro-batch, after running out of memory.
-        halvings: of the micro-batch that would be taken otherwise.
+        halvings: of the micro-batch, after running out of memory.
 
     Attributes:
         most: examples of a micro-batch.
@@ -45,7 +44,6 @@ class Backward:
         setup: Setup,
         dtype: torch.dtype,
         options: LossOptions,
-        most: int | None,
         halvings: int = 0,
     ) -> None:
         self._train, self._setup, self._dtype, self._options = train, setup, dtype, options
@@ -57,7 +55,7 @@ class Backward:
         share = -(-train.batch_size // self.world.size)
         self._probe = self._probed(share)
         fits = self._probe.fits if train.micro_batch == "auto" else train.micro_batch
-        self.most = max(1, min(share, most or share, fits) >> halvings)
+        self.most = max(1, min(share, fits) >> halvings)
         if self.world.device.type == "cuda":  # what the probe tried is not the trial's
             torch.cuda.reset_peak_memory_stats(self.world.device)
         self.model = self.world.wrap(self.model)

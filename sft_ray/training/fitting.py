@@ -30,7 +30,6 @@ from sft_ray.training.progress import (
     Mark,
     Progress,
     Report,
-    never_began,
     schedule_marks,
 )
 from sft_ray.training.regularize import bind_penalty
@@ -53,7 +52,6 @@ def fit(
     report: Report,
     beat: Beat = no_beat,
     resume: ResumeState | None = None,
-    most_per_pass: int | None = None,
     halvings: int = 0,
     end_diverged: bool = False,
 ) -> ResumeState | None:
@@ -73,8 +71,7 @@ def fit(
             `STEPS_PER_AGREEMENT` steps.
         resume: state of this very configuration; the trial goes on behind it, with the same
             numbers as if it had never stopped.
-        most_per_pass: upper bound of the micro-batch, after running out of memory.
-        halvings: of the micro-batch, after a machine ran out of memory.
+        halvings: of the micro-batch, after running out of memory.
         end_diverged: a trial whose training loss is no better at a third of its schedule than that
             of always answering the same is at fault too.
 
@@ -90,9 +87,11 @@ def fit(
         rungs, train.epochs, batches.steps_per_epoch(len(setup.dataset.train), train.batch_size)
     )
     try:
-        trial = _Trial(train, setup, objective, seed, most_per_pass, end_diverged, beat, halvings)
+        trial = Trial(
+            train, setup, objective, seed, end_diverged=end_diverged, beat=beat, halvings=halvings
+        )
     except micro_batch.NothingFitsError as error:
-        report(never_began(str(error)))
+        report(Progress(fault=str(error)))  # of a trial that cannot take a single step
         return None
     first_mark = 0 if resume is None else trial.restore(resume)
     steps = trial.batches_from(trial.step)
@@ -119,7 +118,7 @@ def fit(
     return None
 
 
-class _Trial:
+class Trial:
     """What one trial trains with, and what it has done so far."""
 
     def __init__(
@@ -128,7 +127,7 @@ class _Trial:
         setup: Setup,
         objective: str,
         seed: int,
-        most_per_pass: int | None,
+        *,
         end_diverged: bool = False,
         beat: Beat = no_beat,
         halvings: int = 0,
@@ -146,9 +145,7 @@ class _Trial:
             reinit_layers=train.reinit_layers,
             seed=seed,
         )
-        self.backward = Backward(
-            train, setup, self.dtype, self.loss_options, most_per_pass, halvings
-        )
+        self.backward = Backward(train, setup, self.dtype, self.loss_options, halvings)
         self.trainable = list(self.pretrained.trainable().values())
         self.penalty = bind_penalty(train.regularization, self.pretrained)
         self.steps_per_epoch = batches.steps_per_epoch(len(self.dataset.train), train.batch_size)
@@ -176,8 +173,7 @@ class _Trial:
 
     def open_trunks(self, cache: TrunkCache | None) -> dict[Split, Trunk | None]:
         """Outputs of the frozen layers, as far as they are cached."""
-        depth = self.train.frozen_layers
-        depth = self.pretrained.num_layers if depth == "all" else depth
+        depth = self.train.frozen_depth(self.pretrained.num_layers)
         if cache is None or depth == 0:
             return {"train": None, "validation": None}
         self.clock.enter("train")

@@ -196,7 +196,7 @@ def _option_problems(task: Task, experiment: Experiment) -> Iterator[str]:
 
 def _model_problems(experiment: Experiment, model: ModelFacts) -> Iterator[str]:
     train, layers = experiment.train, model.num_layers
-    depth = layers if train.frozen_layers == "all" else train.frozen_layers
+    depth = train.frozen_depth(layers)
     if depth > layers:
         yield (
             f"train.frozen_layers: {experiment.model} has {layers} layers, got {depth}; freeze 0 "

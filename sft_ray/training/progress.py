@@ -51,27 +51,27 @@ class Progress:
         micro_batch: most examples that one worker puts through the model at once.
         padding_share: of what this worker's layers computed in training (`Layout.positions`).
         trained_parameters: how many numbers are trained.
-        memory_bytes: most that this worker's device has held so far (`_Trial.memory_bytes`).
+        memory_bytes: most that this worker's device has held so far (`Backward.memory_bytes`).
         fault: why the configuration cannot go on, if so.
         resume_state: a call that copies what the trial needs to go on from here; rank 0 only.
     """
 
-    index: int
-    percent: int
-    step: int
-    num_steps: int
-    epochs_run: float
-    metrics: dict[str, float]
-    best: Best | None
-    train_loss: float
-    penalty: float
-    examples_seen: int
-    train_seconds: float
-    eval_seconds: float
-    micro_batch: int
-    padding_share: float
-    trained_parameters: int
-    memory_bytes: int
+    index: int = 0
+    percent: int = 0
+    step: int = 0
+    num_steps: int = 0
+    epochs_run: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    best: Best | None = None
+    train_loss: float = 0.0
+    penalty: float = 0.0
+    examples_seen: int = 0
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    micro_batch: int = 0
+    padding_share: float = 0.0
+    trained_parameters: int = 0
+    memory_bytes: int = 0
     fault: str | None = None
     resume_state: Callable[[], ResumeState] | None = field(default=None, compare=False, repr=False)
 
@@ -109,29 +109,6 @@ class Progress:
 
 
 Report = Callable[[Progress], bool]
-
-
-def never_began(fault: str) -> Progress:
-    """Of a configuration that cannot take a single step."""
-    return Progress(
-        index=0,
-        percent=0,
-        step=0,
-        num_steps=0,
-        epochs_run=0.0,
-        metrics={},
-        best=None,
-        train_loss=0.0,
-        penalty=0.0,
-        examples_seen=0,
-        train_seconds=0.0,
-        eval_seconds=0.0,
-        micro_batch=0,
-        padding_share=0.0,
-        trained_parameters=0,
-        memory_bytes=0,
-        fault=fault,
-    )
 
 
 def schedule_marks(rungs: list[int], epochs: int, steps_per_epoch: int) -> list[Mark]:

@@ -6,7 +6,7 @@ import pytest
 from sft_ray.search import mailbox as mailbox_module
 from sft_ray.search.mailbox import Mailbox
 
-WHOLE = {"most_per_pass": None, "halvings": 0}
+WHOLE = {"halvings": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -124,10 +124,10 @@ def test_a_trial_without_memory_comes_again_at_half_and_twice_at_most() -> None:
         for used in (32, 16, 8):
             answer = await box.next_assignment(0, 0)
             assert isinstance(answer, tuple)
-            handed_out.append(answer[1]["most_per_pass"])
+            handed_out.append(answer[1]["halvings"])
             await box.out_of_memory(1, used)
             await box.register(0)
-        assert handed_out == [None, 16, 8]
+        assert handed_out == [0, 1, 2]
         message = await box.message(0)
         assert message == {
             "failed": "out of memory at micro-batch 8",

@@ -230,7 +230,7 @@ def test_the_probe_trains_and_evaluates_where_it_is_sent(
 ) -> None:
     """Everything but the counters of a GPU, on a data set with one step per epoch."""
     steps: list[np.ndarray[Any, Any]] = []
-    take_step, threads = gpu_probe._Trial.take_step, torch.get_num_threads()
+    take_step, threads = gpu_probe.Trial.take_step, torch.get_num_threads()
 
     def counted(trial: Any, indices: Any) -> Any:
         steps.append(indices)
@@ -240,7 +240,7 @@ def test_the_probe_trains_and_evaluates_where_it_is_sent(
         work()
         return 1e-6
 
-    monkeypatch.setattr(gpu_probe._Trial, "take_step", counted)
+    monkeypatch.setattr(gpu_probe.Trial, "take_step", counted)
     monkeypatch.setattr(gpu_probe, "kernel_seconds", profiled)
     monkeypatch.setattr(gpu_probe, "memory_bytes", lambda device: (1, 2, 3))
     tree = auto(tiny_experiment).to_tree()

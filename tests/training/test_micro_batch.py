@@ -181,12 +181,12 @@ def test_a_configured_size_is_taken_and_never_exceeds_the_batch(tiny_bert, toy: 
 
 
 @pytest.mark.parametrize("configured", ["auto", 20])
-def test_an_upper_bound_is_kept(tiny_bert, toy: Dataset, configured) -> None:
+def test_it_is_halved_after_running_out_of_memory(tiny_bert, toy: Dataset, configured) -> None:
     pretrained = load_tiny(tiny_bert, toy)
-    (report,) = run_fit(pretrained, toy, **SETTINGS, micro_batch=configured, most_per_pass=4)
-    assert report.micro_batch == 4
-    (report,) = run_fit(pretrained, toy, **SETTINGS, micro_batch=configured, most_per_pass=500)
-    assert report.micro_batch == (32 if configured == "auto" else 20)
+    (report,) = run_fit(pretrained, toy, **SETTINGS, micro_batch=configured, halvings=2)
+    assert report.micro_batch == (8 if configured == "auto" else 5)
+    (report,) = run_fit(pretrained, toy, **SETTINGS, micro_batch=configured, halvings=9)
+    assert report.micro_batch == 1
 
 
 @pytest.mark.parametrize("name", ["mpnet", "bert"])
