@@ -30,8 +30,8 @@ from sft_ray.recipes import default_recipe
 from sft_ray.run_store import RunStore
 from sft_ray.screen import Screen
 from sft_ray.search.conductor import Conductor
-from sft_ray.search.slots import TrialScheduler, TrialSearcher
 from sft_ray.search.study import SearchStudy, open_storage
+from sft_ray.search.tune_run import TrialScheduler, TrialSearcher
 
 QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.yaml"
 MARKS = (10, 33, 67, 100)

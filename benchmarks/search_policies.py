@@ -5,7 +5,8 @@ A suggestion takes the nearest recorded run that the repeat has not used yet, in
 space of what is searched: those dimensions of the default space that the recorded runs vary.
 What else they vary is chance.  A mark takes the first recorded point at or after it and is
 charged for it, in epochs.  A repeat stops at its first hit: a run that was trained to its end and
-belongs to the top 1 %.
+belongs to the top 1 %; what the other slots have trained by then is charged, too.  A repeat that
+never hits counts as all epochs of the pool, and is told as missed.
 
 A line of --curves is one run: learning_rate, train_batch_size, num_train_epochs, total_model_steps,
 and learning_curves {name: [[step, score], …]}, of which the first is used; higher is better.
@@ -44,7 +45,6 @@ from sft_ray.search.study import SearchStudy
 from sft_ray.space import default_space
 
 WITHIN_EPOCHS = 150.0  # of which success is told
-GIVE_UP_EPOCHS = 1500.0
 REGRET_AT = (25, 50, 100, 200)
 SLOTS = (1, 4, 16, 64)
 HF_RANGE = [1e-6, 1e-4]  # of transformers' hyperparameter_search
@@ -89,7 +89,8 @@ class Pool:
     def top(self, share: float) -> frozenset[int]:
         """The best `share` of the runs."""
         count = max(1, round(share * len(self.final)))
-        return frozenset(np.argsort(-self.final, kind="stable")[:count].tolist())
+        least = np.sort(self.final)[-count]  # of equal ones all
+        return frozenset(np.flatnonzero(self.final >= least).tolist())
 
     def nearest(self, train: Mapping[str, Any], unused: npt.NDArray[np.bool_]) -> int:
         """The unused run that is closest to a configuration."""
@@ -239,10 +240,15 @@ def experiment_of(policy: Policy, pool: Pool, seed: int) -> Experiment:
 
 @dataclass
 class Repeat:
-    """One search until its first hit; epochs that were spent until then."""
+    """One search until its first hit.
 
-    top1: float
-    top5: float
+    Attributes:
+        top1, top5: epochs that were spent until then, by all slots; None if it never came.
+        regret: points below the best run, by epochs spent.
+    """
+
+    top1: float | None
+    top5: float | None
     regret: dict[int, float]
 
 
@@ -283,9 +289,17 @@ def replay(policy: Policy, pool: Pool, slots: int, seed: int) -> Repeat:
             marks = marks_of(policy, experiment.search.rungs, pool.epochs[run], pool.curves[run])
             push(now, Running(planned.number, run, marks, 0.0))
 
+    def under_way(now: float) -> float:
+        """Epochs that running trials have trained behind their last marks."""
+        done = [
+            (trial.marks[0][1] - trial.done) * pool.epochs[trial.run] - (at - now)
+            for at, _, trial in queue
+        ]
+        return float(sum(done))
+
     for _ in range(slots):
         start(0.0)
-    while queue and spent < GIVE_UP_EPOCHS and "top1" not in hits:
+    while queue and "top1" not in hits:
         now, _, trial = heapq.heappop(queue)
         (percent, share), number, run = trial.marks[0], trial.number, trial.run
         spent += (share - trial.done) * pool.epochs[run]
@@ -294,10 +308,11 @@ def replay(policy: Policy, pool: Pool, slots: int, seed: int) -> Repeat:
         if percent >= 100:
             study.finish(number, TrialState.COMPLETE, Outcome(score=score, schedule_percent=100))
             best = max(best, score)
-            best_after.append((spent, best))
+            charged = spent + under_way(now)
+            best_after.append((charged, best))
             for name, top in (("top5", top5), ("top1", top1)):
                 if run in top:
-                    hits.setdefault(name, spent)
+                    hits.setdefault(name, charged)
         elif reason is not None:
             end = Outcome(reason=reason, score=score, schedule_percent=percent)
             study.finish(number, TrialState.PRUNED, end)
@@ -310,7 +325,7 @@ def replay(policy: Policy, pool: Pool, slots: int, seed: int) -> Repeat:
         at: 100 * (pool.final.max() - max([b for e, b in best_after if e <= at], default=worst))
         for at in REGRET_AT
     }
-    return Repeat(hits.get("top1", GIVE_UP_EPOCHS), hits.get("top5", GIVE_UP_EPOCHS), regret)
+    return Repeat(hits.get("top1"), hits.get("top5"), regret)
 
 
 def marks_of(
@@ -331,15 +346,23 @@ def marks_of(
     return [*found, (100, 1.0)]
 
 
-def summarize(repeats: list[Repeat]) -> dict[str, Any]:
-    """Means over repeats with the half width of their 95 % interval."""
+def summarize(repeats: list[Repeat], all_epochs: float) -> dict[str, Any]:
+    """Means over repeats with the half width of their 95 % interval.
+
+    Args:
+        all_epochs: of the pool; what a repeat counts as that never hit.
+    """
     found: dict[str, Any] = {}
     for name in ("top1", "top5"):
-        epochs = np.array([getattr(repeat, name) for repeat in repeats])
+        hits = [getattr(repeat, name) for repeat in repeats]
+        epochs = np.array([all_epochs if hit is None else hit for hit in hits])
+        success = np.array([hit is not None and hit <= WITHIN_EPOCHS for hit in hits], dtype=float)
         found[name] = {
             "epochs": float(epochs.mean()),
             "interval": half_width(epochs),
-            "success": float(np.mean(epochs <= WITHIN_EPOCHS)),
+            "success": float(success.mean()),
+            "success_interval": half_width(success),
+            "missed": hits.count(None),
         }
     for at in REGRET_AT:
         regret = np.array([repeat.regret[at] for repeat in repeats])
@@ -354,6 +377,13 @@ def half_width(values: Floats) -> float:
     if len(values) < 2:
         return math.nan
     return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def ratio_of(base: Mapping[str, float], one: Mapping[str, float]) -> dict[str, float]:
+    """How many times fewer epochs, and the half width of its interval (delta method)."""
+    ratio = base["epochs"] / one["epochs"]
+    parts = [figures["interval"] / figures["epochs"] for figures in (base, one)]
+    return {"ratio": ratio, "ratio_interval": 0.0 if base is one else ratio * math.hypot(*parts)}
 
 
 def run_job(job: tuple[str, int, int, str]) -> Repeat:
@@ -386,10 +416,11 @@ def main() -> None:
     with ProcessPoolExecutor(options.processes) as workers:
         repeats = workers.map(run_job, jobs, chunksize=4)
         for name, slots in cells:
-            figures = summarize([next(repeats) for _ in range(options.repeats)])
+            mine = [next(repeats) for _ in range(options.repeats)]
+            figures = summarize(mine, float(read_pool(options.curves).epochs.sum()))
             base = found.get("random_hf", {}).get(str(slots), figures)
             for goal in ("top1", "top5"):
-                figures[goal]["ratio"] = base[goal]["epochs"] / figures[goal]["epochs"]
+                figures[goal] |= ratio_of(base[goal], figures[goal])
             found.setdefault(name, {})[str(slots)] = figures
             line = line_of(name, slots, figures)
             print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
@@ -402,7 +433,9 @@ def line_of(name: str, slots: int, figures: dict[str, Any]) -> str:
     regret = " ".join(f"{at}: {r['points']:.2f}" for at, r in figures["regret"].items())
     return (
         f"{name:16} {slots:>2} slots  top 1 %: {one['epochs']:6.1f} ± {one['interval']:4.1f} "
-        f"epochs, success {one['success']:.2f}, ratio {one['ratio']:.2f}  top 5 %: "
+        f"epochs, missed {one['missed']}, success {one['success']:.2f} ± "
+        f"{one['success_interval']:.2f}, ratio {one['ratio']:.2f} ± {one['ratio_interval']:.2f}  "
+        f"top 5 %: "
         f"{five['epochs']:5.1f} ± {five['interval']:4.1f}, ratio {five['ratio']:.2f}  "
         f"regret {regret}"
     )

@@ -302,20 +302,25 @@ def serve(
     ] = 1,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Of one request.")] = 1_000_000,
     max_characters: Annotated[int, typer.Option(min=1, help="Of one input.")] = 20_000,
+    timeout_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Of one request; who waits longer is told 408.")
+    ] = 60.0,
     address: Annotated[
         str, typer.Option(help="Ray cluster, for example auto.  Default: one of its own.")
     ] = "local",
 ) -> None:
     """Answer POST /predict and GET /healthz over HTTP until Ctrl-C."""
     from sft_ray.screen import Screen
-    from sft_ray.search.cluster import connected
+    from sft_ray.search.cluster import capacity, connected
     from sft_ray.serving.requests import Limits
-    from sft_ray.serving.serve import Service, check_service, run_service
+    from sft_ray.serving.serve import Service, check_room, check_service, run_service
 
     limits = Limits(body_bytes=max_body_bytes, characters=max_characters)
-    service, screen = Service(model, host, port, replicas, limits), Screen()
+    service = Service(model, host, port, replicas, limits, timeout_seconds)
+    screen = Screen()
     check_service(service)
     with connected(address):
+        check_room(service, capacity())
         run_service(service, lambda url: screen.say(f"serving {model} on {url}; Ctrl-C ends it"))
     screen.say("ended")
 

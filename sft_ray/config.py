@@ -81,7 +81,8 @@ class Data(Section):
     test: Location | None = None  # file beside `train`
     split: Split | None = None  # where there is no validation split
     columns: dict[str, Column] = {}  # field of the task -> column; default: the same name
-    label_names: list[str] | None = None  # of labels that are whole numbers, in their order
+    # In their order, where labels are whole numbers or the order of texts counts.
+    label_names: list[str] | None = None
     negative_label: str | None = None  # relation-extraction: the label that says "no relation"
     max_length: Annotated[int, Field(ge=4, le=8192)] = 128  # tokens
     doc_stride: Annotated[int, Field(ge=0)] = 64  # question-answering: tokens windows share

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -11,6 +13,14 @@ from sft_ray.errors import did_you_mean
 
 UNION_TAG = re.compile(r"^(constrained-)?(int|float|str|(literal|list|dict)\[.*)$")
 QUOTED = re.compile(r"'([^']*)'")
+# Keys as other tools call them -> ours.
+ALIASES = {
+    "lr": "learning_rate",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "num_workers": "workers_per_trial",
+    "weight_decay": "regularization: {kind: weight_decay, strength: …}",
+}
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
@@ -40,8 +50,7 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
 
 def _explanation(problem: Any, root: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
-        known = _section_at(root, problem["loc"][:-1])
-        return f"unknown key; {did_you_mean(str(problem['loc'][-1]), known)}"
+        return f"unknown key; {_what_was_meant(problem, root)}"
     if problem["type"] == "missing":
         return "this key is required"
     if problem["type"] == "value_error":
@@ -63,13 +72,50 @@ def _without_union_tags(loc: tuple[int | str, ...]) -> list[int | str]:
     return [part for part in loc if not UNION_TAG.match(str(part))]
 
 
-def _section_at(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+def _what_was_meant(problem: Any, root: type[BaseModel]) -> str:
+    """A hint for an unknown key: the same key in another section before a similar one in its own.
+
+    A section with a mapping of free keys, as `data.columns`, may lack a text that belongs there.
+    """
+    *above, key = map(str, problem["loc"])
+    section = _section_at(root, above)
+    name, colon, rest = ALIASES.get(key, key).partition(":")
+    meant = [path for path in _paths(root) if path.split(".")[-1] == name]
+    if name in section.model_fields:  # so it is an alias
+        return f"did you mean {name + colon + rest!r}?"
+    if meant:
+        place = min(meant, key=lambda path: path.count("."))
+        outside = "" if "." in place else f", outside of {'.'.join(above)}"
+        found = [f"{place + colon + rest!r}{outside}"]
+    else:
+        is_column = isinstance(problem["input"], str | list)
+        free = [n for n, f in section.model_fields.items() if get_origin(f.annotation) is dict]
+        found = [repr(".".join([*above, field, key])) for field in free if is_column]
+    if not found:
+        return did_you_mean(key, section.model_fields)
+    found += map(repr, get_close_matches(key, section.model_fields, n=1, cutoff=0.75))
+    return f"did you mean {' or '.join(found)}?"
+
+
+def _paths(model: type[BaseModel], above: str = "") -> Iterator[str]:
+    """The dotted paths of all keys."""
+    for name, field in model.model_fields.items():
+        yield above + name
+        if section := _section_of(field.annotation):
+            yield from _paths(section, f"{above}{name}.")
+
+
+def _section_at(root: type[BaseModel], loc: list[str]) -> type[BaseModel]:
     model: Any = root
     for part in loc:
-        annotation = model.model_fields[part].annotation
-        options = getattr(annotation, "__args__", (annotation,))
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)
+        model = _section_of(model.model_fields[part].annotation)
+    return model  # type: ignore[no-any-return]
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key holds, if it holds one."""
+    options = getattr(annotation, "__args__", (annotation,))
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
 def delete_key(tree: Any, loc: tuple[int | str, ...]) -> None:

@@ -95,6 +95,9 @@ def guess_task(table: pa.Table, where: str, task: str | None = None) -> Guess:
         if table.column_names.count(name) > 1:
             raise DataError(f"{where}: the column {name!r} stands twice; rename one of them")
     columns = [Column(name, table.column(name)) for name in table.column_names]
+    foreign = [column.name for column in columns if pa.types.is_binary(column.values.type)]
+    if foreign and where.lower().endswith((".csv", ".tsv")):
+        raise DataError(f"{where}: the column {foreign[0]!r} is no UTF-8; save the file as UTF-8")
     for name, find in FINDERS.items():
         found = find(columns) if task in (None, name) else None
         if found is not None:

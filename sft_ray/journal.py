@@ -123,6 +123,7 @@ class Journal:
             if has_all or began - self._kept_at < min(MOST_SECONDS, self._cost / share):
                 return has_all or is_here
         content = self.live.read_bytes()
+        content = content[: whole_records(content)]  # a full disk tears the last one
         if not is_here:
             self._store.write_bytes(JOURNAL, content)
         self._store.write_good(JOURNAL, content)
@@ -137,6 +138,7 @@ def recovered(content: bytes, good: bytes | None) -> bytes:
         end = whole_records(content)
         first_bad = _first_bad(content[:end])
         return content[: end if first_bad is None else first_bad]
+    good = good[: whole_records(good)]
     # Damage in place leaves what follows the copy where it was.
     added = content[len(good) :]
     first_bad = _first_bad(added)

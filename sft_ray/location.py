@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -27,6 +28,13 @@ def expand_environment(value: Any) -> Any:
         return found
 
     return ENV_REFERENCE.sub(lookup, value) if isinstance(value, str) else value
+
+
+def expand_home(value: Any) -> Any:
+    """Replace a leading `~`, which a shell leaves as it is behind a `storage=`."""
+    if isinstance(value, str) and (value == "~" or value.startswith("~/")):
+        return str(Path(value).expanduser())
+    return value
 
 
 def refuse_credentials(place: str) -> str:
@@ -57,6 +65,7 @@ def refuse_control_characters(place: str) -> str:
 
 Location = Annotated[
     str,
+    BeforeValidator(expand_home),
     BeforeValidator(expand_environment),
     Field(min_length=1),
     AfterValidator(refuse_control_characters),

@@ -121,7 +121,12 @@ class RunLock:
         if _is_alive(before):
             raise self._busy(_whom(before))
         notes = [] if before is None else [f"the driver {_whom(before)} is gone; taking over"]
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+        mine = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "processes": _process_table(),
+            "id": uuid.uuid4().hex,
+        }
         self._write(mine)
         time.sleep(SETTLE_SECONDS)
         if not self._is_mine(mine):
@@ -168,13 +173,27 @@ class RunLock:
 
 
 def _is_alive(lease: dict[str, Any] | None) -> bool:
-    """Renewed lately, and not by a process of this machine that has ended."""
+    """Renewed lately, and not by a process that is seen from here to have ended."""
     renewed = (lease or {}).get("renewed")
     if lease is None or not isinstance(renewed, int | float):
         return False
-    if lease.get("host") == socket.gethostname() and not Path(f"/proc/{lease['pid']}").exists():
-        return not Path("/proc").exists()
+    table = _process_table()
+    is_seen = table is not None and lease.get("processes") == table
+    if is_seen and not Path(f"/proc/{lease.get('pid')}").exists():
+        return False
     return time.time() - renewed < EXPIRE_SECONDS
+
+
+def _process_table() -> str | None:
+    """Names what process numbers here belong to; None where that is not known.
+
+    A host's name does not: containers may have its name and processes of their own.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return None
 
 
 def _whom(lease: dict[str, Any] | None) -> str:

@@ -293,7 +293,43 @@ def finished_results(store: RunStore, experiment: Experiment) -> Any:
     """
     if check_folder_rule(store, experiment) != "same" or damaged_files(store):
         return None
-    return store.read_json(RESULTS)
+    return read_results(store)
+
+
+def kept_environment(store: RunStore) -> Any:
+    """What environment.json says; None if there is none, or it is damaged."""
+    try:
+        return store.read_json(ENVIRONMENT)
+    except ConfigError:
+        return None
+
+
+def check_made_by(store: RunStore, verb: Literal["search", "train"]) -> None:
+    """Whether the run folder, if there is one, is of this verb; both take the same experiments.
+
+    Raises:
+        ConfigError: it is the other's.
+    """
+    environment = kept_environment(store)
+    if isinstance(environment, dict):
+        made_by = "search" if "slots" in environment else "train"
+        if made_by != verb:
+            raise ConfigError(
+                f"{store.location} was made by `sft-ray {made_by}`; choose another name=…, or "
+                "--fresh to set it aside"
+            )
+
+
+def read_results(store: RunStore) -> Any:
+    """results.json, None if there is none; its checkpoint is where the run folder is now.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    tree = store.read_json(RESULTS)
+    if isinstance(tree, dict) and isinstance(tree.get("best"), dict):
+        tree["best"]["checkpoint"] = store.path_of(BEST)
+    return tree
 
 
 def read_experiment(store: RunStore) -> Experiment | None:

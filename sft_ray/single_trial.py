@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from sft_ray import space as spaces
-from sft_ray.analysis.model_card import model_card
+from sft_ray.analysis.model_card import model_card, settings_of
 from sft_ray.analysis.outcome import Outcome, slot_seconds_of
 from sft_ray.analysis.results import SearchResult, best_row, trial_row
-from sft_ray.config import Experiment, Train
+from sft_ray.config import Experiment
 from sft_ray.environment import describe_environment
-from sft_ray.errors import TrialError
+from sft_ray.errors import ResourceError, TrialError
 from sft_ray.interrupt import interruptible
 from sft_ray.run_store import (
     BEST,
@@ -27,9 +26,11 @@ from sft_ray.run_store import (
     RESULTS,
     TRIAL,
     RunStore,
+    check_made_by,
     damaged_files,
     delete_results,
     finished_results,
+    kept_environment,
     trial_folder,
     write_experiment,
     write_results,
@@ -40,7 +41,7 @@ from sft_ray.training.checkpoint import ResumeState, save_model, save_prediction
 from sft_ray.training.fitting import fit
 from sft_ray.training.last_state import LastState
 from sft_ray.training.micro_batch import StepOutOfMemoryError
-from sft_ray.training.preparation import Prepared, prepare_training
+from sft_ray.training.preparation import Prepared, check_data, prepare_training
 from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup, load_setup
 from sft_ray.training.world import World
@@ -74,12 +75,18 @@ def run_training(
     screen = Screen(quiet)
     prepared = prepare_training(experiment)
     store = RunStore(experiment.storage, experiment.name)
+    if not fresh:
+        check_made_by(store, "train")
     tree = None if fresh else finished_results(store, experiment)
+    if not fresh:
+        check_data(prepared, kept_environment(store), store.location)
     if tree is not None:
         screen.say(f"{store.location} is finished; its outcome:")
         result = SearchResult(store.location, tree)
         _say_outcome(screen, result, prepared)
         return result
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    setup = load_setup(experiment, prepared.dataset_folder, World(device=device))
     if fresh and store.is_there():
         screen.say(f"the old folder is now {store.set_aside()}")
     with store.locked() as notes:
@@ -91,7 +98,6 @@ def run_training(
         for note in [*notes, *(f"{path} was damaged; {how}" for path in damaged)]:
             screen.say(note)
         write_experiment(store, experiment)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         environment = describe_environment({"device": device.type, **prepared.facts()})
         store.write_json(ENVIRONMENT, environment)
         _say_truth(screen, prepared, store, device)
@@ -99,7 +105,6 @@ def run_training(
             tree = _write_outcome(prepared, store, row, environment)
         else:
             delete_results(store)
-            setup = load_setup(experiment, prepared.dataset_folder, World(device=device))
             run = _Run(prepared, setup, store, screen)
             with interruptible() as interruption:
                 outcome = run.train(lambda _: interruption.is_asked)
@@ -150,6 +155,7 @@ class _Run:
                 half = error.micro_batch // 2
                 self.screen.event(f"out of memory; going on with {half} examples per pass")
         if paused is not None:
+            self._check_held()
             self.last.write(paused, messages=self.messages, seconds_before=self._seconds())
             self.screen.event(f"paused at step {paused.facts['step']}")
             raise KeyboardInterrupt
@@ -164,6 +170,7 @@ class _Run:
 
     def report(self, progress: Progress) -> bool:
         """Keep what a mark found: its scores, the best weights, now and then the state."""
+        self._check_held()
         best, experiment = progress.best, self.prepared.experiment
         precision = experiment.train.precision
         if best is not None and best.percent != self._saved_percent:
@@ -181,6 +188,11 @@ class _Run:
         self._say_mark(progress)
         self.last.consider(progress, messages=self.messages, seconds_before=message["seconds"])
         return True
+
+    def _check_held(self) -> None:
+        """Raise ResourceError if another driver holds the run: nothing may be written any more."""
+        if self.store.is_taken_over:
+            raise ResourceError(f"{self.store.location}: another driver has taken the run over")
 
     def _say_mark(self, progress: Progress) -> None:
         score = progress.metrics.get(self.prepared.objective)
@@ -251,17 +263,6 @@ def _write_outcome(
     return tree
 
 
-def settings_of(train: Train) -> dict[str, Any]:
-    """What every search varies, and whatever else differs from the defaults, by dotted path."""
-    always = {"learning_rate", "batch_size", "epochs", "regularization", "frozen_layers"}
-    default = Train().model_dump()
-    chosen = {n: v for n, v in train.model_dump().items() if n in always or v != default[n]}
-    chosen["regularization"] = {
-        name: value for name, value in chosen["regularization"].items() if value is not None
-    }
-    return spaces.parameters({f"train.{name}": value for name, value in chosen.items()})
-
-
 def _say_truth(screen: Screen, prepared: Prepared, store: RunStore, device: torch.device) -> None:
     kind = "GPU" if device.type == "cuda" else "CPU"
     screen.facts(
@@ -290,5 +291,7 @@ def _say_outcome(screen: Screen, result: SearchResult, prepared: Prepared) -> No
         }
     )
     screen.say()
-    score_once = f"sft-ray evaluate {shlex.quote(result.location)} --split test"
-    prepared.say_next(screen, best["checkpoint"], score_once)
+    data, others = prepared.experiment.data, list[str]()
+    if data.test or data.path or (data.split is not None and data.split.test):
+        others.append(f"sft-ray evaluate {shlex.quote(result.location)} --split test")
+    prepared.say_next(screen, best["checkpoint"], *others)

@@ -258,6 +258,12 @@ def domains(space: Space) -> dict[str, Numeric | Choice]:
     return flat
 
 
+def always_drawn(space: Space) -> set[str]:
+    """The parameter names that every configuration of a space has."""
+    names = ((path, domain) for path, domain in space.items() if isinstance(domain, Domain))
+    return {f"{path}.kind" if isinstance(domain, OneOf) else path for path, domain in names}
+
+
 def boundary_values(space: Space) -> list[tuple[str, Any]]:
     """Each path with its extreme values, for checking a space against the fields it sets."""
     found: list[tuple[str, Any]] = []

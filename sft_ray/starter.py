@@ -32,9 +32,12 @@ ROWS_MEASURED = 2000
 MOST_COMMON = 0.8  # share of one class from which accuracy says little
 PIECE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\uffff]+|[^\w\s]|\w")
 PIECES_PER_WORD = 1.25  # of word-piece tokenizers, roughly
-HAN = re.compile(r"[\u3400-\u9fff]")
 LETTER = re.compile(r"[^\W\d_]")
-LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
+SCRIPTS = {
+    "han": re.compile(r"[\u3400-\u9fff]"),
+    "kana": re.compile(r"[\u3040-\u30ff]"),
+    "latin": re.compile(r"[A-Za-z\u00c0-\u024f]"),
+}
 
 EXPERIMENT = """\
 # Written by `sft-ray init` from {data}: guesses to read and mend.
@@ -116,7 +119,7 @@ def write_experiment(
         model=_scalar(chosen),
         model_reason=model_reason,
         task=guess.task,
-        task_reason=guess.reasons["task"],
+        task_reason=_plain(guess.reasons["task"]),
         source="\n".join(f"  {line}" for line in _source_lines(section)),
         columns="\n".join(
             f"    {field}: {_value(column)}  # {_plain(guess.reasons[field])}"
@@ -248,10 +251,10 @@ def _model_for(texts: list[str]) -> tuple[str, str]:
     letters: Counter[str] = Counter()
     for text in texts[:500]:
         for letter in LETTER.findall(text):
-            letters[
-                "han" if HAN.match(letter) else "latin" if LATIN.match(letter) else "other"
-            ] += 1
+            letters[next((s for s, found in SCRIPTS.items() if found.match(letter)), "other")] += 1
     total = letters.total() or 1
+    if letters["kana"] / total > 0.05:  # beside which Han is Japanese
+        return "FacebookAI/xlm-roberta-base", "the texts are Japanese; fetched from the hub"
     if letters["han"] / total > 0.2:
         return "google-bert/bert-base-chinese", "the texts are Chinese; fetched from the hub"
     if letters["other"] / total > 0.2:

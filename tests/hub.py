@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from sft_ray.yaml_text import parse_yaml
 
 
 @dataclass
@@ -39,7 +42,7 @@ class FakeHub:
             self.stored[path.removeprefix("/storage/")] = body
             return 200, {}
         if path == "/api/validate-yaml":
-            return 200, {"errors": [], "warnings": []}
+            return _judged(json.loads(body)["content"])
         if path == "/api/repos/create":
             self.created.append(json.loads(body))
             name = self.created[-1]["name"]
@@ -91,6 +94,16 @@ class FakeHub:
             "commitOid": oid,
             "commitUrl": f"{self.url}/me/mine/commit/{oid}",
         }
+
+
+def _judged(card: str) -> tuple[int, Any]:
+    """The hub's word on a model card: a base model must be one of its ids."""
+    head = parse_yaml(card.split("---\n")[1], "README.md")
+    base = head.get("base_model", "owner/name")
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base):
+        return 200, {"errors": [], "warnings": []}
+    line = f'"base_model" with value "{base}" is not valid. Use a model id from the hub.'
+    return 400, {"errors": [{"message": line}], "warnings": []}
 
 
 @contextmanager

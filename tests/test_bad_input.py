@@ -152,6 +152,16 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         over(ROWS, **{"search.objective": "mrr"}),
         ["search.objective", "mrr", "group"],
     ),
+    "ranking of texts in alphabetical order": (
+        over(
+            [
+                {"text": f"cat {i}", "label": ["correct", "incorrect"][i % 2], "group": i // 4}
+                for i in range(40)
+            ],
+            **{"search.objective": "mrr"},
+        ),
+        ["search.objective", "mrr", "'correct', 'incorrect'", "data.label_names"],
+    ),
     "negative label of a classification": (
         data(negative_label="animal"),
         ["data.negative_label", "relation-extraction"],
@@ -261,7 +271,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "unlabelled rows": (
         over([{"text": f"cat {i}", "label": [0, 1, -1][i % 3]} for i in range(9)]),
-        ["-1", "row 3"],
+        ["-1", "row 3", "if -1 is a class, write the labels as texts"],
     ),
     "unlabelled split": (
         over([{"text": f"cat {i}", "label": -1} for i in range(9)]),
@@ -323,6 +333,10 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "tag that is None": (
         over(changed(WORDS, 2, tags=["O", None, "O", "O"]), NER),
         ["'tags'", "row 3"],
+    ),
+    "tags that are numbers without names": (
+        over([{"tokens": ["a", "cat"], "tags": [0, 1]}] * 20, NER),
+        ["data.label_names", "'tags'", "O included"],
     ),
     "predicate beyond the row": (
         over([{**r, "predicate": 3} for r in WORDS], NER),

@@ -3,6 +3,7 @@ refuses to run where it cannot."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -65,6 +66,35 @@ def test_a_repeat_is_the_same_again_and_another_with_another_seed() -> None:
     first, again, other = (replay(POLICIES["default"], pool, 1, seed) for seed in (3, 3, 4))
     assert first == again
     assert first != other
+
+
+def test_what_other_slots_have_trained_by_the_hit_is_charged() -> None:
+    """Runs of one epoch without marks, all started at once: the hit costs what all have trained."""
+    pool = read_pool(CURVES)
+    curves = [[(1.0, float(number))] for number in range(len(pool.final))]
+    final = np.arange(len(pool.final), dtype=float)
+    alike = dataclasses.replace(pool, curves=curves, final=final, epochs=np.ones(len(final)))
+    whole = replay(POLICIES["random_hf"], alike, 4, 1)
+    assert whole.top1 is not None
+    assert whole.top1 % 4 == 0
+    longer = dataclasses.replace(alike, epochs=np.full(len(final), 3.0))
+    again = replay(POLICIES["random_hf"], longer, 4, 1)
+    assert again.top1 == pytest.approx(3 * whole.top1)
+
+
+def test_a_repeat_without_a_hit_is_told_and_counts_as_all_epochs() -> None:
+    repeats = [search_policies.Repeat(10.0, 5.0, dict.fromkeys(search_policies.REGRET_AT, 0.0))]
+    repeats += [search_policies.Repeat(None, 200.0, repeats[0].regret)]
+    found = search_policies.summarize(repeats, 500.0)
+    assert found["top1"]["epochs"] == 255
+    assert (found["top1"]["missed"], found["top5"]["missed"]) == (1, 0)
+    assert (found["top1"]["success"], found["top5"]["success"]) == (0.5, 0.5)
+
+
+def test_of_runs_as_good_as_the_last_of_the_best_all_count() -> None:
+    pool = read_pool(CURVES)
+    least = min(pool.final[run] for run in pool.top(0.01))
+    assert pool.top(0.01) == set(np.flatnonzero(pool.final >= least).tolist())
 
 
 def test_a_suggestion_takes_the_nearest_run_that_is_left() -> None:

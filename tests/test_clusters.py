@@ -119,9 +119,12 @@ def test_on_google_machines_may_be_taken_and_have_an_account() -> None:
     tree = tree_of("clusters/gcp.yaml")
     for node_type in tree["available_node_types"].values():
         assert node_type["node_config"]["serviceAccounts"][0]["scopes"]
-    assert {"preemptible": True} in tree["available_node_types"]["gpu_worker"]["node_config"][
-        "scheduling"
-    ]
+        for disk in node_type["node_config"]["disks"]:  # G2 machines take no pd-standard
+            kind = f"zones/{tree['provider']['availability_zone']}/diskTypes/pd-balanced"
+            assert disk["initializeParams"]["diskType"] == kind
+    # One object in Google's schema, to which Ray hands it as it is.
+    scheduling = tree["available_node_types"]["gpu_worker"]["node_config"]["scheduling"]
+    assert scheduling == {"preemptible": True, "onHostMaintenance": "TERMINATE"}
 
 
 # -- Kubernetes ---------------------------------------------------------------------------------

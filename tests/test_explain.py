@@ -14,7 +14,7 @@ import torch
 from sft_ray import cli
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError
-from sft_ray.serving.explain import explained
+from sft_ray.serving.explain import attributions, explained
 from sft_ray.serving.predict import load_predictor
 from sft_ray.single_trial import run_training
 from sft_ray.training.tasks import TASKS
@@ -68,6 +68,17 @@ def test_attributions_are_complete_for_every_task(task: str, tmp_path: Path) -> 
         shown = [token for token, _ in answer["explanation"]["tokens"]]
         if task != "relation-extraction":  # which marks its entities
             assert shown == row["text"].split()
+
+
+def test_an_unknown_word_counts_though_its_number_be_0(tmp_path: Path) -> None:
+    predictor = untrained(tmp_path, "text-classification")
+    tokenizer = predictor.encoder.tokenizer
+    tokenizer.cls_token, tokenizer.unk_token = tokenizer.unk_token, tokenizer.cls_token
+    assert tokenizer.unk_token_id == 0
+    ids = torch.tensor([[tokenizer.cls_token_id, 0, tokenizer.sep_token_id]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    scores, _, _ = attributions(predictor, inputs, 0, 16)
+    assert [abs(score) > 1e-4 for score in scores] == [False, True, False]
 
 
 def test_the_keyword_of_a_trained_model_stands_out(

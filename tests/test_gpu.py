@@ -8,7 +8,7 @@ import torch
 
 from sft_ray.config import Experiment, Train
 from sft_ray.search import gpu_probe, sharing
-from sft_ray.search.cluster import plan_layout
+from sft_ray.search.layout import plan_layout
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.training import gpu_attention
 from sft_ray.training.examples import Dataset

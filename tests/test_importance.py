@@ -244,10 +244,11 @@ def test_a_parameter_that_has_one_value_only_has_no_importance_beside_others() -
 def test_a_recipe_outside_the_space_does_not_take_its_parameters_out_of_the_count() -> None:
     trials = without_strengths(40, by_rate)
     recipe = trial({EPOCHS: 3, BATCH: 32, KIND: "none"}, 0.7)  # its rate could not be drawn
+    recipe.set_user_attr("role", "default recipe")
     found = importances([recipe, *trials], [10])["finished"]
+    assert found == importances(trials, [10])["finished"]
     assert next(iter(found["parameters"])) == RATE
-    assert found["parameters"][RATE]["trials"] == 40
-    assert found["trials"] == found["parameters"][EPOCHS]["trials"] == 41
+    assert sum(shares(found).values()) == pytest.approx(1)
 
 
 def test_scores_on_any_scale_are_judged_alike() -> None:

@@ -18,6 +18,7 @@ import pytest
 from sft_ray import retries, run_lock
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, ResourceError
+from sft_ray.run_lock import _process_table
 from sft_ray.run_store import JOURNAL, RunStore, open_run, write_experiment
 from sft_ray.search import worker
 from sft_ray.search.study import open_storage
@@ -232,7 +233,11 @@ def test_a_second_driver_is_refused_and_the_lease_is_given_back(
     [
         ({"renewed": -89.0}, "running on elsewhere"),
         ({"renewed": -91.0}, "is gone; taking over"),
-        ({"renewed": 0.0, "host": socket.gethostname(), "pid": 2**22 + 1}, "is gone; taking over"),
+        ({"renewed": 0.0, "processes": _process_table(), "pid": 2**22 + 1}, "is gone; taking over"),
+        ({"renewed": 0.0, "processes": _process_table()}, "running on elsewhere"),
+        # A container that shares the name of its host numbers its processes itself.
+        ({"renewed": 0.0, "host": socket.gethostname(), "pid": 2**22 + 1}, "running on"),
+        ({"renewed": 0.0, "processes": "another", "pid": 2**22 + 1}, "running on elsewhere"),
         ({"renewed": "yesterday"}, "is gone; taking over"),
     ],
 )

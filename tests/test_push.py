@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,18 @@ def test_a_refusal_is_one_line_without_the_token(run: Path, tmp_path: Path) -> N
         assert none.stderr == (
             "error: push: there is no token; set HF_TOKEN or run `hf auth login`\n"
         )
+        assert not hub.files
+
+
+def test_a_card_that_the_hub_refuses_is_told_in_a_line(run: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(run / "best", mine)
+    (mine / "README.md").write_text("---\nbase_model: package:some/model\n---\n")
+    with fake_hub(TOKEN) as hub:
+        done = push(mine, hub, tmp_path)
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert 'Invalid metadata in README.md. - "base_model" with value' in line
         assert not hub.files
 
 

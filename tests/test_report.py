@@ -116,6 +116,22 @@ def test_hyperparameters_are_those_that_vary(tmp_path: Path) -> None:
     assert [p.is_number for p in found.values()] == [True, False, True]
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ([None, "balanced", None], {0: "null", 1: "balanced", 2: "null"}),
+        ([None, 0.1, 0.1], {0: "null", 1: 0.1, 2: 0.1}),
+        ([None, 0.1, 0.2], {1: 0.1, 2: 0.2}),  # stays an axis of numbers
+        ([None, None, None], None),
+    ],
+)
+def test_null_is_a_value_of_its_own(
+    given: list[Any], found: dict[int, Any] | None, tmp_path: Path
+) -> None:
+    trials = run_of(tmp_path, [{"params": {"train.x": value}} for value in given]).trials
+    assert [p.values for p in facts.parameters(trials)] == ([] if found is None else [found])
+
+
 def test_causes_put_failures_first_and_the_common_before_the_rare(tmp_path: Path) -> None:
     pruned = {"state": "PRUNED", "reason": "rung 10"}
     rows: Rows = [pruned, {}, {"state": "FAIL", "reason": "it broke"}, pruned, {"state": "PRUNED"}]

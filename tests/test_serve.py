@@ -14,15 +14,16 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sft_ray.errors import ConfigError, DataError
+from sft_ray.errors import ConfigError, DataError, ResourceError
 from sft_ray.serving.predict import Predictor, load_predictor
 from sft_ray.serving.requests import Limits, answer_together, read_request
-from sft_ray.serving.serve import Batches, Endpoint, Service, check_service
+from sft_ray.serving.serve import Batches, Endpoint, Service, check_room, check_service
 from sft_ray.training.tasks import TASKS
 from tests.models import (
     WIDE_VOCABULARY,
@@ -78,6 +79,7 @@ def predictor(model: Path) -> Predictor:
         (json.dumps([{"text": "a"}] * 9).encode(), "at most 8 inputs per request, got 9"),
         (json.dumps({"text": "a" * 301}).encode(), "input 1: at most 300 characters, got 301"),
         (b'{"text": "a \\ud83d"}', "input 1: "),
+        (b'{"text": "a", "text_pair": "b"}', "trained without 'text_pair'; leave it out"),
     ],
 )
 def test_bad_requests_are_refused_in_a_line(
@@ -89,12 +91,30 @@ def test_bad_requests_are_refused_in_a_line(
     assert fragment in line
 
 
+@pytest.mark.parametrize(
+    ("task", "optional", "row"),
+    [
+        ("text-classification", None, '{"text": "…"}'),
+        ("text-classification", ("text_pair",), '{"text": "…", "text_pair": "…"}'),
+        ("token-classification", (), '{"tokens": ["…"]}'),
+        ("token-classification", ("predicate",), '{"tokens": ["…"], "predicate": 0}'),
+        ("question-answering", (), '{"question": "…", "context": "…"}'),
+    ],
+)
+def test_the_example_is_one_that_the_model_reads(
+    predictor: Predictor, task: str, optional: tuple[str, ...] | None, row: str
+) -> None:
+    other = replace(predictor, task=TASKS[task], optional=optional)
+    with pytest.raises(DataError) as refusal:
+        read_request(b"[]", other, TINY_LIMITS)
+    assert refusal.value.problems == (f"the body must be one input like {row}, or a list of them",)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_rows_of_unlike_shape_share_a_batch(task: str, tmp_path: Path) -> None:
     predictor = load_predictor(str(model_of(tmp_path, task)))
     rows = task_rows(task, 6, seed=4)
-    if "text_pair" in predictor.task.fields.optional:
-        rows[2] = {"text_pair": "an oak", **rows[2]}
+    rows[2] = {"id": 7, **rows[2]}
     found = answer_together(predictor, [dict(row) for row in rows])
     alone = [next(predictor.predict([dict(row)])) for row in rows]
     assert json.dumps(found)
@@ -235,6 +255,13 @@ def test_what_cannot_be_served_is_refused_before_ray_starts(model: Path, monkeyp
     )
     with pytest.raises(ConfigError, match=r"pip install 'sft-ray\[serve\]'"):
         check_service(Service(str(model)))
+
+
+@pytest.mark.parametrize("cpus", [{"CPU": 2.0}, {}])
+def test_more_replicas_than_cpus_are_refused(cpus: dict[str, float]) -> None:
+    check_room(Service("x", num_replicas=2), {"CPU": 2.0})
+    with pytest.raises(ResourceError, match=r"3 replicas need as many CPUs, the cluster has [02];"):
+        check_room(Service("x", num_replicas=3), cpus)
 
 
 def fetch(url: str, body: bytes | None = None) -> tuple[int, Any]:

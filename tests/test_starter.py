@@ -170,13 +170,19 @@ def test_rare_labels_and_chinese_texts_change_what_is_written(tiny_model: Path) 
     assert found.model == "google-bert/bert-base-chinese"
 
 
+def test_japanese_is_not_taken_for_chinese() -> None:
+    write_csv(Path("ja.csv"), [(f"東京で映画を見ました{i}", "好悪"[i % 2]) for i in range(60)])
+    found = Experiment.load(write_experiment("ja.csv").file)
+    assert found.model == "FacebookAI/xlm-roberta-base"
+
+
 def test_odd_names_and_labels_stay_what_they_are(tiny_model: Path) -> None:
-    header = ("a: text, {of} #many", "no")
+    header = ("a: text,\n{of} #many", "no\nx")
     rows = [(text, f"{label}\n# x: [") for text, label in toy_rows(60)]
     write_csv(Path("ünder #1.csv"), rows, header=header)
     start = write_experiment("ünder #1.csv", model=str(tiny_model))
     experiment = accepted(start.file, tiny_model)
-    assert experiment.data.columns == {"text": header[0], "label": "no"}
+    assert experiment.data.columns == {"text": header[0], "label": header[1]}
     assert experiment.data.train == "ünder #1.csv"
 
 

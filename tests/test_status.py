@@ -72,5 +72,8 @@ def test_a_finished_run_and_no_run(experiment: Experiment, tmp_path: Path) -> No
     assert status.facts["state"] == "finished"
     with RunStore(experiment.storage, experiment.name).locked():
         assert run_status(result.location).facts["state"].endswith("ablation of it is running")
+    tree = {**result.tree, "best": {**result.best, "complete": False}}
+    RunStore(experiment.storage, experiment.name).write_json("results.json", tree)
+    assert "(unfinished: no trial reached its end): lr" in run_status(result.location).facts["best"]
     with pytest.raises(ConfigError, match="no run folder"):
         run_status(str(tmp_path))

@@ -17,20 +17,28 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from sft_ray import cli, single_trial
+from sft_ray.analysis.results import SearchResult
 from sft_ray.config import Experiment
-from sft_ray.errors import ConfigError, DataError, TrialError
-from sft_ray.run_store import RunStore
+from sft_ray.errors import ConfigError, DataError, ResourceError, TrialError
+from sft_ray.run_store import RunStore, open_run
 from sft_ray.screen import Screen
+from sft_ray.search.mending import winner_back
+from sft_ray.search.tuner import run_search
 from sft_ray.serving.evaluate import has_test_split, run_evaluation, score_split
 from sft_ray.serving.predict import Predictor, load_predictor, read_rows
+from sft_ray.serving.samples import sample_rows
 from sft_ray.single_trial import run_training
 from sft_ray.training import fitting as fit_module
 from sft_ray.training.checkpoint import ResumeState
 from sft_ray.training.preparation import prepare_training
+from sft_ray.training.tasks import TASKS
 from tests.models import (
     TASK,
+    WIDE_VOCABULARY,
+    dataset_of,
     load_tiny,
     save_tiny,
+    task_rows,
     tiny_model_folder,
     toy_dataset,
     toy_rows,
@@ -137,6 +145,116 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_stopped(make, monkeypa
     lines = Path(result.location, "trials/0/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3]
     assert not Path(result.location, "trials/0/last").exists()
+
+
+def test_a_training_does_not_go_on_with_other_data(
+    make, monkeypatch, toy_csv: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "mine.csv"
+    shutil.copy(toy_csv, data)
+    sections = {"data": {"train": str(data), "split": {"validation": 0.2}, "max_length": 32}}
+    often = make(**sections, checkpoint={"every_minutes": 1e-6})
+    honest = fit_module.Trial.take_step
+
+    def interrupt(trial: Any, indices: Any) -> Any:
+        if trial.step == 8:
+            raise KeyboardInterrupt
+        return honest(trial, indices)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fit_module.Trial, "take_step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(often, quiet=True)
+    write_csv(data, toy_rows(300, seed=8))
+    environment = tmp_path / "runs/single/environment.json"
+    before = environment.read_text()
+    with pytest.raises(DataError, match=r"was made from other data .* another name=…"):
+        run_training(often, quiet=True)
+    assert environment.read_text() == before
+    environment.write_text("{")  # says nothing; what it said is written anew
+    shutil.copy(toy_csv, data)
+    assert run_training(often, quiet=True).best["complete"]
+    write_csv(data, toy_rows(300, seed=8))
+    with pytest.raises(DataError, match="was made from other data"):
+        run_training(often, quiet=True)
+    assert run_training(often, fresh=True, quiet=True).best["complete"]
+
+
+def test_a_training_whose_run_was_taken_over_writes_no_more(make, monkeypatch) -> None:
+    def taken(store: RunStore) -> bool:
+        return (Path(store.location) / "trials/0/metrics.jsonl").exists()
+
+    monkeypatch.setattr(RunStore, "is_taken_over", property(taken))
+    with pytest.raises(ResourceError, match="another driver has taken the run over"):
+        run_training(make(), quiet=True)
+    run = Path(make().storage) / "single"
+    assert len((run / "trials/0/metrics.jsonl").read_text().splitlines()) == 1
+    assert not (run / "results.json").exists()
+
+
+def test_a_run_that_was_moved_says_where_its_model_is(run: Path, tmp_path: Path) -> None:
+    run.rename(tmp_path / "elsewhere")
+    result = SearchResult.load(str(tmp_path / "elsewhere"))
+    assert result.checkpoint == str(tmp_path / "elsewhere/best")
+    assert load_predictor(result.checkpoint).predict([{"text": "one cat"}])
+
+
+def test_a_winner_that_only_best_has_comes_back_to_its_trial(run: Path) -> None:
+    store = open_run(str(run))
+    [line] = winner_back(store)
+    assert line == "trials/0/best was gone; it comes back from best/"
+    assert store.is_intact("trials/0/best")
+    for name in ("model.safetensors", "predictions.parquet"):
+        before = run / ("best" if name.startswith("model") else ".") / name
+        assert (run / "trials/0/best" / name).read_bytes() == before.read_bytes()
+    assert winner_back(store) == []
+    shutil.rmtree(run / "trials/0/best")
+    model = run / "best/model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1])
+    assert winner_back(store) == []
+
+
+def test_a_search_and_a_training_do_not_take_each_other_for_their_own(make, run: Path) -> None:
+    experiment = make()
+    with pytest.raises(ConfigError, match=r"was made by `sft-ray train`; choose another name=…"):
+        run_search(experiment, quiet=True)
+    environment = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps({**environment, "slots": 2}))
+    with pytest.raises(ConfigError, match="was made by `sft-ray search`"):
+        run_training(experiment, quiet=True)
+
+
+def test_a_model_without_all_its_weights_leaves_no_run(make, tiny_model: Path, tmp_path) -> None:
+    folder = tmp_path / "shards"
+    AutoModelForSequenceClassification.from_pretrained(tiny_model).save_pretrained(
+        folder, max_shard_size="10KB"
+    )
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    experiment = make(model=str(folder))
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    content = shards[1].read_bytes()
+    shards[1].unlink()
+    with pytest.raises(ConfigError, match=f"has no {shards[1].name}; a model folder holds all"):
+        run_training(experiment, quiet=True)
+    assert not Path(experiment.storage).exists()
+    shards[1].write_bytes(content)
+    assert run_training(experiment, quiet=True).best["complete"]
+
+
+def test_a_model_without_a_vocabulary_is_refused(make, tiny_model: Path, tmp_path) -> None:
+    folder = tmp_path / "bare"
+    AutoModelForSequenceClassification.from_pretrained(tiny_model).save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"has no vocabulary .*; save the tokenizer beside"):
+        run_training(make(model=str(folder)), quiet=True)
+
+
+def test_test_is_proposed_only_where_there_is_one(make, capsys) -> None:
+    run_training(make())
+    assert "--split test" in capsys.readouterr().out
+    data = {**make().to_tree()["data"], "split": {"validation": 0.2}}
+    run_training(make(name="without", data=data))
+    assert "--split test" not in capsys.readouterr().out
 
 
 def test_a_step_without_memory_is_tried_with_half(make, monkeypatch, capsys) -> None:
@@ -314,6 +432,43 @@ def test_bad_inputs_are_named(run: Path, lines: list[str], fragment: str) -> Non
     with pytest.raises(DataError) as refusal:
         predictions(run, lines)
     assert fragment in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "optional", "row"),
+    [
+        ("text-classification", "text_pair", {"text": "one cat", "text_pair": "an oak"}),
+        ("token-classification", "predicate", {"tokens": ["one", "cat"], "predicate": 1}),
+    ],
+)
+def test_inputs_have_the_fields_of_training(
+    task: str, optional: str, row: dict[str, Any], tmp_path: Path
+) -> None:
+    base = tiny_model_folder(tmp_path / "base", vocabulary=WIDE_VOCABULARY)
+    rows = task_rows(task, 20)
+    whole = [{**r, optional: row[optional]} for r in rows]
+    plain = {name: value for name, value in row.items() if name != optional}
+
+    def model_of(name: str, rows: list[dict[str, Any]]) -> Predictor:
+        dataset = dataset_of(tmp_path / f"{name}-data", task, base, rows)
+        pretrained = load_tiny(base, dataset, task=TASKS[task])
+        save_tiny(tmp_path / name, base, pretrained, dataset, {}, TASKS[task])
+        return load_predictor(str(tmp_path / name))
+
+    with_it, without = model_of("with", whole), model_of("without", rows)
+    for predictor, fitting in ((with_it, row), (without, plain)):
+        assert len(list(predictor.predict([dict(fitting)]))) == 1
+        assert predictor.checked(sample_rows(TASKS[task], 3, predictor.optional)).num_rows == 3
+    wanted = f"input 1: the model was trained with {', '.join(row)}, got no '{optional}'"
+    with pytest.raises(DataError, match=wanted):
+        next(with_it.predict([dict(plain)]))
+    with pytest.raises(DataError, match=f"trained without '{optional}'; leave it out"):
+        next(without.predict([dict(row)]))
+    facts = tmp_path / "with/sft_ray.json"
+    tree = json.loads(facts.read_text())
+    assert tree.pop("inputs") == [optional]
+    facts.write_text(json.dumps(tree))  # as it was written before
+    assert len(list(load_predictor(str(tmp_path / "with")).predict([plain]))) == 1
 
 
 def test_the_predictions_of_the_winner_are_kept(run: Path) -> None:

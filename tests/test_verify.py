@@ -267,7 +267,7 @@ def test_damaged_files_are_failed_checks(
     assert set(found(run)) == {"checksums"} | others
 
 
-@pytest.mark.parametrize("facts", [{"max_length": "x"}, {"task": "regression"}])
+@pytest.mark.parametrize("facts", [{"max_length": "x"}, {"task": "regression"}, {"inputs": 3}])
 def test_false_facts_of_the_model_are_a_failed_check(run: Path, facts: dict[str, Any]) -> None:
     edit(run / "best/sft_ray.json", lambda tree: tree.update(facts))
     assert set(found(run)) - {"data"} == {"checksums", "score"}  # whose fingerprint is a fact, too

@@ -9,6 +9,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray.analysis.outcome import curve_of, score_of
+from sft_ray.recipes import YARDSTICK
 
 RELIABLE_FROM = 30  # trials; the field's rule of thumb for a forest over a handful of dimensions
 FEWEST = 4
@@ -39,6 +40,10 @@ def _judge(
     trials: Sequence[FrozenTrial], score: Callable[[FrozenTrial], float | None]
 ) -> dict[str, Any]:
     scored = [(t, value) for t in trials if (value := score(t)) is not None]
+    # A default recipe outside the space lacks what all others have, which would not be judged.
+    others = [set(trial.params) for trial, _ in scored if not _is_yardstick(trial)]
+    always = set.intersection(*others) if others else set()
+    scored = [(t, v) for t, v in scored if not _is_yardstick(t) or always <= set(t.params)]
     found = {
         name: {"importance": share, "trials": len(scored)}
         for name, share in _shares(scored).items()
@@ -55,6 +60,10 @@ def _judge(
         "reliable": len(scored) >= RELIABLE_FROM,
         "parameters": dict(ordered),
     }
+
+
+def _is_yardstick(trial: FrozenTrial) -> bool:
+    return bool(trial.user_attrs.get("role") == YARDSTICK)
 
 
 def _shares(scored: Sequence[tuple[FrozenTrial, float]]) -> dict[str, float]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from sft_ray import space as spaces
 from sft_ray.analysis.results import why_no_gain
+from sft_ray.config import Train
 
 CARD = """---
 library_name: transformers
 pipeline_tag: {pipeline}
-base_model: {model}
----
+{base}---
 
 # {name}
 
@@ -35,6 +37,8 @@ fresh seeds the configuration reaches {mean:.4f} {metric} on average{interval}, 
 the default recipe on the same seeds. {test}"""
 SINGLE = """They are the best evaluation of one training on the same split, so expect somewhat less
 on new data; the test split was not scored."""
+UNFINISHED = """No trial reached the end of its schedule: this one came furthest and was stopped
+before its end, so it would likely have scored otherwise there; the test split was not scored."""
 # Tasks that the hub's pipelines know by another name.
 PIPELINES = {
     "multi-label": "text-classification",
@@ -49,27 +53,49 @@ def model_card(tree: dict[str, Any], experiment: dict[str, Any], labels: tuple[s
     gain, task, num_trials = best["gain_over_default"], experiment["task"], len(tree["trials"])
     searched = SEARCHED.format(
         num_trials=num_trials,
-        gain=f"unknown, {why_no_gain(tree['trials']).removeprefix('which ')}"
+        gain=f"unknown: it {why_no_gain(tree['trials']).removeprefix('which ')}"
         if gain is None
         else f"{gain:+.4f} {tree['metric']}",
     )
     selection = searched if num_trials > 1 else SINGLE
+    if not best["complete"]:
+        selection = UNFINISHED
     if "expected" in best:
         selection = _confirmed(tree)
+    # The searched ones too where they are the defaults.
+    params = settings_of(Train.model_validate(best["train"])) | best["params"]
     return CARD.format(
         pipeline=PIPELINES.get(task, task),
         task=task,
         model=experiment["model"],
+        base=_base_line(experiment["model"]),
         name=tree["name"],
         data=data["path"] or data["train"],
         version=environment["sft_ray"],
         scores="\n".join(f"| {k} | {v:.4f} |" for k, v in best["validation"].items()),
         selection=selection,
-        params="\n".join(f"| {k} | {v} |" for k, v in best["params"].items()),
+        params="\n".join(f"| {k} | {v} |" for k, v in params.items()),
         labels=f"Labels: {', '.join(labels)}. " if labels else "",
         seed=best.get("seed", experiment["seed"]),
         fingerprint=environment["data_fingerprint"],
     )
+
+
+def settings_of(train: Train) -> dict[str, Any]:
+    """What every search varies, and whatever else differs from the defaults, by dotted path."""
+    always = {"learning_rate", "batch_size", "epochs", "regularization", "frozen_layers"}
+    default = Train().model_dump()
+    chosen = {n: v for n, v in train.model_dump().items() if n in always or v != default[n]}
+    chosen["regularization"] = {
+        name: value for name, value in chosen["regularization"].items() if value is not None
+    }
+    return spaces.parameters({f"train.{name}": value for name, value in chosen.items()})
+
+
+def _base_line(model: str) -> str:
+    """Of the card's head; none where the hub would refuse what is no id of its own."""
+    is_local = model.startswith("package:") or Path(model).exists()
+    return "" if is_local else f"base_model: {model}\n"
 
 
 def _confirmed(tree: dict[str, Any]) -> str:

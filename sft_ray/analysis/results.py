@@ -25,6 +25,7 @@ from sft_ray.run_store import (
     RunStore,
     open_run,
     read_experiment,
+    read_results,
     trial_records,
 )
 
@@ -71,7 +72,7 @@ class SearchResult:
             SftError: there is no run, or a file of it is damaged.
         """
         store = open_run(location)
-        tree = store.read_json(RESULTS)
+        tree = read_results(store)
         if tree is not None:
             check_tree(tree, store.path_of(RESULTS))
             return cls(store.location, tree)

@@ -55,12 +55,15 @@ def run_status(location: str) -> Status:
         with reading(store.path_of(RESULTS)):
             best = result.best
             value = best["validation"][result.tree["metric"]]
+            complete = best.get("complete", True)
+            unfinished = "" if complete else " (unfinished: no trial reached its end)"
             states = Counter(row["state"] for row in result.trials)
             facts = {
                 "run": store.location,
                 "state": f"finished{BUSY * bool(busy)}",
                 "trials": _counted(states),
-                "best": f"{result.tree['metric']} {value:.4f}: {short_params(best['params'])}",
+                "best": f"{result.tree['metric']} {value:.4f}{unfinished}: "
+                f"{short_params(best['params'])}",
                 "time": duration(result.tree["wall_seconds"]),
             }
         return Status(store.location, "finished", facts)

@@ -28,8 +28,8 @@ from sft_ray.run_store import RESULTS, RunStore, open_run, read_experiment
 from sft_ray.screen import Screen, count
 from sft_ray.search.fixed_runs import FixedRun, Row, run_fixed
 from sft_ray.search.narration import say_ablation
-from sft_ray.search.preflight import check_data, prepare_experiment
-from sft_ray.training.preparation import Prepared, arm_problems
+from sft_ray.search.preflight import prepare_experiment
+from sft_ray.training.preparation import Prepared, arm_problems, check_data
 from sft_ray.training.seeds import derived_seed
 
 FOLDER = "ablations"  # below the run folder

@@ -26,7 +26,7 @@ class Conductor:
     Args:
         slots: most trials at a time.
         store_study: stores what the trials' states follow from, and says whether all of it is
-            stored; called when a trial has begun, when its end has been taken in, and when `keep`
+            stored; called when a trial has begun, when its end has been taken in, and when `settle`
             is.
         tracker: tells other tools.
 
@@ -68,7 +68,7 @@ class Conductor:
         return {}
 
     @property
-    def has_ended(self) -> bool:
+    def starts_no_more(self) -> bool:
         """Whether no trial may start any more."""
         return self.is_pausing or self.stopped is not None
 
@@ -182,12 +182,12 @@ class Conductor:
         """The failures so far have a cause that is out of the way."""
         self._failures_in_a_row = 0
 
-    def on_end(self, tune_id: str) -> None:
+    def on_slot_free(self, tune_id: str) -> None:
         self.planned.pop(tune_id, None)
         if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
             self.stopped = f"{self._failures_in_a_row} failures in a row"
 
-    def keep(self) -> None:
+    def settle(self) -> None:
         """To be called now and then: what the last change has left to be stored."""
         if not self._is_taken_over():
             self._settle()

@@ -29,15 +29,16 @@ from sft_ray.run_store import (
     open_run,
     put_winner,
     read_experiment,
+    read_results,
     write_results,
 )
 from sft_ray.screen import Screen, count
 from sft_ray.search.fixed_runs import FixedRun, Row, run_fixed
 from sft_ray.search.narration import say_confirmation
-from sft_ray.search.preflight import check_data, prepare_experiment
+from sft_ray.search.preflight import prepare_experiment
 from sft_ray.serving.evaluate import has_test_split, record_test, recorded_test, score_split
 from sft_ray.serving.predict import load_predictor
-from sft_ray.training.preparation import Prepared
+from sft_ray.training.preparation import Prepared, check_data
 from sft_ray.training.seeds import derived_seed
 
 FOLDER = "confirm"  # of the runs, below the run folder
@@ -80,7 +81,7 @@ def run_confirm(
         KeyboardInterrupt: interrupted; the same call goes on where it stopped.
     """
     store = open_run(run) if isinstance(run, str) else run
-    experiment, found = read_experiment(store), store.read_json(RESULTS)
+    experiment, found = read_experiment(store), read_results(store)
     if experiment is None or found is None:
         raise ConfigError(
             f"{store.location}: the search has not finished; its own command goes on with it"

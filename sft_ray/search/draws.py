@@ -56,22 +56,25 @@ def drawn_trials(
         flat = ask(study, space)
         return apply_values(train, spaces.draw(space, lambda name, _: flat[name]))
 
-    first = first_trials(experiment, space, recipe, list(warm))
+    finite = FiniteSpace.of(search, train)
+    first = first_trials(experiment, finite, recipe, list(warm))
     found = [
         DrawnTrial(apply_values(train, dict(recipe)), prunable=False)
         if role == YARDSTICK
         else DrawnTrial(configured(params))
         for params, role in itertools.islice(first, search.trials)
     ]
-    left = 0 if search.sampler == "grid" else search.trials - len(found)
-    finite = FiniteSpace.of(space, train) if left else None
-    if finite is None:
+    left = search.trials - len(found)
+    if finite is None or not left:
         # The priors' share falls with the trial's number.
         numbers = [len(found) + i * left // DRAWS for i in range(DRAWS if left else 0)]
         priors = (prior_draw(space, derived_seed(seed, i), n) for i, n in enumerate(numbers))
         draws = [configured(params) for params in priors]
     else:
         tried = {key_of(trial.train.model_dump()) for trial in found}
-        draws = [configured(point) for key, point in finite.points.items() if key not in tried]
+        untried = [point for key, point in finite.points.items() if key not in tried]
+        if search.sampler == "grid":  # in the order of its points
+            untried = untried[:left]
+        draws = [configured(point) for point in untried]
         left = min(left, len(draws))
     return found + [DrawnTrial(drawn, left / len(draws)) for drawn in draws]

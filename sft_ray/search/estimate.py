@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sft_ray.config import Experiment, Train
-from sft_ray.search.cluster import Layout
 from sft_ray.search.draws import DrawnTrial
+from sft_ray.search.layout import Layout
 from sft_ray.search.speed import Speed
 from sft_ray.training.batches import steps_per_epoch
 from sft_ray.training.preparation import Prepared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -70,11 +71,14 @@ def storage_problems(storage: str, names: Mapping[str, str]) -> dict[str, str]:
     is_new = "://" not in storage and not Path(storage).exists()
     here = FileStore(storage, f".sft_ray-marker-{uuid.uuid4().hex}")
     try:
-        here.write_text("driver", "written by the driver\n")
-        answers = ask_every_node(names, leave_a_marker, storage, here.name)
-        here.delete()
+        try:
+            here.write_text("driver", "written by the driver\n")
+            answers = ask_every_node(names, leave_a_marker, storage, here.name)
+        finally:
+            here.delete()
         if is_new:
-            Path(storage).rmdir()
+            with suppress(OSError):  # another search has begun there
+                Path(storage).rmdir()
     except OSError as error:
         raise ResourceError(f"storage: {storage}: {error}") from None
     found = {}

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
 from sft_ray import space as spaces
-from sft_ray.config import Train, apply_values
+from sft_ray.config import Search, Train, apply_values
 from sft_ray.config_problems import explain
 from sft_ray.errors import ConfigError
 from sft_ray.search.samplers import grid_points
@@ -38,9 +38,10 @@ class FiniteSpace:
         self.points = dict(zip(map(str, keys), points, strict=True))  # a point is never partial
 
     @classmethod
-    def of(cls, space: Space, train: Train) -> FiniteSpace | None:
-        """None for a space of more configurations than can be kept count of."""
-        return cls(space, train) if num_points(space) <= MOST_POINTS else None
+    def of(cls, search: Search, train: Train) -> FiniteSpace | None:
+        """None for a space of more configurations than are kept count of; a grid's always are."""
+        is_kept = search.sampler == "grid" or num_points(search.domains) <= MOST_POINTS
+        return cls(search.domains, train) if is_kept else None
 
     def key_of(self, params: Mapping[str, Any]) -> str | None:
         """Equal for parameters that train the same configuration."""

@@ -237,7 +237,7 @@ def run_fixed(
     if pending:
         with connected(address):
             from sft_ray.search.live_view import live_view
-            from sft_ray.search.slots import run_on_slots  # brings Ray
+            from sft_ray.search.tune_run import run_on_slots  # brings Ray
 
             # Slots are for these runs, however many trials the search had.
             search = prepared.experiment.search.model_copy(update={"trials": pending})

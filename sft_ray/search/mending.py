@@ -9,9 +9,12 @@ from typing import Any
 from sft_ray.errors import ConfigError
 from sft_ray.journal import is_record
 from sft_ray.run_store import (
+    BEST,
     CONFIRMATION,
     EXPERIMENT,
     METRICS,
+    PREDICTIONS,
+    RESULTS,
     TEST_ACCESS,
     TRIAL,
     RunStore,
@@ -36,6 +39,28 @@ def damage_found(store: RunStore) -> list[str]:
     if is_experiment_damaged(store):
         lines.append(f"{EXPERIMENT} was damaged and is written anew from its last-good copy")
     return lines
+
+
+def winner_back(store: RunStore) -> list[str]:
+    """Copy a finished run's winner back to its trial, if only best/ still has it; a line if so.
+
+    What a confirmation has put there was trained from another seed.
+    """
+    try:
+        results = store.read_json(RESULTS)
+        folder = f"{trial_folder(int(results['best']['trial']))}/{BEST}"
+    except (ConfigError, TypeError, KeyError, ValueError):
+        return []
+    damaged = any(
+        path.startswith(f"{BEST}/") or path == PREDICTIONS for path in damaged_files(store)
+    )
+    is_winner = not (damaged or store.exists(CONFIRMATION)) and store.exists(PREDICTIONS)
+    if store.files_below(folder) or not is_winner:
+        return []
+    with store.replacing_folder(folder) as local:
+        store.fetch_folder(BEST, local)
+        (local / PREDICTIONS).write_bytes(store.read_bytes(PREDICTIONS) or b"")
+    return [f"{folder} was gone; it comes back from {BEST}/"]
 
 
 def mend(store: RunStore, study: SearchStudy) -> list[str]:

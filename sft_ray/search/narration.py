@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from sft_ray import space as spaces
 from sft_ray.analysis.importance import RELIABLE_FROM
 from sft_ray.analysis.results import SearchResult, why_no_gain
+from sft_ray.run_store import CONFIRMATION, RunStore
 from sft_ray.screen import Screen, count, duration, short_params
-from sft_ray.search.cluster import Layout
+from sft_ray.search.layout import Layout
 from sft_ray.search.study import SearchStudy
 from sft_ray.training.preparation import Prepared
 
@@ -105,9 +106,19 @@ def say_outcome(
     confirm = f"sft-ray confirm {shlex.quote(result.location)}"
     others = [f"{confirm}    # how good it is on fresh seeds and on test"]
     if source is not None:
+        more = 2 * max(len(states), prepared.experiment.search.trials)  # a budget may have ended it
         words = [word for word in shlex.split(source) if not word.startswith("search.trials=")]
-        others.append(f"sft-ray search {shlex.join(words)} search.trials={2 * len(states)}")
+        others.append(f"sft-ray search {shlex.join(words)} search.trials={more}")
     prepared.say_next(screen, best["checkpoint"], *others)
+
+
+def say_unconfirmed(store: RunStore, screen: Screen) -> None:
+    """A run that begins to change is not the one that was confirmed."""
+    if store.exists(CONFIRMATION):
+        screen.say(
+            f"the confirmation of the outcome before goes; `sft-ray confirm "
+            f"{shlex.quote(store.location)}` makes a new one, and trains again only what it has not"
+        )
 
 
 def importance_lines(importance: dict[str, Any]) -> dict[str, str]:

@@ -16,17 +16,10 @@ from sft_ray.errors import ConfigError
 from sft_ray.recipes import default_recipe
 from sft_ray.run_store import JOURNAL, RunStore, check_folder_rule
 from sft_ray.screen import Screen, count, duration
-from sft_ray.search.cluster import (
-    Layout,
-    capacity,
-    capacity_here,
-    check_room,
-    connected,
-    free_gpus,
-    plan_layout,
-)
+from sft_ray.search.cluster import capacity, capacity_here, connected, free_gpus
 from sft_ray.search.draws import drawn_trials
 from sft_ray.search.estimate import STARTUP_SECONDS, Plan, Range, estimate
+from sft_ray.search.layout import Layout, check_room, plan_layout
 from sft_ray.search.narration import budget, search_rules
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.sharing import (

@@ -5,21 +5,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from pydantic import ValidationError
 
 from sft_ray import space as spaces
 from sft_ray.config import Experiment, Train, apply_values
 from sft_ray.config_problems import explain
-from sft_ray.errors import ConfigError, DataError, did_you_mean
+from sft_ray.errors import ConfigError, did_you_mean
 from sft_ray.recipes import recipe_of
-from sft_ray.search.cluster import plan_layout
+from sft_ray.search.layout import plan_layout
 from sft_ray.search.samplers import grid_points
 from sft_ray.training.model_facts import ModelFacts, inspect_model
 from sft_ray.training.preparation import Prepared, collect, prepare_with_model
+from sft_ray.training.progress import schedule_marks
 
 # Fields of train that are valid or not together, beside the depths.
+EVALUATIONS_OF_PATIENCE = 3
 SCHEDULE_PATHS = ("train.schedule", "train.warmup", "train.cooldown")
 
 
@@ -66,26 +67,31 @@ def with_default_space(checked: Prepared) -> Prepared:
     return replace(checked, experiment=experiment)
 
 
-def check_data(prepared: Prepared, environment: Mapping[str, Any] | None, location: str) -> None:
-    """Whether a run's data is still what it was made from; its scores compare with no other's.
-
-    Raises:
-        DataError: it is not.
-    """
-    then, now = (environment or {}).get("data_fingerprint"), prepared.dataset.fingerprint
-    if then not in (None, now):
-        raise DataError(
-            f"data: {location} was made from other data (fingerprint {then}, now {now}); bring "
-            "that back, or search again under another name=…"
-        )
-
-
 def _space_problems(experiment: Experiment, model: ModelFacts | None) -> list[str]:
     problems = [] if model is None else _depth_problems(experiment, model)
     problems += _enqueue_problems(experiment)
+    problems += _patience_problems(experiment)
     if experiment.search.sampler == "grid":
         collect(problems, grid_points, experiment.search.domains)
     return problems
+
+
+def _patience_problems(experiment: Experiment) -> list[str]:
+    """Optuna's PatientPruner says nothing before a trial's third evaluation."""
+    search = experiment.search
+    if search.pruner != "patient":
+        return []
+    searched = dict(spaces.boundary_values(search.domains))  # of each path the last: its largest
+    epochs = int(searched.get("train.epochs", experiment.train.epochs))
+    marks = schedule_marks(search.rungs, epochs, steps_per_epoch=1000)
+    most = sum(mark.percent <= max(search.rungs, default=0) for mark in marks)
+    if most >= EVALUATIONS_OF_PATIENCE:
+        return []
+    return [
+        f"search.pruner: patient needs {EVALUATIONS_OF_PATIENCE} evaluations up to a rung, but got "
+        f"{most} with search.rungs={search.rungs} and {epochs} epochs; write more rungs, such as "
+        "search.rungs=[10, 20, 33]"
+    ]
 
 
 def _depth_problems(experiment: Experiment, model: ModelFacts) -> list[str]:

@@ -8,18 +8,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Container, Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.storages import InMemoryStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray import space as spaces
 from sft_ray.config import Experiment, Search, apply_values
 from sft_ray.recipes import YARDSTICK
 from sft_ray.search.finite_space import FiniteSpace, key_of, key_of_point
-from sft_ray.search.samplers import build_sampler, grid_points
+from sft_ray.search.samplers import build_sampler
 from sft_ray.space import Choice, Numeric, Prior, Space
 from sft_ray.training.seeds import derived_seed
 
@@ -27,19 +29,25 @@ PRIOR_STRENGTH = 10  # n0: trials after which half of the draws come from the sa
 # Draws to find a point that was not tried.  One of gp fits a model; a copy of the study would have
 # qmc begin its sequence anew, so it takes any untried point.
 ATTEMPTS = {"tpe": 20, "nsga2": 20, "random": 20, "gp": 2}
+SAMPLERS_THAT_LOOK = ("tpe", "gp", "nsga2")  # at the trials before
 FROZEN_LAYERS = "train.frozen_layers"
 
 
 def first_trials(
-    experiment: Experiment, space: Space, recipe: Mapping[str, Any], warm: list[dict[str, Any]]
+    experiment: Experiment,
+    finite: FiniteSpace | None,
+    recipe: Mapping[str, Any],
+    warm: list[dict[str, Any]],
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """What runs before the sampler is asked: parameters, and the role they have.
 
     Args:
+        finite: the space, if it is one.
         recipe: values of the default recipe by dotted path.
         warm: flat parameters that did well in other runs.
     """
-    search, train, known = experiment.search, experiment.train, spaces.domains(space)
+    search, train, space = experiment.search, experiment.train, experiment.search.domains
+    known = spaces.domains(space)
     params = spaces.parameters(recipe)
     yardstick = {n: v for n, v in params.items() if n in known and v in known[n]}
     first = []
@@ -49,18 +57,23 @@ def first_trials(
     for values in search.enqueue:  # twice, if the user says so
         first.append(spaces.parameters(values))
         yield first[-1], "enqueued"
-    for params in warm:
-        if params not in first:
-            first.append(params)
-            yield params, "warm start"
-    if search.sampler != "grid":
-        return
     done = {key_of_point(space, train, params) for params in first if params != yardstick}
     if search.default_recipe:
         done.add(key_of(apply_values(train, dict(recipe)).model_dump()))
-    for point in grid_points(space):
-        if key_of_point(space, train, point) not in done:
-            yield point, "grid"
+    for params in warm:
+        if finite is not None:  # they may leave some of it open
+            params = next(
+                (
+                    p
+                    for key, p in finite.points.items()
+                    if key not in done and params.items() <= p.items()
+                ),
+                {},
+            )
+            done.add(finite.key_of(params))
+        if params and params not in first:
+            first.append(params)
+            yield params, "warm start"
 
 
 def prior_draw(space: Space, seed: int, number: int) -> dict[str, Any]:
@@ -117,12 +130,12 @@ def propose_untried(
 ) -> dict[str, Any]:
     """A point that no trial has trained, the sampler's own if it finds one; empty at the end."""
     untried = finite.untried(study.get_trials(deepcopy=False))
-    if not untried:
-        return {}
+    if not untried or search.sampler == "grid":
+        return next(iter(untried.values()), {})
     fixed = prior_draw(finite.space, seed, number)
     attempts = ATTEMPTS.get(search.sampler, 0)
     if attempts:
-        rehearsal = as_seen_now(study, search, seed, number)
+        rehearsal = rehearsal_of(study, as_seen_now(study, search), search, seed, number)
     for _ in range(attempts):
         if fixed:
             rehearsal.enqueue_trial(fixed)
@@ -134,36 +147,77 @@ def propose_untried(
     return left[int(rng.integers(len(left)))]
 
 
-def propose(
-    study: optuna.Study, search: Search, space: Space, seed: int, number: int
-) -> dict[str, Any]:
+def propose(study: optuna.Study, search: Search, seed: int, number: int) -> dict[str, Any]:
     """What the sampler would not draw by itself; empty where it has all the say."""
-    fixed = prior_draw(space, seed, number)
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    shown = any(trial.intermediate_values for trial in running)
-    if fixed or search.sampler != "tpe" or not shown:
+    fixed = prior_draw(search.domains, seed, number)
+    trials = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
+    seen = as_seen_now(study, search)
+    if all(a is b for a, b in zip_longest(seen, trials)):
         return fixed
-    return ask(as_seen_now(study, search, seed, number), space)
+    rehearsal = rehearsal_of(study, seen, search, seed, number)
+    if fixed:
+        rehearsal.enqueue_trial(fixed)
+    return ask(rehearsal, search.domains)
 
 
-def as_seen_now(study: optuna.Study, search: Search, seed: int, number: int) -> optuna.Study:
-    """A copy of the study for one draw, which the study need not hear of.
+def as_seen_now(study: optuna.Study, search: Search) -> list[FrozenTrial]:
+    """The trials that have begun as the sampler is to see them; others than they are stand in.
 
     TPE knows running trials as liars only: as bad as any, to keep suggestions apart.  With many
-    slots that repels them from where most trials run, which is where the good ones are.  In its
-    copy a running trial that has been evaluated counts for what it has shown so far.  Other
-    samplers have no use for trials that did not finish.
+    slots that repels them from where most trials run, which is where the good ones are.  So a
+    running trial that has been evaluated counts for what it has shown so far.
+
+    Gaussian processes know finished trials only, and would ask for what was pruned again and again:
+    a pruned trial counts for what it has shown, one at fault for the worst that any has.
+
+    Where the default recipe lies outside the space, it lacks parameters.  Samplers that model what
+    all trials have would never search those.
     """
-    seen = []
-    for trial in study.get_trials(deepcopy=False):
-        shown = trial.state == TrialState.RUNNING and bool(trial.intermediate_values)
-        if shown and search.sampler == "tpe":
-            trial = copy.copy(trial)
-            trial.state, trial.datetime_complete = TrialState.PRUNED, datetime.now()
-        if trial.state != TrialState.WAITING:
-            seen.append(trial)
+    trials = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
+    if search.sampler not in SAMPLERS_THAT_LOOK:
+        return trials
+    always = spaces.always_drawn(search.domains)
+    trials = [
+        t for t in trials if t.user_attrs.get("role") != YARDSTICK or always <= t.params.keys()
+    ]
+    if search.sampler == "tpe":
+        return [_shown_so_far(trial) for trial in trials]
+    if search.sampler == "gp":
+        sign = 1 if study.directions[0] == StudyDirection.MAXIMIZE else -1
+        shown = [sign * value for trial in trials for value in trial.intermediate_values.values()]
+        return (
+            [_taken_as_finished(trial, sign * min(shown)) for trial in trials] if shown else trials
+        )
+    return trials
+
+
+def _shown_so_far(trial: FrozenTrial) -> FrozenTrial:
+    if trial.state != TrialState.RUNNING or not trial.intermediate_values:
+        return trial
+    seen = copy.copy(trial)
+    seen.state, seen.datetime_complete = TrialState.PRUNED, datetime.now()
+    return seen
+
+
+def _taken_as_finished(trial: FrozenTrial, worst: float) -> FrozenTrial:
+    if trial.state != TrialState.PRUNED:
+        return trial
+    seen = copy.copy(trial)
+    is_fault = bool(trial.constraints) or not trial.intermediate_values
+    value = worst if is_fault else trial.intermediate_values[max(trial.intermediate_values)]
+    seen.state, seen.values = TrialState.COMPLETE, [value]
+    seen.system_attrs = {
+        name: v for name, v in trial.system_attrs.items() if not name.startswith("constraints")
+    }
+    return seen
+
+
+def rehearsal_of(
+    study: optuna.Study, trials: Sequence[FrozenTrial], search: Search, seed: int, number: int
+) -> optuna.Study:
+    """A copy of the study with these trials, for draws that the study need not hear of."""
     return optuna.create_study(
-        storage=BorrowedTrials(seen),
+        storage=BorrowedTrials(trials),
         directions=study.directions,
         sampler=build_sampler(search, seed, number),
     )
@@ -179,6 +233,8 @@ class BorrowedTrials(InMemoryStorage):
     def __init__(self, trials: Sequence[FrozenTrial]) -> None:
         super().__init__()
         self._borrowed = list(trials)
+        # nsga2 keeps its parents by their ids.
+        self._max_trial_id = max((trial._trial_id for trial in trials), default=-1)
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         trial_id = super().create_new_trial(study_id, template_trial)

@@ -13,7 +13,8 @@ from sft_ray.errors import ConfigError, TrialError
 from sft_ray.run_store import RunStore, open_run, read_experiment
 from sft_ray.screen import Screen
 from sft_ray.search.fixed_runs import FixedRun, run_fixed
-from sft_ray.search.preflight import check_data, prepare_experiment
+from sft_ray.search.preflight import prepare_experiment
+from sft_ray.training.preparation import check_data
 
 
 @dataclass(frozen=True)

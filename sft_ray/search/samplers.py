@@ -5,9 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 
 from sft_ray import space as spaces
 from sft_ray.config import Search
@@ -26,10 +33,7 @@ def build_sampler(search: Search, seed: int, number: int) -> optuna.samplers.Bas
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         warnings.filterwarnings("ignore", "`gamma` has been deprecated", FutureWarning)
         if search.sampler == "qmc":
-            sequence = derived_seed(seed, "sampler")
-            return optuna.samplers.QMCSampler(
-                seed=sequence, scramble=True, warn_independent_sampling=False
-            )
+            return SobolSampler(spaces.domains(search.domains), derived_seed(seed, "sampler"))
         if search.sampler == "gp":
             return optuna.samplers.GPSampler(
                 seed=own, deterministic_objective=False, warn_independent_sampling=False
@@ -44,7 +48,34 @@ def build_sampler(search: Search, seed: int, number: int) -> optuna.samplers.Bas
             return optuna.samplers.NSGAIISampler(
                 seed=own, population_size=max(2, search.trials // generations)
             )
-    return optuna.samplers.RandomSampler(seed=own)  # of grid too: every value is enqueued
+    return optuna.samplers.RandomSampler(seed=own)  # of grid too, whose every value is proposed
+
+
+class SobolSampler(optuna.samplers.QMCSampler):
+    """A scrambled Sobol sequence over every parameter that can occur in a space.
+
+    Optuna's takes those of the first trial that finished, and draws others from one and the same
+    state: the default recipe may lack some, and a penalty's strength is there in some trials only.
+    """
+
+    def __init__(self, domains: Mapping[str, Numeric | Choice], seed: int) -> None:
+        super().__init__(seed=seed, scramble=True, warn_independent_sampling=False)
+        found = {name: distribution_of(domain) for name, domain in domains.items()}
+        self._distributions = {name: d for name, d in found.items() if not d.single()}
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return self._distributions
+
+
+def distribution_of(domain: Numeric | Choice) -> BaseDistribution:
+    """A domain in Optuna's words."""
+    if isinstance(domain, Choice):
+        return CategoricalDistribution(domain.options)
+    if domain.integer:
+        return IntDistribution(int(domain.low), int(domain.high), log=domain.log)
+    return FloatDistribution(domain.low, domain.high, log=domain.log)
 
 
 def num_good(num_trials: int) -> int:

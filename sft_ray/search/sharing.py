@@ -19,7 +19,8 @@ from sft_ray.config import Experiment, Resources, Train, apply_values
 from sft_ray.errors import SftError
 from sft_ray.recipes import default_recipe
 from sft_ray.screen import Screen, count
-from sft_ray.search.cluster import Layout, capacity, check_room, most_slots, plan_layout
+from sft_ray.search.cluster import capacity
+from sft_ray.search.layout import Layout, check_room, most_slots, plan_layout
 from sft_ray.training.micro_batch import NothingFitsError
 from sft_ray.training.preparation import Prepared
 

@@ -11,9 +11,9 @@ from typing import Any
 import ray
 from ray import cloudpickle, tune
 
+from sft_ray.search.launch import run_workers
 from sft_ray.search.mailbox import Mailbox
 from sft_ray.search.watch import IDLE, MAILBOX, SLOT, WORKERS, Pulse
-from sft_ray.search.workers import run_workers
 
 JOIN_SECONDS = 8.0  # Tune kills the actor at 10
 # Any node has this resource of its head: it keeps slots off machines that come and go.

@@ -12,7 +12,7 @@ import torch
 
 from sft_ray.config import Train
 from sft_ray.errors import ResourceError
-from sft_ray.search.cluster import Layout
+from sft_ray.search.layout import Layout
 from sft_ray.training import batches
 from sft_ray.training.fitting import Trial
 from sft_ray.training.forward import evaluate

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray import space as spaces
 from sft_ray.analysis.outcome import Outcome, score_of
-from sft_ray.analysis.results import row_of
+from sft_ray.analysis.results import ranking, row_of
 from sft_ray.config import Experiment, apply_values
 from sft_ray.recipes import YARDSTICK
 from sft_ray.run_store import trial_folder
@@ -93,7 +93,7 @@ class SearchStudy:
         search = experiment.search
         self.experiment, self.recipe, self.costs = experiment, dict(recipe), tuple(search.costs)
         self.space, self.slots = search.domains, slots
-        self.finite = FiniteSpace.of(self.space, experiment.train)
+        self.finite = FiniteSpace.of(search, experiment.train)
         self.sign = 1 if direction == "maximize" else -1
         self.pruner = build_pruner(search)
         self.study = optuna.create_study(
@@ -110,7 +110,7 @@ class SearchStudy:
         # numbers again, mostly with the same configurations.
         self.left_behind: frozenset[int] = frozenset()
         if not self.study.get_trials(deepcopy=False):
-            for params, role in first_trials(experiment, self.space, recipe, list(warm)):
+            for params, role in first_trials(experiment, self.finite, recipe, list(warm)):
                 self.study.enqueue_trial(params, user_attrs={"role": role})
 
     @property
@@ -133,6 +133,9 @@ class SearchStudy:
             self.study.sampler = self._sampler(asked)
             self._propose(asked)
             trial = self.study.ask()
+            if isinstance(self.study.sampler, optuna.samplers.NSGAIISampler):
+                # Whose every value was proposed, it has not asked for its generation.
+                self.study.sampler.get_trial_generation(self.study, self._frozen(trial.number))
         settled = frozenset(self._frozen(trial.number).intermediate_values)
         self._live[trial.number] = _Live(trial, settled)
         values = self._values(trial)
@@ -176,11 +179,12 @@ class SearchStudy:
             return
         search, seed = self.experiment.search, self.experiment.seed
         if self.finite is None:
-            proposed = propose(self.study, search, self.space, seed, number)
+            proposed = propose(self.study, search, seed, number)
         else:
             proposed = propose_untried(self.study, self.finite, search, seed, number)
         if proposed:
-            self.study.enqueue_trial(proposed)
+            role = {"role": "grid"} if search.sampler == "grid" else None
+            self.study.enqueue_trial(proposed, user_attrs=role)
 
     def _waiting(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
@@ -190,9 +194,8 @@ class SearchStudy:
         live = self._live[number]
         live.curve.setdefault(percent, score)
         live.slot_seconds = slot_seconds
-        if percent in live.settled:
-            return None
-        if not self.costs:  # Optuna takes no intermediate values of several objectives
+        is_settled = percent in live.settled
+        if not (is_settled or self.costs):  # of several objectives Optuna takes only the last
             live.trial.report(score, percent)
         if percent >= 100:
             return None
@@ -200,7 +203,7 @@ class SearchStudy:
             return f"budget: {budget}"
         search = self.experiment.search
         is_yardstick = live.trial.user_attrs.get("role") == YARDSTICK
-        if self.costs or percent not in search.rungs or is_yardstick:
+        if is_settled or self.costs or percent not in search.rungs or is_yardstick:
             return None
         if prune_at(self.pruner, self.study, self._frozen(number), percent):
             return f"rung {percent}"
@@ -213,6 +216,8 @@ class SearchStudy:
             live.trial.set_constraint("fault", 1.0)
         for name, value in outcome.to_attributes().items():
             live.trial.set_user_attr(name, value)
+        # Clocks go back now and then.
+        live.trial.set_user_attr("ended_as", sum(t.state.is_finished() for t in self.trials))
         if self.costs:
             live.trial.set_user_attr("curve", sorted(live.curve.items()))
         self._note_wall_seconds()
@@ -268,8 +273,8 @@ class SearchStudy:
         ranked = self._ranked()
         if not ranked:
             return 0
-        ended = [t.datetime_complete for t in self.trials if t.state.is_finished()]
-        return sum(at > ranked[0].datetime_complete for at in ended if at is not None)
+        ended = [t for t in self.trials if t.state.is_finished()]
+        return sum(_ended_as(trial) > _ended_as(ranked[0]) for trial in ended)
 
     def _nothing_left(self) -> bool:
         """As many trials as wanted have started, or every point of a finite space has."""
@@ -277,8 +282,6 @@ class SearchStudy:
             return True
         if self._waiting():
             return False
-        if self.experiment.search.sampler == "grid":
-            return True
         return self.finite is not None and not self.finite.untried(self.trials)
 
     def wall_seconds(self) -> float:
@@ -348,11 +351,9 @@ class SearchStudy:
 
     def kept(self) -> set[int]:
         """Numbers of the trials whose model folders stay on disk."""
-        ranked = self._ranked()
-        if not ranked:
-            return {t.number for t in self.trials}
-        kept = {t.number for t in ranked[: self.experiment.checkpoint.keep]} | set(self._live)
-        return kept | self.pareto_set()
+        ranked = self._ranked() or ranking(self.trials, self.sign)
+        kept = {t.number for t in ranked[: self.experiment.checkpoint.keep]}
+        return kept | self.pareto_set() | set(self._live) | set(self._interrupted)
 
     def pareto_set(self) -> set[int]:
         """Numbers of the COMPLETE trials that no other beats in every objective; one objective
@@ -371,3 +372,8 @@ class SearchStudy:
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[number]
+
+
+def _ended_as(trial: FrozenTrial) -> int:
+    """How many trials had ended before this one did; runs that did not keep it say its number."""
+    return int(trial.user_attrs.get("ended_as", trial.number))

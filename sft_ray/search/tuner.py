@@ -27,11 +27,14 @@ from sft_ray.recipes import default_recipe
 from sft_ray.run_store import (
     BEST,
     ENVIRONMENT,
+    EXPERIMENT,
     JOURNAL,
     RESULTS,
     RunStore,
+    check_made_by,
     delete_results,
     finished_results,
+    kept_environment,
     put_winner,
     read_experiment,
     trial_folder,
@@ -39,17 +42,18 @@ from sft_ray.run_store import (
     write_results,
 )
 from sft_ray.screen import Screen
-from sft_ray.search.cluster import Layout, capacity_here, connected
+from sft_ray.search.cluster import capacity_here, connected
 from sft_ray.search.conductor import Conductor
 from sft_ray.search.everywhere import check_storage_everywhere
-from sft_ray.search.mending import damage_found, mend
-from sft_ray.search.narration import say_outcome, say_truth
+from sft_ray.search.layout import Layout
+from sft_ray.search.mending import damage_found, mend, winner_back
+from sft_ray.search.narration import say_outcome, say_truth, say_unconfirmed
 from sft_ray.search.preflight import check_experiment, with_default_space
 from sft_ray.search.sharing import shared_layout, trains_of_search
 from sft_ray.search.study import SearchStudy, open_storage
 from sft_ray.search.tracking import Tracker
 from sft_ray.search.warm_start import warm_configurations
-from sft_ray.training.preparation import Prepared
+from sft_ray.training.preparation import Prepared, check_data
 
 
 def run_search(
@@ -88,7 +92,11 @@ def run_search(
     )
     if store.is_there() or needs_space:  # and what does not go with it is told before Ray starts
         checked = with_default_space(checked)
+        if not fresh:
+            check_made_by(store, "search")
         tree = None if fresh else finished_results(store, checked.experiment)
+        if not fresh:
+            check_data(checked, kept_environment(store), store.location)
         if tree is not None:
             screen.say(f"{store.location} is finished; its outcome:")
             result = SearchResult(store.location, tree)
@@ -109,7 +117,11 @@ def run_search(
         with store.locked() as notes:
             for note in notes:
                 screen.say(note)
+            if not store.exists(EXPERIMENT):  # before there is a study, which is of no other
+                write_experiment(store, prepared.experiment)
             study = _taken_up(prepared, store, layout.slots, warm, screen)
+            if prepared.experiment.confirm is None:
+                say_unconfirmed(store, screen)
             environment = _write_what_runs(prepared, store, layout)
             say_truth(screen, prepared, layout, store.location, study)
             startup_seconds = None
@@ -160,7 +172,7 @@ def _taken_up(
 ) -> SearchStudy:
     """The study of a run folder, new or as it was left; says what it finds damaged."""
     store.tidy()
-    for note in [*damage_found(store), *store.pull_journal()]:
+    for note in [*damage_found(store), *winner_back(store), *store.pull_journal()]:
         screen.say(note)
     study = _open_study(prepared, store, slots, warm)
     store.push_journal()  # what runs first is settled from here on
@@ -196,7 +208,7 @@ def _run(
 ) -> Conductor:
     """Run trials until the study is over."""
     from sft_ray.search.live_view import live_view
-    from sft_ray.search.slots import run_on_slots  # brings Ray
+    from sft_ray.search.tune_run import run_on_slots  # brings Ray
 
     conductor = Conductor(
         study,
@@ -310,8 +322,10 @@ def _best_with_model(store: RunStore, study: SearchStudy, screen: Screen) -> Fro
             if damaged:
                 screen.say(f"the winner is the best trial with a whole model, {trial.number}")
             return trial
-        if store.files_below(folder):  # else it was not among those that are kept
-            screen.say(f"{folder} is damaged; the model of trial {trial.number} is lost")
+        is_there = bool(store.files_below(folder))
+        if is_there or trial.number in study.kept():
+            what = "damaged" if is_there else "gone"
+            screen.say(f"{folder} is {what}; the model of trial {trial.number} is lost")
             damaged.append(trial.number)
     whole = "whole " if damaged else ""
     raise TrialError(

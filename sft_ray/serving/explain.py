@@ -91,7 +91,8 @@ def attributions(
     model.eval()
     ids_1L = inputs["input_ids"]
     special = torch.tensor(tokenizer.all_special_ids, device=ids_1L.device)
-    stays = torch.isin(ids_1L, special) & (ids_1L != (tokenizer.unk_token_id or -1))
+    unknown = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
+    stays = torch.isin(ids_1L, special) & (ids_1L != unknown)
     with torch.no_grad():
         embed = model.get_input_embeddings()
         end_1LD = embed(ids_1L)

@@ -183,7 +183,8 @@ def _compare(predictor: Predictor, path: Path, inputs: tuple[str, ...]) -> tuple
 
 
 def _examples(predictor: Predictor, num_rows: int) -> Examples:
-    return predictor.encode(predictor.checked(sample_rows(predictor.task, num_rows)))
+    rows = sample_rows(predictor.task, num_rows, predictor.optional)
+    return predictor.encode(predictor.checked(rows))
 
 
 def _batches(

@@ -47,6 +47,7 @@ class Predictor:
     Attributes:
         model: with its head, on the device of `world`.
         dtype: of matrix products, the one the model was trained and scored with.
+        optional: the task's optional inputs that it was trained with; None if nothing says.
     """
 
     model: Any
@@ -55,6 +56,7 @@ class Predictor:
     label_set: LabelSet
     world: World
     dtype: torch.dtype
+    optional: tuple[str, ...] | None = None
 
     def encode(self, table: pa.Table) -> Examples:
         """Checked rows as the model reads them."""
@@ -91,6 +93,7 @@ class Predictor:
                     row[f"{entity}_start"], row[f"{entity}_end"] = row[entity]
             if missing := [name for name in fields.inputs if name not in row]:
                 raise DataError(f"input {number}: {self.task.name} needs {missing[0]!r}")
+            self._check_optional(row, number)
         present = [n for n in (*fields.inputs, *fields.optional) if any(n in row for row in rows)]
         try:
             table = pa.Table.from_pylist([{n: row.get(n) for n in present} for row in rows])
@@ -100,6 +103,21 @@ class Predictor:
             where = f"inputs from {start + 1} on" if start else "input"
             raise DataError(*(f"{where}: {problem}" for problem in problems))
         return table
+
+    def _check_optional(self, row: dict[str, Any], number: int) -> None:
+        """Raise DataError unless a row has the optional inputs of training, and no others."""
+        if self.optional is None:
+            return
+        for name in self.task.optional_inputs:
+            if name in self.optional and name not in row:
+                wanted = ", ".join((*self.task.fields.inputs, *self.optional))
+                raise DataError(
+                    f"input {number}: the model was trained with {wanted}, got no {name!r}; give it"
+                )
+            if name in row and name not in self.optional:
+                raise DataError(
+                    f"input {number}: the model was trained without {name!r}; leave it out"
+                )
 
 
 def load_predictor(
@@ -146,6 +164,7 @@ def load_predictor(
         label_set=LabelSet(names, facts.get("negative_label")),
         world=World(device=device),
         dtype=DTYPES.get(str(facts.get("precision")), torch.float32),
+        optional=tuple(facts["inputs"]) if "inputs" in facts else None,
     )
 
 
@@ -168,6 +187,9 @@ def read_facts(folder: str) -> dict[str, Any]:
         value = facts.get(name, least)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{path}: {name} must be a whole number from {least}, got {value!r}")
+    inputs = facts.get("inputs", [])
+    if not isinstance(inputs, list) or not all(isinstance(name, str) for name in inputs):
+        raise ConfigError(f"{path}: inputs must be a list of fields, got {inputs!r}")
     return facts
 
 

@@ -92,6 +92,5 @@ def _message(folder: Path) -> str:
 
 
 def _line(error: Exception, token: str) -> str:
-    """The first line of an error, without the token should some library ever show it."""
-    first = next((line for line in str(error).splitlines() if line.strip()), "")
-    return " ".join(first.split())[:300].replace(token, "…")
+    """An error's first words in one line, without the token should some library ever show it."""
+    return " ".join(str(error).replace(token, "…").split())[:300]

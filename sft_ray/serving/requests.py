@@ -39,9 +39,8 @@ def read_request(
         raise DataError(f"the body is no JSON: {error}") from None
     rows = found if isinstance(found, list) else [found]
     if not rows or not all(isinstance(row, dict) for row in rows):
-        example = predictor.task.example_line(has_pair=False)
-        shape = '{"text": "…"}' if example == "your text" else example
-        raise DataError(f"the body must be one input like {shape}, or a list of them")
+        example = predictor.task.example_row(predictor.optional or ())
+        raise DataError(f"the body must be one input like {example}, or a list of them")
     if len(rows) > limits.rows:
         raise DataError(f"at most {limits.rows} inputs per request, got {len(rows)}")
     for number, row in enumerate(rows, start=1):

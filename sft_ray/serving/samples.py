@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Any
 
@@ -9,21 +10,28 @@ from sft_ray.training.builtin import docstrings
 from sft_ray.training.tasks import Task
 
 
-def sample_rows(task: Task, num_rows: int) -> list[dict[str, Any]]:
-    """First sentences of docstrings in the shape that a task reads; pairs where it can read them.
+def sample_rows(
+    task: Task, num_rows: int, optional: Collection[str] | None = None
+) -> list[dict[str, Any]]:
+    """First sentences of docstrings in the shape that a task reads.
 
-    At most about 450 rows.
+    Args:
+        num_rows: at most about 450.
+        optional: optional fields that the model reads; None: unknown, so pairs if it can be pairs.
     """
+    if optional is None:
+        optional = {"text_pair"} & {*task.optional_inputs}
     texts = docstrings()["test"].column("text").to_pylist()[: num_rows + 1]
-    return [_row(task, text, following) for text, following in pairwise(texts)]
+    return [_row(task, text, following, optional) for text, following in pairwise(texts)]
 
 
-def _row(task: Task, text: str, following: str) -> dict[str, Any]:
+def _row(task: Task, text: str, following: str, optional: Collection[str]) -> dict[str, Any]:
     words = text.split()
     row: dict[str, Any] = {
         "text": text,
         "text_pair": following,
         "tokens": words,
+        "predicate": 0,
         "question": following,
         "context": text,
         "subject": [0, len(words[0])],
@@ -31,5 +39,4 @@ def _row(task: Task, text: str, following: str) -> dict[str, Any]:
     }
     if "subject_start" in task.fields.inputs:
         return {name: row[name] for name in ("text", "subject", "object")}
-    read = [*task.fields.inputs, *(["text_pair"] if "text_pair" in task.fields.optional else [])]
-    return {name: row[name] for name in read}
+    return {name: row[name] for name in (*task.fields.inputs, *optional)}

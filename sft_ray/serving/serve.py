@@ -8,12 +8,12 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sft_ray.errors import ConfigError, DataError
+from sft_ray.errors import ConfigError, DataError, ResourceError, TrialError
 from sft_ray.interrupt import interruptible
 from sft_ray.serving.predict import load_predictor
 from sft_ray.serving.requests import Limits, answer_together, read_request
@@ -21,6 +21,7 @@ from sft_ray.serving.requests import Limits, answer_together, read_request
 ROWS_PER_BATCH = 32
 REQUESTS_AT_ONCE = 256  # per replica; more wait
 REQUESTS_WAITING = 1024  # more are told 503
+APPLICATION = "sft_ray"
 PATHS = {"/healthz": "GET", "/predict": "POST"}
 
 
@@ -31,6 +32,7 @@ class Service:
     Attributes:
         model: run folder, model folder or hub id.
         num_replicas: processes that each hold the model, with one CPU each, or one GPU.
+        timeout_seconds: of one request; who waits longer is told 408.
     """
 
     model: str
@@ -38,6 +40,7 @@ class Service:
     port: int = 8000
     num_replicas: int = 1
     limits: Limits = field(default_factory=Limits)
+    timeout_seconds: float = 60.0
 
 
 def check_service(service: Service) -> None:
@@ -59,20 +62,40 @@ def check_service(service: Service) -> None:
         ) from None
 
 
+def check_room(service: Service, has: Mapping[str, float]) -> None:
+    """Whether all replicas find a CPU each in a cluster that has, or can start, so much.
+
+    Raises:
+        ResourceError: they do not, so Ray would wait for ever.
+    """
+    wanted, cpus = service.num_replicas, has.get("CPU", 0.0)
+    if cpus < wanted:
+        raise ResourceError(
+            f"serve: {wanted} replicas need as many CPUs, the cluster has {cpus:g}; choose fewer "
+            "--replicas"
+        )
+
+
 def run_service(service: Service, ready: Callable[[str], None]) -> None:
     """Serve until Ctrl-C, on the Ray that is connected; nothing of it stays behind.
 
     Args:
         ready: is told the address when it answers.
+
+    Raises:
+        TrialError: the replicas do not start.
     """
     import ray
     from ray import serve
+    from ray.serve.api import RunTarget
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
-    options = HTTPOptions(host=service.host, port=service.port, request_timeout_s=60)
+    options = HTTPOptions(
+        host=service.host, port=service.port, request_timeout_s=service.timeout_seconds
+    )
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= service.num_replicas else 0
     deployment = serve.deployment(
         Endpoint,
@@ -86,12 +109,28 @@ def run_service(service: Service, ready: Callable[[str], None]) -> None:
     with interruptible() as interruption:
         try:
             serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
-            serve.run(deployment.bind(place, service.limits), name="sft_ray", logging_config=quiet)
-            ready(f"http://{service.host}:{service.port}")
+            application = deployment.bind(place, service.limits)
+            target = RunTarget(application, name=APPLICATION, logging_config=quiet)
+            serve.run_many([target], wait_for_applications_running=False)  # so Ctrl-C is heard
+            while not interruption.is_asked and not _is_running():
+                time.sleep(0.1)
+            if not interruption.is_asked:
+                ready(f"http://{service.host}:{service.port}")
             while not interruption.is_asked:
                 time.sleep(0.1)
         finally:
             serve.shutdown()
+
+
+def _is_running() -> bool:
+    """Whether every replica has the model."""
+    from ray import serve
+
+    found = serve.status().applications[APPLICATION]
+    if found.status == "DEPLOY_FAILED":
+        reason = " ".join(found.message.split())[:300]
+        raise TrialError(f"serve: the replicas do not start: {reason}")
+    return bool(found.status == "RUNNING")
 
 
 class Batches:

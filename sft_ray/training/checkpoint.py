@@ -19,7 +19,7 @@ from sft_ray.training.metrics import Floats
 from sft_ray.training.setup import Setup
 from sft_ray.training.world import resolve_precision
 
-MODEL_FACTS = "sft_ray.json"  # how to feed the model: task, length, stride
+MODEL_FACTS = "sft_ray.json"  # how to feed the model: task, optional inputs, length, stride
 TENSORS, FACTS = "state.safetensors", "state.json"
 
 
@@ -33,8 +33,10 @@ def save_model(
     state = setup.pretrained.full_state(trained)
     setup.pretrained.model.save_pretrained(folder, state_dict=state)
     setup.tokenizer.save_pretrained(folder)
+    has = setup.dataset.validation.has
     facts = {
         "task": setup.task.name,
+        "inputs": [name for name in setup.task.optional_inputs if has(name)],
         "max_length": setup.dataset.max_length,
         "doc_stride": data.doc_stride,
         "precision": str(resolve_precision(precision, setup.world.device)[0]).split(".")[-1],

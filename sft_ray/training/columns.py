@@ -142,7 +142,9 @@ def _missing_columns(table: pa.Table, wanted: Mapping[str, str]) -> Iterator[str
             yield f"the column {column!r} stands twice; rename one of them"
         elif times == 0:
             known = f"; {did_you_mean(column, table.column_names)}" if table.column_names else ""
-            yield f"no column {column!r}{known}; set data.columns.{field}"
+            span = field.removesuffix("_start").removesuffix("_end")
+            key = f"{span}: [start, end]" if f"{span}_start" in wanted else field
+            yield f"no column {column!r}{known}; set data.columns.{key}"
 
 
 def is_unlabelled(table: pa.Table, target: str) -> bool:
@@ -373,7 +375,10 @@ def _minus_one(values: pa.ChunkedArray) -> Iterator[str]:
     if pa.types.is_signed_integer(values.type):
         row = pc.index(values, pa.scalar(UNLABELLED, values.type)).as_py()
         if row >= 0:
-            yield f"is -1, unlabelled, in row {row + 1} but not in all; remove such rows"
+            yield (
+                f"is -1, unlabelled, in row {row + 1} but not in all; remove such rows or, if -1 "
+                "is a class, write the labels as texts"
+            )
 
 
 def _overlong(values: pa.ChunkedArray) -> Iterator[str]:

@@ -36,14 +36,26 @@ RAW = "validation.raw.arrow"
 PER_TOKEN = ("tokens", "segments", "words", "starts", "ends")
 
 
-def prepare(data: Data, task: Task, model_folder: str, revision: str | None, seed: int) -> Path:
+def prepare(
+    data: Data,
+    task: Task,
+    model_folder: str,
+    revision: str | None,
+    seed: int,
+    objective: str | None = None,
+) -> Path:
     """Read, check and encode a data set; return the folder that holds it.
+
+    Args:
+        objective: a metric that the data has to allow.
 
     Raises:
         DataError: what is wrong, naming file, column, row or label.
     """
     source = sources.read_splits(data, task.fields, seed)
     tables, label_set = with_classes(source, data, task)
+    if objective in labels.RANKING:
+        labels.check_order(source.tables["train"], label_set.names, source.names, objective)
     for split in ("train", "validation"):
         tables[split] = limited(tables[split], getattr(data.limit, split), seed, split)
     duplicates = count_duplicates(tables, task)
@@ -150,8 +162,8 @@ def with_classes(source: Source, data: Data, task: Task) -> tuple[dict[str, pa.T
         rare = labels.unknown_names(table, target, classes)
         if source.names is None and rare.total() <= RARE * table.num_rows:
             classes += tuple(sorted(rare))
-    if classes != source.names and all(name.removeprefix("-").isdecimal() for name in classes):
-        classes = tuple(sorted(classes, key=int))  # grades, of which ranking makes use
+    if classes != source.names and labels.are_grades(classes):
+        classes = tuple(sorted(classes, key=int))  # ranking makes use of them
     for split, table in labelled.items():
         labels.check_names(table, target, classes, source.where[split])
     if data.negative_label is not None and data.negative_label not in classes:
@@ -206,6 +218,12 @@ def load_tokenizer(model_folder: str, revision: str | None = None) -> Any:
         raise DataError(
             f"model: no tokenizer can be loaded from {model_folder}: {reason}"
         ) from None
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # The library makes an empty one from config.json alone, to which every text is unknown.
+        raise DataError(
+            f"model: {model_folder} has no vocabulary (tokenizer.json, vocab.txt, …); save the "
+            "tokenizer beside the model"
+        )
     if tokenizer.pad_token_id is None:
         raise DataError(f"model: the tokenizer of {model_folder} has no padding token; name one")
     if not tokenizer.is_fast:

@@ -21,7 +21,6 @@ IntArray = npt.NDArray[np.integer[Any]]
 # Marks that a vocabulary is likely to have as a token of its own, best first.
 MARKS = "@#$*%&+=^~|/;:!?,."
 ROWS_AT_ONCE = 1000
-SHORTEST_WINDOW = 8
 
 
 @dataclass(frozen=True)
@@ -153,12 +152,13 @@ def encode_windows(table: pa.Table, encoder: Encoder) -> Encoded:
     Raises:
         DataError: the maximum leaves no room for question and context.
     """
-    if encoder.max_length < SHORTEST_WINDOW:
-        raise DataError(
-            f"data.max_length: question and context need at least {SHORTEST_WINDOW} tokens, got "
-            f"{encoder.max_length}"
-        )
     tokenizer, room = encoder.tokenizer, encoder.max_length // 2
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if room <= special:
+        raise DataError(
+            f"data.max_length: question and context need at least {2 * special + 2} tokens with "
+            f"this model, got {encoder.max_length}"
+        )
     contexts = table.column("context").to_pylist()
     questions, num_truncated = [], 0
     for question in table.column("question").to_pylist():
@@ -167,7 +167,6 @@ def encode_windows(table: pa.Table, encoder: Encoder) -> Encoded:
         num_truncated += too_long
         cut = found["offset_mapping"][room - 1][1] if too_long else len(question)
         questions.append(question[:cut].strip())
-    special = tokenizer.num_special_tokens_to_add(pair=True)
     stride = min(encoder.doc_stride, max(0, (encoder.max_length - room - special) // 2))
     encoded = _encode(
         encoder,

@@ -268,9 +268,10 @@ class Trial:
         return None if bad_step is None else self.gradient_fault(bad_step)
 
     def gradient_fault(self, bad_step: int) -> str:
-        """What is said of a step, by its learning rate."""
+        """What is said of a step, by its learning rate: that of the configuration, on schedule."""
         self.set_rates(bad_step - 1)
-        rate = self.optimizer.param_groups[0]["lr"]
+        group = self.optimizer.param_groups[0]  # its own may be lower, by `layer_decay`
+        rate = self.train.learning_rate * (group["lr"] / group["initial_lr"])
         return f"loss or gradient not finite at step {bad_step}, learning rate {rate:.3g}"
 
     def lower_loss_scale(self) -> bool:

@@ -10,16 +10,18 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sft_ray.errors import DataError
-from sft_ray.training.columns import answer_pairs, is_list
+from sft_ray.training.columns import answer_pairs, is_list, is_text
 from sft_ray.training.encoding import Encoded
 from sft_ray.training.examples import IGNORED, LabelSet
+
+RANKING = ("mrr", "ndcg")  # metrics that look at the order of the classes
 
 
 def choose_classes(train: pa.Table, field: str, known: tuple[str, ...] | None) -> tuple[str, ...]:
     """The classes in their order: `known`, else the sorted labels of the training split.
 
     Raises:
-        DataError: fewer than two classes, or labels that can be none.
+        DataError: fewer than two classes, tags without names, or labels that can be none.
     """
     values = train.column(field)
     if _are_probabilities(values.type):
@@ -30,6 +32,11 @@ def choose_classes(train: pa.Table, field: str, known: tuple[str, ...] | None) -
             )
         return known or tuple(str(i) for i in range(width))
     found = _one_by_one(values)
+    if field == "tags" and known is None and pa.types.is_integer(found.type):
+        raise DataError(
+            f"data.label_names: the tags in {field!r} are whole numbers; name them in the order of "
+            "their numbers, O included"
+        )
     present = sorted(set(found.to_pylist()))
     if len(present) < 2:
         got = f"only {str(present[0])[:60]!r}" if present else "none"
@@ -41,6 +48,28 @@ def choose_classes(train: pa.Table, field: str, known: tuple[str, ...] | None) -
             f"data: all {len(present)} labels in {field!r} differ; is it the column of the labels?"
         )
     return known or tuple(str(value) for value in present)
+
+
+def are_grades(classes: tuple[str, ...]) -> bool:
+    """Whether names are whole numbers, which have an order of their own."""
+    return all(name.removeprefix("-").isdecimal() for name in classes)
+
+
+def check_order(
+    train: pa.Table, classes: tuple[str, ...], known: tuple[str, ...] | None, objective: str
+) -> None:
+    """Ranking takes every class but the first for relevant; texts have no order of their own.
+
+    Raises:
+        DataError: the alphabet would decide.
+    """
+    is_ordered = known is not None or are_grades(classes) or not is_text(train["label"].type)
+    if "group" in train.column_names and not is_ordered:
+        raise DataError(
+            f"search.objective: {objective} takes all labels but the first for relevant, and texts "
+            f"stand in alphabetical order, {', '.join(map(repr, classes[:10]))}; list them in "
+            "data.label_names, from irrelevant to most relevant"
+        )
 
 
 def with_names(table: pa.Table, field: str, known: tuple[str, ...] | None, where: str) -> pa.Table:

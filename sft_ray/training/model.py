@@ -36,6 +36,14 @@ from sft_ray.training.passes import prepare_model
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.tasks import Task
 
+# A model's own config.json may say otherwise; neither a pass nor a saved folder can use that.
+PLAIN_OUTPUTS = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+    "chunk_size_feed_forward": 0,
+}
+
 
 def let_pass(model: Any) -> None:
     """Prepare a model of a known family for `passes.passing`; leave any other as it is."""
@@ -119,6 +127,7 @@ class Pretrained:
         for name, parameter in model.named_parameters():
             parameter.data = self.pristine[name]  # the file of the checkpoint is let go
         self._frozen: list[nn.Module] = []
+        _put_dropouts_back(model)
         self._dropouts = list(_dropouts(model))
         if model.device.type == "cpu":
             hasten_dropout(model)
@@ -274,8 +283,7 @@ class Pretrained:
 
     def head(self) -> frozenset[str]:
         """Names of the parameters that the task put on the encoder."""
-        base = set(self.model.base_model.parameters())
-        return frozenset(n for n, p in self.model.named_parameters() if p not in base)
+        return head_of(self.model)
 
     def train(self) -> None:
         """Training mode; frozen modules stay in evaluation mode (no dropout)."""
@@ -346,10 +354,11 @@ def load_pretrained(
                 folder,
                 revision=revision,
                 **head,
+                **PLAIN_OUTPUTS,
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # another task's head is replaced by ours
+                ignore_mismatched_sizes=True,  # a head of other shape is replaced by ours
                 output_loading_info=True,
             )
         except (OSError, ValueError, safetensors.SafetensorError) as error:
@@ -360,6 +369,8 @@ def load_pretrained(
             ) from None
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     from_scratch = frozenset(info["missing_keys"]) | frozenset(mismatched)
+    if task.classes and _classes_of(folder, revision) != tuple(label_set.names):
+        from_scratch |= head_of(model)  # which tells other classes apart
     pretrained = Pretrained(model.to(device), from_scratch, used_tokens, seed)
     encoder = [n for n, depth in pretrained.depths().items() if depth <= pretrained.num_layers]
     if lacking := [name for name in encoder if name in from_scratch]:
@@ -371,6 +382,20 @@ def load_pretrained(
     return pretrained
 
 
+def head_of(model: Any) -> frozenset[str]:
+    """Names of the parameters that a task puts on the encoder."""
+    base = set(model.base_model.parameters())
+    return frozenset(n for n, p in model.named_parameters() if p not in base)
+
+
+def _classes_of(folder: str, revision: str | None) -> tuple[str, ...]:
+    """The class names of a checkpoint, which the library makes up where it has no head."""
+    config = transformers.AutoConfig.from_pretrained(
+        folder, revision=revision, trust_remote_code=False
+    )
+    return tuple(name for _, name in sorted(config.id2label.items()))
+
+
 def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
     """Where a model keeps its dropout probabilities, and what they are."""
     for module in model.modules():
@@ -380,5 +405,12 @@ def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
             # Fused attention takes a number instead of a module.
             for attribute in ("attention_dropout", "dropout_prob"):
                 own = getattr(module, attribute, None)
-                if isinstance(own, float):
+                if isinstance(own, float | int):
                     yield module, attribute, own
+
+
+def _put_dropouts_back(model: nn.Module) -> None:
+    """ModernBERT has none behind its attention where config.json says 0, its default."""
+    for module in model.modules():
+        if isinstance(getattr(module, "out_drop", None), nn.Identity):
+            module.out_drop = nn.Dropout(0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import safetensors
 import torch
 import transformers
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from sft_ray.errors import ConfigError
 from sft_ray.training.families import FAMILIES
@@ -85,7 +87,7 @@ def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
     """Read a model's configuration and check that its family is supported.
 
     Raises:
-        ConfigError: no configuration can be read, or the family does not work here.
+        ConfigError: no configuration can be read, or such a model does not work here.
     """
     quiet_transformers()
     folder = resolve_model(model)
@@ -108,6 +110,17 @@ def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
         raise ConfigError(
             f"model: {model!r} is of the type {config.model_type!r}, which has no separate encoder "
             f"layers to freeze; these work: {', '.join(FAMILIES)}"
+        )
+    if getattr(config, "is_decoder", False):
+        raise ConfigError(
+            f"model: {model!r} is configured as a decoder, where a token sees only those before "
+            "it; encoders work: set is_decoder to false in its config.json, if it was trained as "
+            "one"
+        )
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(
+            f"model: the weights of {model!r} are quantized (quantization_config in its "
+            "config.json) and cannot be trained; give the model as it was before"
         )
     if Path(folder).is_dir():
         _check_weights(Path(folder))
@@ -135,12 +148,22 @@ def _check_weights(folder: Path) -> None:
     """Look into the headers of a local folder's safetensors files.
 
     Raises:
-        ConfigError: there are none, or one is damaged.
+        ConfigError: one is not there, or is damaged.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"model: {folder} holds no *.safetensors; other formats are not loaded")
-    for file in files:
+    names = [SAFE_WEIGHTS_NAME]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
+        try:
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(listed.values()))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"model: {index} is damaged: {error}") from None
+    for file in (folder / name for name in names):
+        if not file.is_file():
+            raise ConfigError(
+                f"model: {folder} has no {file.name}; a model folder holds all of its weights as "
+                "safetensors, as save_pretrained writes them; other formats are not loaded"
+            )
         try:
             with safetensors.safe_open(file, framework="pt"):
                 pass

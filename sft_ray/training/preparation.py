@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sft_ray.config import Experiment, Train
-from sft_ray.errors import ConfigError, SftError, did_you_mean
+from sft_ray.errors import ConfigError, DataError, SftError, did_you_mean
 from sft_ray.screen import Screen
 from sft_ray.training import sources
 from sft_ray.training.data import open_dataset, prepare, with_classes
@@ -89,7 +89,8 @@ class Prepared:
 
     def say_next(self, screen: Screen, checkpoint: str, *others: str) -> None:
         """The commands to type once there is a model; `others` come behind the first."""
-        line = self.task.example_line(self.dataset.validation.has("text_pair"))
+        has = self.dataset.validation.has
+        line = self.task.example_line([n for n in self.task.optional_inputs if has(n)])
         screen.say("next:")
         for command in (f"echo '{line}' | sft-ray predict {shlex.quote(checkpoint)}", *others):
             screen.say(f"  {command}")
@@ -106,6 +107,24 @@ def prepare_training(experiment: Experiment) -> Prepared:
     if model is not None:
         collect(problems, lambda: model.num_parameters)
     return prepare_with_model(experiment, model, problems)
+
+
+def check_data(prepared: Prepared, environment: Any, location: str) -> None:
+    """Whether a run's data is still what it was made from; its scores compare with no other's.
+
+    Args:
+        environment: what environment.json of the run says, if it can be read.
+
+    Raises:
+        DataError: it is not.
+    """
+    now = prepared.dataset.fingerprint
+    then = environment.get("data_fingerprint") if isinstance(environment, dict) else None
+    if then not in (None, now):
+        raise DataError(
+            f"data: {location} was made from other data (fingerprint {then}, now {now}); bring "
+            "that back, or choose another name=…"
+        )
 
 
 def prepare_with_model(
@@ -132,7 +151,8 @@ def prepare_with_model(
     folder = None
     if task is not None and model is not None:
         data, seed = experiment.data, experiment.seed
-        folder = collect(problems, prepare, data, task, model.folder, experiment.revision, seed)
+        revision = experiment.revision
+        folder = collect(problems, prepare, data, task, model.folder, revision, seed, objective)
     elif task is not None:
         collect(problems, _check_data, experiment, task)
     if not problems:

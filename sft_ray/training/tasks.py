@@ -7,7 +7,8 @@ answer per token, with the tokens of all items end to end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,14 +78,23 @@ class Task:
         """1 where a larger value is better, else -1."""
         return 1 if self.direction(objective) == "maximize" else -1
 
-    def example_line(self, has_pair: bool) -> str:
-        """An input as `predict` reads it."""
-        if not has_pair and list(self.fields.inputs) in (["text"], ["tokens"]):
-            return "your text"
-        if not has_pair and "subject_start" in self.fields.inputs:
+    @property
+    def optional_inputs(self) -> list[str]:
+        """Fields that a model reads if its training had them; a group is for scoring alone."""
+        return [name for name in self.fields.optional if name != "group"]
+
+    def example_line(self, optional: Collection[str]) -> str:
+        """An input as `predict` reads it, for a model that was trained with these of the fields."""
+        is_plain = not optional and list(self.fields.inputs) in (["text"], ["tokens"])
+        return "your text" if is_plain else self.example_row(optional)
+
+    def example_row(self, optional: Collection[str]) -> str:
+        """The same as JSON."""
+        if "subject_start" in self.fields.inputs:
             return '{"text": "…", "subject": [0, 5], "object": [9, 14]}'
-        names = [*self.fields.inputs, *(["text_pair"] if has_pair else [])]
-        return "{" + ", ".join(f'"{name}": "…"' for name in names) + "}"
+        row: dict[str, Any] = dict.fromkeys((*self.fields.inputs, *optional), "…")
+        special = {"tokens": ["…"], "predicate": 0}
+        return json.dumps(row | {n: special[n] for n in row if n in special}, ensure_ascii=False)
 
     def available_metrics(self, examples: Examples, label_set: LabelSet) -> list[str]:
         """The metrics that `score` finds for these examples."""

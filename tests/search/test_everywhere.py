@@ -12,8 +12,9 @@ import pytest
 from sft_ray.config import Experiment
 from sft_ray.errors import ResourceError
 from sft_ray.search import everywhere
-from sft_ray.search.cluster import Layout, capacity, check_room, plan_layout
+from sft_ray.search.cluster import capacity
 from sft_ray.search.everywhere import NOT_SHARED, check_storage_everywhere, leave_a_marker
+from sft_ray.search.layout import Layout, check_room, plan_layout
 
 leaves_sockets_to_the_collector = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"

@@ -88,7 +88,7 @@ class Slots:
                 (folder / "model.safetensors").touch()
         goes_on = self.conductor.on_message(f"tune {tune}", found)
         if not goes_on:
-            self.conductor.on_end(f"tune {tune}")
+            self.conductor.on_slot_free(f"tune {tune}")
         return goes_on
 
     def finish(self, tune: int = -1) -> None:
@@ -100,7 +100,7 @@ class Slots:
         tune = f"tune {len(self.started) - 1}"
         failed = {"failed": "ValueError: a bug", "traceback": "…"}
         assert not self.conductor.on_message(tune, failed)
-        self.conductor.on_end(tune)
+        self.conductor.on_slot_free(tune)
 
     def run_all(self, most: int = 100) -> list[Row]:
         while len(self.started) < most and self.start() is not None:
@@ -383,10 +383,10 @@ def test_states_and_models_go_only_when_the_study_that_says_so_is_stored(store: 
         (folder / "state").touch()
     slots.finish()
     slots.start()
-    slots.conductor.keep()
+    slots.conductor.settle()
     assert store.is_intact(last)
     stored[0] = True
-    slots.conductor.keep()
+    slots.conductor.settle()
     assert not store.files_below(last)
 
 

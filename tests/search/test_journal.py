@@ -172,3 +172,24 @@ def test_an_object_store_is_asked_for_a_share_of_the_time_and_gets_everything(
     clock[0] += 30
     store.push_journal(now=False)
     assert store.read_bytes(JOURNAL) == store.journal.read_bytes()
+
+
+def test_a_record_that_a_full_disk_tore_is_not_stored(searched, tmp_path: Path) -> None:
+    experiment, whole, rows = searched
+    store = RunStore(f"file://{tmp_path}", "x")
+    torn = whole[: len(whole) - 7]
+    store.journal.parent.mkdir(parents=True, exist_ok=True)
+    store.journal.write_bytes(torn)
+    store.push_journal()
+    kept = store.read_bytes(JOURNAL)
+    assert kept is not None
+    assert kept == torn[: torn.rindex(b"\n") + 1]
+    store.write_good(JOURNAL, torn)  # as earlier versions did
+    store.pull_journal()
+    study = opened(experiment, store)
+    assert [study.row(n) for n in range(2)] == rows[:2]
+    run_trials(study, 1)
+    store.push_journal()
+    again = RunStore(f"file://{tmp_path}", "x")
+    assert again.pull_journal() == []
+    assert len(opened(experiment, again).trials) >= 3

@@ -12,7 +12,8 @@ import pytest
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, ResourceError
 from sft_ray.run_store import RunStore
-from sft_ray.search.cluster import connected, plan_layout
+from sft_ray.search.cluster import connected
+from sft_ray.search.layout import plan_layout
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.tuner import _open_study, run_search
 from tests.models import toy_rows
@@ -157,12 +158,30 @@ def test_a_second_driver_is_turned_away_before_ray_starts(
         run_search(experiment, quiet=True, fresh=fresh)
 
 
+@pytest.mark.parametrize(
+    ("rungs", "epochs", "found"),
+    [([33], 4, 2), ([33], 7, None), ([10, 20, 33], 1, None), ([], 9, 0)],
+)
+def test_patience_needs_something_to_be_patient_with(
+    experiment: Experiment, rungs: list[int], epochs: int, found: int | None
+) -> None:
+    tree = experiment.to_tree()
+    space = {"train.epochs": {"int": [1, epochs]}}
+    tree["search"] |= {"pruner": "patient", "rungs": rungs, "space": space}
+    if found is None:
+        assert prepare_experiment(Experiment.from_tree(tree))
+        return
+    with pytest.raises(ConfigError, match=rf"three|3 evaluations up to a rung, but got {found} "):
+        prepare_experiment(Experiment.from_tree(tree))
+
+
 def test_a_study_is_there_with_all_that_is_first_in_line_or_not_at_all(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates = [1e-4 * (1 + i) for i in range(12)]
     tree = experiment.to_tree()
-    tree["search"] |= {"sampler": "grid", "space": {"train.learning_rate": {"choice": rates}}}
+    first = [{"train.learning_rate": rate} for rate in rates if rate != 1e-4]
+    tree["search"] |= {"enqueue": first, "space": {"train.learning_rate": {"choice": rates}}}
     prepared = prepare_experiment(Experiment.from_tree(tree))
     store, line_up = RunStore(experiment.storage, "grid"), optuna.Study.enqueue_trial
     store.pull_journal()

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from sft_ray import space as spaces
 from sft_ray.analysis.outcome import Outcome
-from sft_ray.config import Experiment, Train
+from sft_ray.config import Experiment, Search, Train
 from sft_ray.errors import ConfigError
 from sft_ray.search.finite_space import MOST_POINTS, FiniteSpace, num_points
 from sft_ray.search.proposals import PRIOR_STRENGTH, prior_draw
@@ -72,7 +72,7 @@ def answer(study: SearchStudy, planned: PlannedTrial) -> None:
 def test_the_points_of_a_space_are_counted(raw: dict[str, Any], points: float) -> None:
     space = spaces.parse_space(raw)
     assert num_points(space) == points
-    known = FiniteSpace.of(space, Train())
+    known = FiniteSpace.of(Search(space=raw), Train())
     assert (known is None) == (points == math.inf)
     if known is not None:
         assert len(known.points) == points
@@ -80,9 +80,9 @@ def test_the_points_of_a_space_are_counted(raw: dict[str, Any], points: float) -
 
 def test_a_space_too_large_to_keep_count_of_is_searched_as_if_infinite() -> None:
     raw = {"train.epochs": {"int": [1, 100]}, "train.batch_size": {"int": [1, MOST_POINTS // 100]}}
-    assert FiniteSpace.of(spaces.parse_space(raw), Train()) is not None
+    assert FiniteSpace.of(Search(space=raw), Train()) is not None
     raw["train.batch_size"] = {"int": [1, MOST_POINTS // 100 + 1]}
-    assert FiniteSpace.of(spaces.parse_space(raw), Train()) is None
+    assert FiniteSpace.of(Search(space=raw), Train()) is None
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "gp", "nsga2"])
@@ -306,12 +306,10 @@ def test_a_prior_of_the_learning_rate_rises_with_the_frozen_depth() -> None:
 
 
 def test_a_combination_that_cannot_be_trained_is_said_before_the_search() -> None:
-    space = spaces.parse_space(
-        {"train.warmup": {"choice": [0.0, 0.5]}, "train.cooldown": {"choice": [0.2, 0.6]}}
-    )
+    space = {"train.warmup": {"choice": [0.0, 0.5]}, "train.cooldown": {"choice": [0.2, 0.6]}}
     train = Train(schedule="constant_with_cooldown")
     with pytest.raises(ConfigError, match=r"not all combinations work: .*0\.5 \+ 0\.6"):
-        FiniteSpace.of(space, train)
+        FiniteSpace.of(Search(space=space), train)
 
 
 def test_a_low_frozen_factor_stays_within_the_range() -> None:
@@ -337,3 +335,104 @@ def test_a_grid_leaves_out_what_ran_first(tmp_path: Path) -> None:
     study = open_study(tmp_path, exp)
     run_all(study)
     assert [t.params["train.batch_size"] for t in study.trials] == [16, 32]
+
+
+def test_a_large_grid_begins_at_once_and_in_its_order(tmp_path: Path) -> None:
+    space = {"train.epochs": {"int": [1, 100]}, "train.batch_size": {"int": [1, 120]}}
+    study = open_study(tmp_path, experiment(space=space, sampler="grid", default_recipe=False))
+    run_all(study)
+    assert len(study.study.get_trials()) == 12  # as many as run
+    assert [t.params["train.batch_size"] for t in study.trials] == list(range(1, 13))
+
+
+def test_a_value_that_stands_twice_in_a_grid_runs_once(tmp_path: Path) -> None:
+    space = {"train.batch_size": {"choice": [16, 16, 32]}, "train.epochs": {"int": [1, 2]}}
+    study = open_study(tmp_path, experiment(space=space, sampler="grid", default_recipe=False))
+    run_all(study)
+    assert len(study.trials) == 4
+
+
+@pytest.mark.parametrize("sampler", ["grid", "tpe", "random"])
+def test_a_warm_start_that_leaves_something_open_repeats_nothing(sampler: str) -> None:
+    space = {"train.batch_size": {"choice": [16, 32]}, "train.epochs": {"int": [1, 2]}}
+    for seed in range(10):
+        exp = experiment(space=space, sampler=sampler, default_recipe=False, trials=9)
+        exp = exp.model_copy(update={"seed": seed})
+        warm = [{"train.batch_size": 16}, {"train.batch_size": 16, "train.epochs": 1}]
+        storage = optuna.storages.InMemoryStorage()
+        study = SearchStudy(exp, storage, recipe=RECIPE, direction="maximize", warm=warm)
+        run_all(study)
+        assert len(trained(study)) == len(set(trained(study))) == 4
+        assert study.trials[0].user_attrs["role"] == "warm start"
+
+
+def outside(sampler: str, trials: int) -> SearchStudy:
+    """A search whose default recipe has another learning rate than its space."""
+    space = {
+        "train.learning_rate": {"log_uniform": [2e-4, 2e-2]},
+        "train.frozen_layers": {"int": [0, 6]},
+    }
+    return in_memory(experiment(space=space, sampler=sampler, trials=trials, pruner="none"))
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2"])
+def test_a_recipe_outside_the_space_keeps_no_sampler_from_searching_it(sampler: str) -> None:
+    study = outside(sampler, 70 if sampler == "nsga2" else 30)
+    while (planned := study.next_trial()) is not None:
+        score = -abs(math.log10(planned.train.learning_rate) + 2.2)
+        study.mark(planned.number, 100, score, slot_seconds=1.0)
+        study.finish(planned.number, TrialState.COMPLETE, Outcome(score=score))
+    scores = [trial.value for trial in study.trials]
+    tenth = len(scores) // 10
+    assert min(scores[:1]) < -0.5  # the recipe itself
+    early, late = sum(scores[1 : tenth + 1]) / tenth, sum(scores[-tenth:]) / tenth
+    assert late > early
+    assert late > -0.35  # blind draws have -0.6 on average
+
+
+def test_a_sequence_is_spread_over_every_parameter_from_the_start() -> None:
+    study = outside("qmc", 33)
+    run_all(study)
+    rates = sorted(math.log10(t.params["train.learning_rate"]) for t in study.trials[1:])
+    low, width = math.log10(2e-4), 2 / 32
+    assert [int((rate - low) / width) for rate in rates] == list(range(32))  # one in each part
+    exp = experiment(sampler="qmc", trials=60, default_recipe=False)
+    study = in_memory(exp)
+    run_all(study)
+    strength = "train.regularization.weight_decay.strength"
+    drawn = [t.params[strength] for t in study.trials if strength in t.params]
+    assert len(set(drawn)) == len(drawn) > 20
+
+
+def test_a_gaussian_process_stays_away_from_what_was_pruned_and_at_fault() -> None:
+    space = {"train.learning_rate": {"log_uniform": [1e-6, 1e-1]}}
+    exp = experiment(space=space, sampler="gp", trials=30, default_recipe=False)
+    study = in_memory(exp)
+    faults = []
+    while (planned := study.next_trial()) is not None:
+        rate = planned.train.learning_rate
+        faults.append(rate > 1e-3)
+        if faults[-1]:
+            end = Outcome("not finite", fault=True)
+            study.finish(planned.number, TrialState.PRUNED, end)
+            continue
+        score = math.log10(rate)
+        reason = study.mark(planned.number, 10, score, 1.0)
+        state = TrialState.COMPLETE if reason is None else TrialState.PRUNED
+        if reason is None:
+            study.mark(planned.number, 100, score, 2.0)
+        study.finish(planned.number, state, Outcome(reason=reason, score=score))
+    assert sum(faults[10:]) <= 6
+    assert len({t.params["train.learning_rate"] for t in study.trials}) == 30
+
+
+def test_nsga2_has_generations_in_a_finite_space_too() -> None:
+    space = {"train.frozen_layers": {"int": [0, 6]}, "train.epochs": {"int": [1, 9]}}
+    study = in_memory(experiment(space=space, sampler="nsga2", trials=40, default_recipe=False))
+    while (planned := study.next_trial()) is not None:
+        answer(study, planned)
+    key = study.study.sampler._get_generation_key()
+    found = [trial.system_attrs[key] for trial in study.trials]
+    assert found == sorted(found)
+    assert found[-1] >= 5
+    assert len(set(trained(study))) == 40

@@ -53,7 +53,7 @@ def finish(conductor: Conductor, store: RunStore, tune_id: str, planned: Planned
         "slot_seconds": 1.0,
     }
     conductor.on_message(tune_id, message)
-    conductor.on_end(tune_id)
+    conductor.on_slot_free(tune_id)
 
 
 def test_five_hundred_trials_leave_as_many_models_as_are_kept(

@@ -16,8 +16,8 @@ from sft_ray.config import Experiment, Train
 from sft_ray.errors import DataError
 from sft_ray.screen import Screen
 from sft_ray.search import gpu_probe, planning, sharing
-from sft_ray.search.cluster import plan_layout
 from sft_ray.search.gpu_probe import device_seconds, probe
+from sft_ray.search.layout import plan_layout
 from sft_ray.search.planning import run_plan
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.sharing import (

@@ -1,6 +1,7 @@
 """The search over one study, on invented trials: no Ray, no training."""
 
 import dataclasses
+import datetime
 import math
 import shutil
 import time
@@ -508,6 +509,66 @@ def test_patience_ends_a_search_that_finds_nothing_better(tmp_path: Path) -> Non
     values = [t.value for t in study.trials if t.state == TrialState.COMPLETE]
     best = next(t.number for t in study.trials if t.value == max(values))
     assert len(study.trials) == best + 1 + 7
+
+
+def test_patience_does_not_look_at_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = {"trials": 100, "budget": {"patience": 3}, "sampler": "random", "pruner": "none"}
+    study = open_study(tmp_path, experiment(default_recipe=False, **search))
+
+    def end(score: float) -> None:
+        planned = study.next_trial()
+        assert planned is not None
+        study.mark(planned.number, 100, score, 1.0)
+        study.finish(planned.number, TrialState.COMPLETE, Outcome(score=score))
+
+    end(0.5)
+    end(0.4)
+
+    class EarlierClock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.datetime(2020, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr(optuna.storages.journal._storage, "datetime", EarlierClock)
+    end(0.6)
+    assert study.trials[2].datetime_complete < study.trials[0].datetime_complete
+    assert study.budget_used_up() is None
+    for score in (0.1, 0.2):
+        end(score)
+    assert study.budget_used_up() is None
+    end(0.3)
+    assert study.budget_used_up() == "no better trial among the last 3"
+
+
+def test_a_trial_that_starts_over_ends_with_the_budget_before_its_old_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exp = experiment(budget={"wall_minutes": 10}, pruner="none")
+    study = open_study(tmp_path, exp)
+    planned = study.next_trial()
+    assert planned is not None
+    for percent in (10, 33):
+        assert study.mark(planned.number, percent, 0.5, 1.0) is None
+    study.put_back(planned.number)
+    monkeypatch.setattr(study, "wall_seconds", lambda: 601.0)
+    assert study.next_trial() is not None
+    assert study.mark(planned.number, 10, 0.5, 1.0) == "budget: wall time of 10 minutes"
+
+
+def test_models_of_trials_that_did_not_finish_are_few_too(tmp_path: Path) -> None:
+    study = open_study(tmp_path, experiment(trials=20, default_recipe=False))
+    for number in range(12):
+        planned = study.next_trial()
+        assert planned is not None
+        study.mark(planned.number, 10, number / 20, 1.0)
+        end = Outcome("diverged", True, number / 20, 10, {}, True, schedule_percent=33)
+        study.finish(planned.number, TrialState.PRUNED, end)
+    running = study.next_trial()
+    assert running is not None
+    keep = study.experiment.checkpoint.keep
+    assert study.kept() == {running.number, *range(12 - keep, 12)}
 
 
 def to_confirm(exp: Experiment, top: int, seeds: int) -> Experiment:

@@ -258,6 +258,51 @@ def test_a_second_segment_never_reaches_a_model_that_knows_one(tmp_path: Path) -
     assert reads_segments(reload(tiny_model_folder(tmp_path / "bert")).model)
 
 
+FLAGS = {
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "return_dict": False,
+    "chunk_size_feed_forward": 4,
+}
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_config_that_asks_for_more_outputs_trains_as_without(folder, few, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path / "asks")
+    change_config(tmp_path / "asks", **FLAGS)
+    losses = []
+    for model in (folder, tmp_path / "asks"):
+        pretrained = load_tiny(model, few)
+        *_, last = run_fit(pretrained, few, rungs=(), epochs=1)
+        losses.append((last.train_loss, last.metrics))
+    assert losses[0] == losses[1]
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    save_tiny(saved, folder, pretrained, few, last.best.weights)
+    back = transformers.AutoModelForSequenceClassification.from_pretrained(saved)
+    assert logits_of(Pretrained(back, frozenset(), None, 0), few) == pytest.approx(
+        last.best.outputs, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"is_decoder": True}, "configured as a decoder"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
+    ],
+)
+def test_encoders_that_cannot_be_trained_as_they_are_saved(tmp_path, changes, said) -> None:
+    folder = tiny_model_folder(tmp_path)
+    change_config(folder, **changes)
+    with pytest.raises(ConfigError, match=said):
+        inspect_model(str(folder))
+
+
 def test_deberta_convolution_belongs_to_the_frozen_trunk(tmp_path: Path, few: Dataset) -> None:
     folder = tiny_model_folder(tmp_path, "deberta-v2", conv_kernel_size=3, conv_act="gelu")
     pretrained = load_tiny(folder, few)

@@ -154,6 +154,15 @@ def test_a_gradient_that_a_gpu_was_not_asked_for_is_found_later(
     assert report.best is None
 
 
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+@pytest.mark.parametrize("frozen_layers", [0, "all"])
+def test_a_fault_names_the_rate_that_was_configured(pretrained, toy, layer_decay, frozen_layers):
+    settings = {"layer_decay": layer_decay, "head_learning_rate_multiplier": 3.0, "warmup": 0.0}
+    settings |= {"frozen_layers": frozen_layers, "schedule": "constant", "epochs": 1, "rungs": ()}
+    *_, last = run_fit(pretrained, toy, learning_rate=1e30, **settings)
+    assert "learning rate 1e+30" in last.fault
+
+
 def test_a_gpu_that_is_asked_now_and_then_trains_the_same(pretrained, toy, monkeypatch) -> None:
     settings = {"epochs": 1, "batch_size": 4, "max_grad_norm": 0.1}
     expected = run_fit(pretrained, toy, **settings)

@@ -10,6 +10,7 @@ import torch
 
 from sft_ray.training.examples import Dataset
 from sft_ray.training.families import FAMILIES
+from sft_ray.training.labels import LabelSet
 from sft_ray.training.model import load_pretrained
 from sft_ray.training.tasks import TASKS
 from tests.models import CPU, TASK, task_dataset, tiny_model_folder
@@ -37,6 +38,25 @@ def test_another_seed_draws_the_head_that_a_load_with_it_would(
             assert torch.equal(state[name], weights), (seed, name)
     one, two = load(1), load(2)
     assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_head_is_kept_for_the_classes_it_tells_apart_and_no_others(
+    tiny_bert: Path, toy: Dataset, tmp_path: Path
+) -> None:
+    mine = LabelSet(("animal", "plant"))
+    trained = load_pretrained(str(tiny_bert), TASK, mine, seed=3, device=CPU)
+    trained.model.save_pretrained(tmp_path)
+    head = trained.pristine["classifier.weight"]
+    again = load_pretrained(str(tmp_path), TASK, mine, seed=4, device=CPU)
+    assert not again.from_scratch
+    assert torch.equal(again.pristine["classifier.weight"], head)
+    for others in (("zoo", "garden"), ("plant", "animal")):
+        other = load_pretrained(str(tmp_path), TASK, LabelSet(others), seed=4, device=CPU)
+        assert other.from_scratch == {"classifier.weight", "classifier.bias"}
+        assert not torch.equal(other.pristine["classifier.weight"], head)
+        before = other.pristine["classifier.weight"].clone()
+        other.reset(0, seed=5)
+        assert not torch.equal(other.pristine["classifier.weight"], before)
 
 
 def test_a_head_has_the_size_its_model_prescribes(tiny_bert: Path, toy: Dataset) -> None:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 from seqeval import metrics as seqeval
+from seqeval.metrics.sequence_labeling import get_entities
 from sklearn import metrics as sk
 
+from sft_ray.tags import with_prefixes
 from sft_ray.training import metrics
 from sft_ray.training.examples import Examples, LabelSet
 from sft_ray.training.tasks import TASKS
@@ -239,6 +241,36 @@ def test_the_tags_of_chinese_corpora_are_read_as_those_they_stand_for() -> None:
     found = [["B-ORG", "M-ORG", "M-ORG", "O", "O", "W-PER"]]
     assert entities(truth, found)["f1"] == pytest.approx(0.5)
     assert entities(truth, truth)["f1"] == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "truth", "predicted"),
+    [
+        ("BIO", "BIOBI", "BOOBO"),
+        ("BIO", "BBO", "BOO"),
+        ("BIO", "BIIO", "IIIO"),
+        ("BIOES", "BIESO", "BIEOS"),
+        ("BI", "BIBI", "BIII"),
+        ("BMES", "BMESBE", "BEBESS"),
+    ],
+)
+def test_tags_without_a_type_are_read_as_seqeval_does(names, truth, predicted) -> None:
+    rows = [list(truth)], [list(predicted)]
+    as_iobes = [[[{"M": "I"}.get(tag, tag) for tag in row] for row in part] for part in rows]
+    found = metrics.entities(*rows, list(names))
+    assert found["f1"] == pytest.approx(seqeval.f1_score(*as_iobes))
+    assert found["recall"] == pytest.approx(seqeval.recall_score(*as_iobes))
+
+
+@pytest.mark.parametrize("names", ["BO", "OS", "OPL", "BILX", "LUW"])
+def test_other_single_letters_are_types(names: str) -> None:
+    row = [name for name in names for _ in "12"]
+    whole = metrics.entities([row], [row], list(names))
+    half = metrics.entities([row], [[*row[:-1], names[0]]], list(names))
+    assert whole["f1"] == 1
+    kinds = {kind for kind, *_ in get_entities(*with_prefixes([row], list(names)))}
+    assert kinds == set(names) - {"O"}
+    assert half["f1"] < 1
 
 
 def test_tags_without_a_prefix_count_every_word() -> None:

@@ -250,6 +250,21 @@ def test_dropout_of_the_whole_model_can_be_set_and_taken_back(deep, few) -> None
             assert module.p in (0.0, 0.3)
 
 
+def test_a_dropout_of_0_can_be_set_too(deep, family: str, few, tmp_path: Path) -> None:
+    without = load_tiny(tiny_model_folder(tmp_path, family, 3, dropout=0), few)
+
+    def probabilities(pretrained: Pretrained, dropout: float | None) -> dict[str, float]:
+        pretrained.reset(0, dropout=dropout)
+        return {
+            name: module.p if isinstance(module, nn.Dropout) else module.attention_dropout
+            for name, module in pretrained.model.named_modules()
+            if isinstance(module, nn.Dropout) or hasattr(module, "attention_dropout")
+        }
+
+    assert probabilities(without, 0.3) == probabilities(deep, 0.3)
+    assert set(probabilities(without, None).values()) == {0}
+
+
 def test_without_dropout_training_mode_equals_evaluation(deep, few) -> None:
     deep.reset(0, dropout=0.0)
     trained = training_outputs(deep, few)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 from seqeval.metrics import f1_score as entity_f1
 from sklearn import metrics as sk
+from tokenizers import processors
 
 from sft_ray.config import Data
 from sft_ray.errors import DataError
-from sft_ray.training.data import open_dataset, prepare
+from sft_ray.training.data import load_tokenizer, open_dataset, prepare
 from sft_ray.training.examples import IGNORED, Dataset, Examples
 from sft_ray.training.metrics import answer_f1
 from sft_ray.training.progress import Progress
@@ -256,6 +258,40 @@ def test_a_group_column_gives_ranking_metrics(build) -> None:
     assert found["ndcg"] == pytest.approx((1 / np.log2(3) + 1) / 2)
 
 
+RELEVANT = {"incorrect": 0, "correct": 1}
+
+
+@pytest.mark.parametrize(
+    ("label", "names"),
+    [
+        (str, list(RELEVANT)),
+        (RELEVANT.get, list(RELEVANT)),
+        (RELEVANT.get, None),
+        (lambda name: str(RELEVANT[name]), None),
+        (lambda name: name == "correct", None),
+        (lambda name: [1.0 - RELEVANT[name], float(RELEVANT[name])], None),
+    ],
+    ids=["listed", "numbers with names", "numbers", "digits", "booleans", "probabilities"],
+)
+def test_labels_with_an_order_can_be_ranked(tmp_path: Path, wide_bert: Path, label, names) -> None:
+    rows = [{"text": f"cat {i}", "label": ["correct", "incorrect"][i % 2]} for i in range(8)]
+    rows = [{**row, "group": i // 4} for i, row in enumerate(rows)]
+
+    def prepared(rows: Rows, names: list[str] | None, objective: str) -> Dataset:
+        file = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+        data = Data(train=file, validation=file, label_names=names, max_length=16)
+        task = TASKS[CLASSIFY]
+        return open_dataset(prepare(data, task, str(wide_bert), None, 17, objective))
+
+    found = prepared([{**row, "label": label(row["label"])} for row in rows], names, "mrr")
+    outputs = np.stack([np.zeros(8), [1.0, 0.0] * 4], axis=1)
+    assert TASKS[CLASSIFY].score(outputs, found.validation, found.label_set)["mrr"] == 1
+    for objective in ("mrr", "ndcg"):
+        with pytest.raises(DataError, match=rf"{objective} .* 'correct', 'incorrect'; list them"):
+            prepared(rows, None, objective)
+    assert prepared(rows, None, "accuracy").label_names == ("correct", "incorrect")
+
+
 def test_a_rare_label_of_the_validation_split_becomes_a_class(build) -> None:
     train = [{"text": f"cat {i}", "label": "ab"[i % 2]} for i in range(20)]
     validation = [{"text": f"dog {i}", "label": "ab"[i % 2]} for i in range(199)]
@@ -416,6 +452,23 @@ def test_tags_without_a_prefix_are_answered_without_a_warning(build) -> None:
     outputs = perfect(dataset.validation, len(dataset.label_names))
     first, _ = TASKS[TAG].answer(outputs, dataset.validation, dataset.label_set)
     assert first["tags"] == ["DET", "NOUN"]
+
+
+def test_a_keyword_is_answered_whole(build) -> None:
+    row = {"tokens": ["the", "old", "cat", "new", "dog"], "tags": ["O", "B", "I", "B", "I"]}
+    dataset = build(TAG, [row] * 2)
+    outputs = perfect(dataset.validation, len(dataset.label_names))
+    first, _ = TASKS[TAG].answer(outputs, dataset.validation, dataset.label_set)
+    found = [(entity["label"], entity["text"]) for entity in first["entities"]]
+    assert found == [("_", "old cat"), ("_", "new dog")]
+
+
+def test_tags_that_are_whole_numbers_need_names(build) -> None:
+    rows = [{"tokens": ["the", "cat"], "tags": [0, 1]}] * 2
+    with pytest.raises(DataError, match=r"data\.label_names: the tags .* O included"):
+        build(TAG, rows)
+    dataset = build(TAG, rows, label_names=["O", "B-animal"])
+    assert dataset.validation.column("tags") == [["O", "B-animal"]] * 2
 
 
 def test_as_many_tags_as_words_are_needed(build) -> None:
@@ -603,8 +656,25 @@ def test_the_shortest_lengths_still_leave_room_for_windows(build, max_length: in
 
 def test_shorter_lengths_are_refused(build) -> None:
     rows = [question("the old cat saw a new house", "cat", "one in the ?")] * 2
-    with pytest.raises(DataError, match=r"data\.max_length: .* at least 8 tokens, got 7"):
+    with pytest.raises(DataError, match=r"data\.max_length: .* at least 8 tokens .* got 7"):
         build(ANSWER, rows, max_length=7)
+
+
+@pytest.mark.parametrize(("max_length", "fits"), [(8, False), (9, False), (10, True), (11, True)])
+def test_pairs_with_two_separators_need_more_room(tmp_path, wide_bert, max_length, fits) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(wide_bert, folder)
+    tokenizer = load_tokenizer(str(folder))
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[SEP]", "[CLS]")]
+    tokenizer.backend_tokenizer.post_processor = processors.RobertaProcessing(*ends)
+    tokenizer.save_pretrained(folder)
+    rows = [question("the old cat saw a new house", "cat", "one in the ?")] * 2
+    if fits:
+        dataset = dataset_of(tmp_path / "rows", ANSWER, folder, rows, max_length=max_length)
+        assert dataset.train.lengths.max() <= max_length
+    else:
+        with pytest.raises(DataError, match=rf"at least 10 tokens .* got {max_length}"):
+            dataset_of(tmp_path / "rows", ANSWER, folder, rows, max_length=max_length)
 
 
 # -- relations -----------------------------------------------------------------------------------

@@ -212,8 +212,12 @@ def parameters(trials: Sequence[Trial]) -> list[Parameter]:
     names = dict.fromkeys(name for trial in trials for name in trial.params)
     found = []
     for name in names:
-        values = {t.number: t.params[name] for t in trials if t.params.get(name) is not None}
-        if len({str(value) for value in values.values()}) > 1:
+        values = {t.number: t.params[name] for t in trials if name in t.params}
+        given = {number: value for number, value in values.items() if value is not None}
+        if len(set(map(str, given.values()))) > 1 and all(map(is_number, given.values())):
+            values = given  # null has no place on an axis of numbers
+        values = {number: "null" if v is None else v for number, v in values.items()}
+        if len(set(map(str, values.values()))) > 1:
             found.append(Parameter(name, values))
     return found
 

@@ -27,9 +27,10 @@ from sft_ray.errors import ResourceError, SftError, TrialError
 from sft_ray.interrupt import Interruption, interruptible
 from sft_ray.run_store import ERROR_LOG, RunStore
 from sft_ray.screen import count
-from sft_ray.search.cluster import Layout, draining, slots_now
+from sft_ray.search.cluster import draining
 from sft_ray.search.conductor import Conductor
 from sft_ray.search.everywhere import nodes
+from sft_ray.search.layout import Layout, slots_now
 from sft_ray.search.machines import Machines
 from sft_ray.search.placement import free_what_the_dead_hold
 from sft_ray.search.slot import HEAD, Slot
@@ -139,7 +140,7 @@ class TrialSearcher(Searcher):
         self.conductor = conductor
 
     def suggest(self, trial_id: str) -> Any:
-        if self.conductor.has_ended:
+        if self.conductor.starts_no_more:
             return Searcher.FINISHED
         if len(self.conductor.planned) >= self.conductor.slots:
             return None
@@ -151,7 +152,7 @@ class TrialSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        self.conductor.on_end(trial_id)
+        self.conductor.on_slot_free(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the run folder is the state."""
@@ -234,7 +235,7 @@ class EverySecond(tune.Callback):
         self._next_at = now + 1
         self._machines.look()
         free_what_the_dead_hold()
-        self.conductor.keep()
+        self.conductor.settle()
         if self.conductor.is_pausing:
             self._watch.pause.remote()
         if self._check is None or ray.wait([self._check], timeout=0)[0]:
