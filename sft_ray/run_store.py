@@ -1,4 +1,4 @@
-"""The run folder on a local disk or an object store: layout, the folder rule, marker last.
+"""The run folder on a local disk or an object store: layout, what was kept, marker last.
 
 Names below are relative to the run folder.  A reader that finds `results.json` finds everything.
 """
@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, ResourceError
@@ -32,13 +32,6 @@ ERROR_LOG = "errors.log"
 REPORT = "report.html"
 TRIAL = "trial.json"  # in the folder of a trial that has ended
 METRICS = "metrics.jsonl"  # there too: a line for every mark
-# Keys that may grow on a finished or interrupted run; everything else must stay as it was.
-BUDGETS = (
-    "search.trials",
-    "search.budget.wall_minutes",
-    "search.budget.worker_hours",
-    "search.budget.patience",
-)
 
 
 def trial_folder(number: int) -> str:
@@ -253,71 +246,12 @@ def trial_records(store: RunStore) -> list[str]:
     return [f"{trial_folder(number)}/{TRIAL}" for number in sorted(numbers)]
 
 
-def check_folder_rule(
-    store: RunStore, experiment: Experiment
-) -> Literal["new", "same", "extended"]:
-    """How the experiment relates to what the folder holds; only budgets may have grown.
-
-    Raises:
-        ConfigError: the folder holds another experiment; names each difference and both ways out.
-    """
-    text = _experiment_text(store)
-    if text is None:
-        return "new"
-    old = _flat(parse_yaml(text, store.path_of(EXPERIMENT)))
-    new = _flat(experiment.to_tree())
-    keys = (old.keys() | new.keys()) - {"name", "storage"}  # a run folder may be moved
-    # These decide no number of the run.
-    keys = {key for key in keys if key.partition(".")[0] not in ("confirm", "watchdog", "tracking")}
-    changed = {key for key in keys if old.get(key) != new.get(key)}
-    differences = [
-        f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"
-        for key in sorted(changed)
-        if not _grew(key, old.get(key), new.get(key))
-    ]
-    if differences:
-        raise ConfigError(
-            *(f"{store.location} holds another experiment: {text}" for text in differences),
-            f"{store.location}: choose another name=…, or --fresh to set the old folder aside",
-        )
-    return "extended" if changed else "same"
-
-
-def finished_results(store: RunStore, experiment: Experiment) -> Any:
-    """results.json of exactly this experiment, if it has ended and no budget has grown since.
-
-    None too if a file of the run is damaged, so that it is made anew.
-
-    Raises:
-        ConfigError: the folder holds another experiment.
-    """
-    if check_folder_rule(store, experiment) != "same" or damaged_files(store):
-        return None
-    return read_results(store)
-
-
 def kept_environment(store: RunStore) -> Any:
     """What environment.json says; None if there is none, or it is damaged."""
     try:
         return store.read_json(ENVIRONMENT)
     except ConfigError:
         return None
-
-
-def check_made_by(store: RunStore, verb: Literal["search", "train"]) -> None:
-    """Whether the run folder, if there is one, is of this verb; both take the same experiments.
-
-    Raises:
-        ConfigError: it is the other's.
-    """
-    environment = kept_environment(store)
-    if isinstance(environment, dict):
-        made_by = "search" if "slots" in environment else "train"
-        if made_by != verb:
-            raise ConfigError(
-                f"{store.location} was made by `sft-ray {made_by}`; choose another name=…, or "
-                "--fresh to set it aside"
-            )
 
 
 def read_results(store: RunStore) -> Any:
@@ -338,7 +272,7 @@ def read_experiment(store: RunStore) -> Experiment | None:
     Raises:
         ConfigError: its experiment.yaml is damaged.
     """
-    text, path = _experiment_text(store), store.path_of(EXPERIMENT)
+    text, path = experiment_text(store), store.path_of(EXPERIMENT)
     return None if text is None else Experiment.from_tree(parse_yaml(text, path), source=path)
 
 
@@ -349,7 +283,8 @@ def write_experiment(store: RunStore, experiment: Experiment) -> None:
     store.write_text(EXPERIMENT, text)
 
 
-def _experiment_text(store: RunStore) -> str | None:
+def experiment_text(store: RunStore) -> str | None:
+    """experiment.yaml, from its last-good copy if there is one; None if the folder holds no run."""
     good = store.read_good(EXPERIMENT)
     return store.read_text(EXPERIMENT) if good is None else good.decode("utf-8")
 
@@ -358,18 +293,3 @@ def is_experiment_damaged(store: RunStore) -> bool:
     """Whether experiment.yaml is not what its last-good copy says."""
     good = store.read_good(EXPERIMENT)
     return good is not None and store.read_bytes(EXPERIMENT) != good
-
-
-def _grew(key: str, old: Any, new: Any) -> bool:
-    """A budget grew when it is larger or has become unlimited."""
-    return key in BUDGETS and old is not None and (new is None or new > old)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted path -> value; lists and the entries of a search space are values."""
-    if not isinstance(tree, dict) or (prefix.startswith("search.space.")):
-        return {prefix.rstrip("."): tree}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.")
-    return found

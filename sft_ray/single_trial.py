@@ -15,6 +15,7 @@ from sft_ray.analysis.results import SearchResult, best_row, trial_row
 from sft_ray.config import Experiment
 from sft_ray.environment import describe_environment
 from sft_ray.errors import ResourceError, TrialError
+from sft_ray.folder_rule import check_made_by, finished_results
 from sft_ray.interrupt import interruptible
 from sft_ray.run_store import (
     BEST,
@@ -26,10 +27,8 @@ from sft_ray.run_store import (
     RESULTS,
     TRIAL,
     RunStore,
-    check_made_by,
     damaged_files,
     delete_results,
-    finished_results,
     kept_environment,
     trial_folder,
     write_experiment,

@@ -10,14 +10,8 @@ import pytest
 
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, ResourceError
-from sft_ray.run_store import (
-    JOURNAL,
-    RESULTS,
-    RunStore,
-    check_folder_rule,
-    finished_results,
-    write_experiment,
-)
+from sft_ray.folder_rule import check_folder_rule, finished_results
+from sft_ray.run_store import JOURNAL, RESULTS, RunStore, write_experiment
 from sft_ray.search.study import open_storage
 
 TREE = {"name": "x", "model": "m", "data": {"path": "d"}, "search": {"trials": 4}}

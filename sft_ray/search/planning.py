@@ -13,8 +13,9 @@ import torch
 
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError
+from sft_ray.folder_rule import check_folder_rule
 from sft_ray.recipes import default_recipe
-from sft_ray.run_store import JOURNAL, RunStore, check_folder_rule
+from sft_ray.run_store import JOURNAL, RunStore
 from sft_ray.screen import Screen, count, duration
 from sft_ray.search.cluster import capacity, capacity_here, connected, free_gpus
 from sft_ray.search.draws import drawn_trials

@@ -23,6 +23,7 @@ from sft_ray.analysis.results import (
 from sft_ray.config import Experiment
 from sft_ray.environment import describe_environment
 from sft_ray.errors import ConfigError, TrialError
+from sft_ray.folder_rule import check_made_by, finished_results
 from sft_ray.recipes import default_recipe
 from sft_ray.run_store import (
     BEST,
@@ -31,9 +32,7 @@ from sft_ray.run_store import (
     JOURNAL,
     RESULTS,
     RunStore,
-    check_made_by,
     delete_results,
-    finished_results,
     kept_environment,
     put_winner,
     read_experiment,
