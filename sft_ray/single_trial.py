@@ -36,12 +36,13 @@ from sft_ray.run_store import (
 )
 from sft_ray.screen import Screen, duration, short_params
 from sft_ray.training.beat import Beat
-from sft_ray.training.checkpoint import ResumeState, save_model, save_predictions
+from sft_ray.training.checkpoint import save_model, save_predictions
 from sft_ray.training.fitting import fit
 from sft_ray.training.last_state import LastState
 from sft_ray.training.micro_batch import StepOutOfMemoryError
 from sft_ray.training.preparation import Prepared, check_data, prepare_training
 from sft_ray.training.progress import Progress
+from sft_ray.training.resume_state import ResumeState
 from sft_ray.training.setup import Setup, load_setup
 from sft_ray.training.world import World
 

@@ -16,13 +16,14 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from sft_ray.config import Data, Train
-from sft_ray.training.checkpoint import ResumeState, save_model
+from sft_ray.training.checkpoint import save_model
 from sft_ray.training.data import load_tokenizer, open_dataset, prepare
 from sft_ray.training.examples import Dataset
 from sft_ray.training.fitting import fit
 from sft_ray.training.model import Pretrained, load_pretrained
 from sft_ray.training.model_facts import quiet_transformers
 from sft_ray.training.progress import Progress
+from sft_ray.training.resume_state import ResumeState
 from sft_ray.training.setup import Setup
 from sft_ray.training.tasks import TASKS, Task
 from sft_ray.training.world import World

@@ -29,8 +29,8 @@ from sft_ray.serving.predict import Predictor, load_predictor, read_rows
 from sft_ray.serving.samples import sample_rows
 from sft_ray.single_trial import run_training
 from sft_ray.training import fitting as fit_module
-from sft_ray.training.checkpoint import ResumeState
 from sft_ray.training.preparation import prepare_training
+from sft_ray.training.resume_state import ResumeState
 from sft_ray.training.tasks import TASKS
 from tests.models import (
     TASK,

@@ -24,13 +24,14 @@ from sft_ray.run_store import PREDICTIONS, RunStore
 from sft_ray.search.trials import is_to_be_saved
 from sft_ray.search.watch import MAILBOX, STORAGE, Pulse
 from sft_ray.training.beat import TRAINING
-from sft_ray.training.checkpoint import ResumeState, save_model, save_predictions
+from sft_ray.training.checkpoint import save_model, save_predictions
 from sft_ray.training.data import prepare, prepare_here
 from sft_ray.training.fitting import fit
 from sft_ray.training.last_state import LastState
 from sft_ray.training.micro_batch import StepOutOfMemoryError
 from sft_ray.training.model_facts import resolve_model
 from sft_ray.training.progress import Best, Progress
+from sft_ray.training.resume_state import ResumeState
 from sft_ray.training.setup import Setup, load_setup
 from sft_ray.training.tasks import find_task
 from sft_ray.training.world import World, join_world

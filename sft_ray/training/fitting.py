@@ -19,7 +19,6 @@ from sft_ray.training import batches, micro_batch
 from sft_ray.training.backward import Backward
 from sft_ray.training.batches import Trunk
 from sft_ray.training.beat import TRAINING, Beat, no_beat
-from sft_ray.training.checkpoint import ResumeState
 from sft_ray.training.cpu_memory import give_back_free_memory
 from sft_ray.training.divergence import DivergenceWatch, GradientWatch, constant_loss
 from sft_ray.training.encoding import IntArray
@@ -33,6 +32,7 @@ from sft_ray.training.progress import (
     schedule_marks,
 )
 from sft_ray.training.regularize import bind_penalty
+from sft_ray.training.resume_state import ResumeState
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.setup import Setup
 from sft_ray.training.trunk_cache import BUILDING, Split, TrunkCache

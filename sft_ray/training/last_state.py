@@ -8,8 +8,8 @@ from typing import Any
 from sft_ray.config import Train
 from sft_ray.errors import DataError
 from sft_ray.run_store import RunStore
-from sft_ray.training.checkpoint import ResumeState, load_resume_state, save_resume_state
 from sft_ray.training.progress import Progress
+from sft_ray.training.resume_state import ResumeState, load_resume_state, save_resume_state
 from sft_ray.uploads import Uploads
 
 FORMAT = 3  # of the facts; a state of another one is not taken

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from sft_ray.training.checkpoint import ResumeState
 from sft_ray.training.metrics import Floats
+from sft_ray.training.resume_state import ResumeState
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from sft_ray.config import Regularization
-from sft_ray.training.checkpoint import load_resume_state, save_resume_state
 from sft_ray.training.data import open_dataset
 from sft_ray.training.examples import Dataset
 from sft_ray.training.model import Pretrained
 from sft_ray.training.progress import Progress
+from sft_ray.training.resume_state import load_resume_state, save_resume_state
 from sft_ray.training.tasks import TASKS
 from sft_ray.training.world import World
 from tests.models import load_tiny, run_fit

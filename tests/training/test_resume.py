@@ -13,10 +13,10 @@ import torch
 
 from sft_ray.config import Regularization
 from sft_ray.errors import DataError
-from sft_ray.training.checkpoint import ResumeState, load_resume_state, save_resume_state
 from sft_ray.training.examples import Dataset
 from sft_ray.training.model import Pretrained
 from sft_ray.training.progress import Progress
+from sft_ray.training.resume_state import ResumeState, load_resume_state, save_resume_state
 from sft_ray.training.tasks import TASKS
 from tests.models import load_tiny, run_fit, task_dataset
 
