@@ -22,6 +22,7 @@ from sft_ray.run_lock import _process_table
 from sft_ray.run_store import JOURNAL, RunStore, open_run, write_experiment
 from sft_ray.search import worker
 from sft_ray.search.study import open_storage
+from sft_ray.training.tasks import find_task
 from sft_ray.uploads import Uploads
 from tests.s3 import BUCKET, CREDENTIALS, Proxy, names_below, options, s3_server
 
@@ -307,11 +308,15 @@ def test_a_mark_that_may_be_the_last_one_knows_of_its_model(
     store = RunStore(f"s3://{BUCKET}/unfinished{options(proxy.port)}", "x")
     monkeypatch.setattr(worker, "save_model", lambda folder, *_: (folder / "w").write_text("some"))
     monkeypatch.setattr(worker, "save_predictions", lambda path, *_: path.write_text("some"))
-    loaded = SimpleNamespace(setup=None, experiment=SimpleNamespace(data=None))
+    loaded = SimpleNamespace(
+        setup=SimpleNamespace(task=find_task("text-classification")),
+        experiment=SimpleNamespace(data=None),
+        objective="accuracy",
+    )
     best = SimpleNamespace(percent=33, score=0.5, weights={}, outputs=None)
     assignment = {"folder": "trials/0", "train": {"precision": "auto"}, "save_unfinished": True}
     with Uploads(store) as uploads:
-        keeper = worker.Keeper(assignment, loaded, 1, uploads)
+        keeper = worker.Keeper(assignment, loaded, uploads)
         proxy.delay = 0.2
         keeper.consider(SimpleNamespace(best=best, finished=False))
         assert keeper.saved_percent == 33

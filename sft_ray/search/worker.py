@@ -40,11 +40,19 @@ from sft_ray.uploads import Uploads
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a worker keeps between trials."""
+    """What a worker keeps between trials.
+
+    Attributes:
+        objective: the metric that decides which weights are best.
+        mailbox: of the slot, an actor.
+        pulse: tells the watch what this worker does.
+    """
 
     experiment: Experiment
     setup: Setup
     store: RunStore
+    objective: str
+    mailbox: Any
     pulse: Pulse
 
 
@@ -53,7 +61,7 @@ def run_worker(settings: dict[str, Any], rank: int, size: int, device: str, puls
 
     Args:
         settings: `experiment` (tree), `run` (storage and name of its folder), `dataset_folder`,
-            `objective`, `mailbox` (actor handle).
+            `objective`, `mailbox` and `watch` (actor handles), `slot` (its name).
         rank: of this worker among the `size` of the slot; above 1 they have a process group.
         device: that it trains on.
     """
@@ -78,7 +86,7 @@ def run_worker(settings: dict[str, Any], rank: int, size: int, device: str, puls
             return
         generation, assignment = answer
         try:
-            run_trial(assignment, generation, loaded, settings["objective"], mailbox)
+            run_trial(assignment, generation, loaded)
         except StepOutOfMemoryError as error:
             ray.get(mailbox.out_of_memory.remote(generation, error.micro_batch))
             raise
@@ -102,6 +110,8 @@ def load(settings: dict[str, Any], world: World, pulse: Pulse) -> Loaded:
         experiment=experiment,
         setup=load_here(experiment, Path(settings["dataset_folder"]), world),
         store=RunStore(*settings["run"]),
+        objective=settings["objective"],
+        mailbox=settings["mailbox"],
         pulse=pulse,
     )
 
@@ -122,31 +132,24 @@ def load_here(experiment: Experiment, dataset_folder: Path, world: World) -> Set
     return load_setup(experiment, folder, world, trunk_uses=experiment.search.trials_per_depth)
 
 
-def run_trial(
-    assignment: dict[str, Any], generation: int, loaded: Loaded, objective: str, mailbox: Any
-) -> None:
+def run_trial(assignment: dict[str, Any], generation: int, loaded: Loaded) -> None:
     """Run one assignment; what it writes is in its place when this returns."""
     with Uploads(loaded.store) as uploads:
-        _run_trial(assignment, generation, loaded, objective, mailbox, uploads)
+        _run_trial(assignment, generation, loaded, uploads)
 
 
 def _run_trial(
-    assignment: dict[str, Any],
-    generation: int,
-    loaded: Loaded,
-    objective: str,
-    mailbox: Any,
-    uploads: Uploads,
+    assignment: dict[str, Any], generation: int, loaded: Loaded, uploads: Uploads
 ) -> None:
     """Fit one configuration, posting every mark and asking leave to go on.
 
     One that is taken up from a state posts the marks before it again, word for word.  One that is
     asked to pause leaves its state behind and says so.
     """
-    pulse = loaded.pulse
+    pulse, mailbox = loaded.pulse, loaded.mailbox
     setup, seed, train = loaded.setup, assignment["seed"], Train.model_validate(assignment["train"])
     dataset = setup.dataset.with_training_share(assignment["training_share"], seed)
-    keep = Keeper(assignment, loaded, setup.task.sign(objective), uploads)
+    keep = Keeper(assignment, loaded, uploads)
     every_minutes = loaded.experiment.checkpoint.every_minutes
     last = LastState(loaded.store, assignment["folder"], every_minutes, train, seed, uploads)
     pulse.enter(STORAGE)
@@ -190,7 +193,7 @@ def _run_trial(
         paused = fit(
             train,
             setup.on(dataset),
-            objective=objective,
+            objective=loaded.objective,
             rungs=loaded.experiment.search.rungs,
             seed=seed,
             report=report,
@@ -252,13 +255,12 @@ class Keeper:
     of the search has finished.
     """
 
-    def __init__(
-        self, assignment: dict[str, Any], loaded: Loaded, sign: int, uploads: Uploads
-    ) -> None:
+    def __init__(self, assignment: dict[str, Any], loaded: Loaded, uploads: Uploads) -> None:
         self.saved_percent: int | None = None  # of what is in its place
         self._begun_percent: int | None = None  # of what is on its way there
         self._uploads = uploads
-        self._assignment, self._loaded, self._sign = assignment, loaded, sign
+        self._assignment, self._loaded = assignment, loaded
+        self._sign = loaded.setup.task.sign(loaded.objective)
 
     def consider(self, progress: Progress) -> None:
         best = progress.best
