@@ -97,7 +97,7 @@ def guess_task(table: pa.Table, where: str, task: str | None = None) -> Guess:
     columns = [Column(name, table.column(name)) for name in table.column_names]
     foreign = [column.name for column in columns if pa.types.is_binary(column.values.type)]
     if foreign and where.lower().endswith((".csv", ".tsv")):
-        raise DataError(f"{where}: the column {foreign[0]!r} is no UTF-8; save the file as UTF-8")
+        raise DataError(f"{where}: the column {foreign[0]!r} is not UTF-8; save the file as UTF-8")
     for name, find in FINDERS.items():
         found = find(columns) if task in (None, name) else None
         if found is not None:
@@ -106,10 +106,9 @@ def guess_task(table: pa.Table, where: str, task: str | None = None) -> Guess:
             return Guess(name, found.columns, found.reasons, unused, found.imbalance)
     seen = "; ".join(f"{column.name}: {column.described}" for column in columns)
     wanted = f"the columns of {task}" if task else "a text and something to learn"
-    raise DataError(
-        f"{where}: cannot tell {wanted} from the columns ({seen}); write the experiment by hand, "
-        "docs/tasks.md shows what each task reads"
-    )
+    by_hand = "write the experiment by hand, docs/tasks.md shows what each task reads"
+    mend = "save the file as UTF-8" if foreign else by_hand
+    raise DataError(f"{where}: cannot tell {wanted} from the columns ({seen}); {mend}")
 
 
 @dataclass(frozen=True)

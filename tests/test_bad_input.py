@@ -206,6 +206,10 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         over(RELATIONS, RE, **{"data.columns": {"subject": ["a", "b", "c"]}}),
         ["data.columns", "[start, end]"],
     ),
+    "span that is not there": (
+        over([{n: v for n, v in r.items() if n != "object_end"} for r in RELATIONS], RE),
+        ["no column 'object_end'", "set data.columns.object: [start, end]"],
+    ),
     # -- files
     "missing file": (lambda at: {"data.train": str(at / "none.csv")}, ["none.csv", "no such"]),
     "wrong ending": (

@@ -93,6 +93,36 @@ def test_all_problems_are_reported_together() -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "value", "hint"),
+    [
+        ("trials", 9, "did you mean 'search.trials'?"),
+        ("seeds", 9, "did you mean 'confirm.seeds' or 'seed'?"),
+        ("validation", "dev.csv", "did you mean 'data.validation'?"),
+        ("train.seed", 1, "did you mean 'seed', outside of train?"),
+        ("train.strength", 0.1, "did you mean 'train.regularization.strength'?"),
+        ("train.weight_decay", 0.01, "mean 'regularization: {kind: weight_decay, strength: …}'?"),
+        ("weight_decay", 0.01, "mean 'train.regularization: {kind: weight_decay, strength: …}'?"),
+        ("train.lr", 1e-4, "did you mean 'learning_rate'?"),
+        ("train.num_train_epochs", 2, "did you mean 'epochs'?"),
+        ("resources.num_workers", 2, "did you mean 'workers_per_trial'?"),
+        ("train.num_workers", 2, "did you mean 'resources.workers_per_trial'?"),
+        ("data.text", "review", "did you mean 'data.columns.text' or 'test'?"),
+        ("data.subject", ["s", "e"], "did you mean 'data.columns.subject'?"),
+        ("data.max_lenght", 64, "did you mean 'max_length'?"),
+        ("confirm.best", 3, "known: top, seeds"),
+    ],
+)
+def test_an_unknown_key_is_sought_in_all_sections(path: str, value: Any, hint: str) -> None:
+    section, _, key = path.rpartition(".")
+    tree: dict[str, Any] = {**MINIMAL, "data": {"path": "d"}}
+    (tree.setdefault(section, {}) if section else tree)[key] = value
+    with pytest.raises(ConfigError) as caught:
+        Experiment.from_tree(tree)
+    assert str(caught.value).startswith(f"experiment: {path}: unknown key; ")
+    assert str(caught.value).endswith(hint)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"name": "a/b"}, "name: "),

@@ -229,6 +229,14 @@ def test_a_table_with_its_index_and_a_name_from_the_file_that_is_written(capsys)
 
 
 def test_what_init_cannot_write_is_told_in_a_line() -> None:
+    rows = [f"Zoë,café {text},{label}" for text, label in toy_rows(60)]
+    Path("latin.csv").write_text("\n".join(["author,text,label", *rows]), encoding="latin-1")
+    with pytest.raises(DataError, match=r"'author' is not UTF-8; save the file as UTF-8"):
+        write_experiment("latin.csv")
+    Path("latin").mkdir()
+    Path("latin/train.csv").write_text("text,label\ncafé,a\n", encoding="latin-1")
+    with pytest.raises(DataError, match=r"\(text: binary; .*\); save the file as UTF-8$"):
+        write_experiment("latin")
     Path("twice.csv").write_text("text,label,label\na,b,c\n")
     with pytest.raises(DataError, match="the column 'label' stands twice"):
         write_experiment("twice.csv")

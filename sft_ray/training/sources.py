@@ -6,10 +6,12 @@ label.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import os
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,13 +33,15 @@ from sft_ray.training.columns import (
     is_text,
     is_unlabelled,
     number,
+    position,
     select_fields,
     units,
 )
 from sft_ray.training.hub import is_missing_folder
 from sft_ray.training.seeds import derived_seed
 
-FILE_TYPES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+DELIMITED = (".csv", ".tsv")
+FILE_TYPES = (*DELIMITED, ".json", ".jsonl", ".parquet")
 # What readers raise for a damaged file; deep nesting and huge numbers included.
 READ_ERRORS = (
     pa.ArrowException,
@@ -75,8 +79,7 @@ def read_splits(data: Data, fields: Fields, seed: int) -> Source:
     """
     names: dict[str, tuple[str, ...]] = {}
     if data.train is not None:
-        files = {split: getattr(data, split) for split in SPLITS}
-        tables = {split: read_file(file) for split, file in files.items() if file}
+        tables = _read_files(data, fields)
     elif data.path is not None and data.path.startswith("builtin:"):
         tables = _read_builtin(data.path, data.splits or Splits())
     else:
@@ -118,8 +121,60 @@ def _name_of(data: Data, split: str) -> str:
     return f"data.{split} ({file})" if file else f"data.train ({data.train}), its {split} part"
 
 
-def read_file(path: str) -> pa.Table:
+def _read_files(data: Data, fields: Fields) -> dict[str, pa.Table]:
+    """The files of an experiment; texts and labels of csv and tsv as they are written there."""
+    files = {split: file for split in SPLITS if (file := getattr(data, split))}
+    tables = {split: read_file(file) for split, file in files.items()}
+    column_of = {
+        field: str(data.columns.get(field) or field)
+        for field, kind in fields.kinds.items()
+        if kind not in (number, position)
+    }
+    found = [part for table in tables.values() for part in table.schema]
+    texts = {part.name for part in found if is_text(part.type)} & set(column_of.values())
+    for split, file in files.items():
+        if Path(file).suffix.lower() in DELIMITED:
+            target = column_of.get(fields.target_name)
+            tables[split] = _as_written(tables[split], file, texts, target)
+    return tables
+
+
+def _as_written(table: pa.Table, file: str, texts: set[str], target: str | None) -> pa.Table:
+    """The table of a csv or tsv file without the types that were guessed for names.
+
+    Args:
+        texts: columns that hold texts in one of the files.
+        target: the column of the labels; None if they are numbers.
+    """
+    typed = [
+        part.name
+        for part in table.schema
+        if part.name in {*texts, target} and not is_text(part.type)
+        if table.column_names.count(part.name) == 1 and not is_unlabelled(table, part.name)
+    ]
+    written = read_file(file, typed) if typed else table
+    for name in typed:
+        values, as_text = table.column(name), written.column(name)
+        # Whole numbers have the same names as texts, and may be places in data.label_names.
+        may_stay = name == target and (is_name(values.type) or name not in texts)
+        if not may_stay or _is_changed(values, as_text):
+            table = table.set_column(table.column_names.index(name), name, as_text)
+    return table
+
+
+def _is_changed(values: pa.ChunkedArray, written: pa.ChunkedArray) -> bool:
+    """Whether a type has made other names of what is written, as of 01, 3.10, true or a date."""
+    if not (is_name(values.type) or pa.types.is_floating(values.type)):
+        return True
+    pairs = zip(values.to_pylist(), written.to_pylist(), strict=True)
+    return any(value is not None and str(value) != text.strip() for value, text in pairs)
+
+
+def read_file(path: str, texts: Collection[str] = ()) -> pa.Table:
     """One csv, tsv, json, jsonl or parquet file, by its ending.
+
+    Args:
+        texts: columns of a csv or tsv file that are texts whatever they look like.
 
     Raises:
         DataError: the file is missing, of another type, or damaged.
@@ -129,8 +184,12 @@ def read_file(path: str) -> pa.Table:
         raise DataError(f"{path}: a data file ends in {', '.join(FILE_TYPES)}, got {suffix!r}")
     if not os.path.isfile(path):  # noqa: PTH113  # unlike Path, it takes any name
         raise DataError(f"{path}: no such file; paths are relative to the working directory")
+    if suffix == ".csv" and (mark := _other_delimiter(path)):
+        raise DataError(
+            f"{path}: is separated by {mark}; save it with commas, or with tabs as .tsv"
+        )
     try:
-        table = _parse(path, suffix)
+        table = _parse(path, suffix, texts)
         table.validate(full=True)  # texts that are no UTF-8, for one
     except READ_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -140,35 +199,59 @@ def read_file(path: str) -> pa.Table:
     return table
 
 
-def _parse(path: str, suffix: str) -> pa.Table:
+def _other_delimiter(path: str) -> str | None:
+    """What separates the columns of a csv file whose first row has no comma, in words."""
+    try:
+        with Path(path).open(encoding="utf-8", errors="replace", newline="") as file:
+            header = next((row for row in csv.reader(file) if row), [])
+    except (csv.Error, OSError):  # the parser says what is wrong
+        return None
+    marks = {";": "';'", "\t": "tabs"} if len(header) == 1 else {}
+    return next((name for mark, name in marks.items() if mark in header[0]), None)
+
+
+def _parse(path: str, suffix: str, texts: Collection[str]) -> pa.Table:
     if suffix == ".parquet":
         return pq.read_table(path)
     if suffix == ".csv":
-        return _parse_delimited(path, ",")
+        return _parse_delimited(path, ",", texts)
     if suffix == ".tsv":
-        return _parse_tabs(path)
-    if suffix == ".json" and Path(path).read_bytes().lstrip()[:1] == b"[":
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        return _parse_tabs(path, texts)
+    if _holds_list(path):
+        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if not rows or not all(isinstance(row, dict) for row in rows):
             raise ValueError("it must hold a list of at least one {column: value} object")
-        return pa.Table.from_pylist(rows)
+        names = dict.fromkeys(name for row in rows for name in row)
+        return pa.table({name: [row.get(name) for row in rows] for name in names})
     return pyarrow.json.read_json(
-        path, parse_options=pyarrow.json.ParseOptions(newlines_in_values=False)
+        path,
+        read_options=pyarrow.json.ReadOptions(block_size=_block_size(path)),
+        parse_options=pyarrow.json.ParseOptions(newlines_in_values=False),
     )
 
 
-def _parse_tabs(path: str) -> pa.Table:
+def _holds_list(path: str) -> bool:
+    with Path(path).open("rb") as file:
+        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def _block_size(path: str) -> int:
+    """In bytes: the whole file, up to 256 MiB; no row may be longer than a block."""
+    return min(max(1 << 20, Path(path).stat().st_size), 1 << 28)
+
+
+def _parse_tabs(path: str, texts: Collection[str]) -> pa.Table:
     """Quoted like csv, unless quotes are plain text (GLUE's files) and one swallows rows."""
     try:
-        table = _parse_delimited(path, "\t")
+        table = _parse_delimited(path, "\t", texts)
         if not any(_holds_rows(column) for column in table.columns) or _is_quoted(path):
             return table
     except pa.ArrowException:
         pass
     try:
-        return _parse_delimited(path, "\t", quoted=False)
+        return _parse_delimited(path, "\t", texts, quoted=False)
     except pa.ArrowException:
-        return _parse_delimited(path, "\t")  # also raises what is wrong with it
+        return _parse_delimited(path, "\t", texts)  # also raises what is wrong with it
 
 
 def _is_quoted(path: str) -> bool:
@@ -193,13 +276,18 @@ def _holds_rows(values: pa.ChunkedArray) -> bool:
     return bool(pc.any(pc.and_(*both)).as_py())
 
 
-def _parse_delimited(path: str, delimiter: str, *, quoted: bool = True) -> pa.Table:
+def _parse_delimited(
+    path: str, delimiter: str, texts: Collection[str], *, quoted: bool = True
+) -> pa.Table:
     return pyarrow.csv.read_csv(
         path,
+        read_options=pyarrow.csv.ReadOptions(block_size=_block_size(path)),
         parse_options=pyarrow.csv.ParseOptions(
             delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted
         ),
-        convert_options=pyarrow.csv.ConvertOptions(strings_can_be_null=False),
+        convert_options=pyarrow.csv.ConvertOptions(
+            strings_can_be_null=False, column_types=dict.fromkeys(texts, pa.string())
+        ),
     )
 
 
@@ -319,12 +407,16 @@ def _cut(table: pa.Table, split: Split, fields: Fields, seed: int) -> dict[str, 
         labels = np.array([str(value) for value in values.to_pylist()])
     parts, size = {}, len(rest)
     random_state = derived_seed(seed, "split")
-    try:
-        for name, share in (("test", split.test), ("validation", split.validation)):
-            if share > 0:
-                rest, parts[name] = _hold_out(rest, round(share * size), labels, random_state)
-    except ValueError as error:
-        raise DataError(f"data.split: {size} {kind} cannot be split: {error}") from None
+    for name, share in (("test", split.test), ("validation", split.validation)):
+        if share > 0:
+            count = round(share * size)
+            if not 0 < count < len(rest):
+                empty, way = (name, "raise") if count < 1 else ("train", "lower")
+                raise DataError(
+                    f"data.split: {size} {kind} cannot be split: {name} {share} leaves no {kind} "
+                    f"for {empty}; {way} data.split.{name} or give more {kind}"
+                )
+            rest, parts[name] = _hold_out(rest, count, labels, random_state)
     parts["train"] = rest
     rows = {name: np.flatnonzero(np.isin(unit_of, part)) for name, part in parts.items()}
     return {name: table.take(pa.array(found)) for name, found in rows.items()}
@@ -337,9 +429,6 @@ def _hold_out(rows: Any, count: int, labels: Any, random_state: int) -> Any:
 
     Classes of one or two rows stay where they can be learned; with more classes than held-out rows
     the cut is plain.
-
-    Raises:
-        ValueError: one of the two would be empty.
     """
     from sklearn.model_selection import train_test_split
 

@@ -18,11 +18,12 @@ import pytest
 from sft_ray.config import Data, Experiment, Limit, Split, Splits
 from sft_ray.errors import DataError
 from sft_ray.training.columns import is_unlabelled
-from sft_ray.training.data import limited
+from sft_ray.training.data import limited, with_classes
 from sft_ray.training.examples import Dataset, Examples
 from sft_ray.training.preparation import prepare_training
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.sources import read_file, read_splits
+from sft_ray.training.tasks import TASKS
 from tests.models import KEYWORDS, TASK, TOKEN_ID, VOCABULARY, toy_rows, write_csv
 
 ROWS = toy_rows(90, seed=4)
@@ -105,6 +106,88 @@ def test_quotes_in_a_tab_separated_file_may_be_plain_text(tmp_path: Path) -> Non
 def test_a_json_file_may_also_hold_one_object_per_line(tmp_path) -> None:
     write_jsonl(tmp_path / "lines.json", ROWS)
     assert read_file(str(tmp_path / "lines.json")).equals(table_of(ROWS))
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_list_of_rows_has_the_columns_of_all_of_them(tmp_path, kind: str, mark: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    path.write_text(f'{mark} [{{"text": "a"}},\n{{"label": 1, "text": "b"}}]', encoding="utf-8")
+    expected = [{"text": "a", "label": None}, {"text": "b", "label": 1}]
+    assert read_file(str(path)).to_pylist() == expected
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_a_row_may_be_long(tmp_path: Path, kind: str) -> None:
+    rows = [("cat", "a"), ("oak " * 1_500_000, "b"), ("dog", "c")]
+    WRITERS[kind](tmp_path / f"a.{kind}", rows)
+    assert read_file(str(tmp_path / f"a.{kind}")).equals(table_of(rows))
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+@pytest.mark.parametrize(
+    ("train", "dev", "classes"),
+    [
+        (["01", "02"], ["02"], ("01", "02")),
+        (["01", "1"], ["1"], ("01", "1")),
+        (["01", "02", "A1"], ["01", "02"], ("01", "02", "A1")),
+        (["true", "false", "half-true"], ["true", "false"], ("false", "half-true", "true")),
+        (["true", "false"], ["true"], ("false", "true")),
+        (["1", "1.5", "2"], ["1", "2"], ("1", "1.5", "2")),
+        (["3.9", "3.10"], ["3.10"], ("3.10", "3.9")),
+        (["1.5", "2.5", "none"], ["1.5", "2.5"], ("1.5", "2.5", "none")),
+        (["+1", "-1"], ["-1", "+1"], ("+1", "-1")),
+        (["2024-01-01", "2024-02-01"], ["2024-02-01"], ("2024-01-01", "2024-02-01")),
+        (["12:30", "10:00"], ["10:00"], ("10:00", "12:30")),
+        (["10", "9", "0"], ["9", "10"], ("0", "9", "10")),
+    ],
+)
+def test_labels_are_what_is_written(tmp_path: Path, kind: str, train, dev, classes) -> None:
+    written = {"train": train, "validation": dev}
+    for split, labels in written.items():
+        WRITERS[kind](tmp_path / f"{split}.{kind}", [("cat", label) for label in labels])
+    data = Data(**{split: str(tmp_path / f"{split}.{kind}") for split in written})
+    tables, label_set = with_classes(read_splits(data, TASK.fields, 17), data, TASK)
+    assert label_set.names == classes
+    assert {split: table.column("label").to_pylist() for split, table in tables.items()} == written
+
+
+def test_one_file_that_is_cut_keeps_its_labels(tmp_path: Path) -> None:
+    rows = [(f"{i} cat", f"{i % 2:02}") for i in range(40)]
+    parts = split_of(write_csv(tmp_path / "all.csv", rows), validation=0.2, test=0.2)
+    assert {label for part in parts.values() for _, label in part} == {"00", "01"}
+    assert sorted(itertools.chain(*parts.values())) == sorted(rows)
+
+
+def test_texts_that_are_numbers_are_texts_where_another_file_has_texts(tmp_path: Path) -> None:
+    header = ("text", "text_pair", "label")
+    write_csv(tmp_path / "train.csv", [("cat", "oak", 0), ("dog", "1999", 1)], header)
+    write_csv(tmp_path / "dev.csv", [("cat", "007", 0), ("12:30", "1.50", 1)], header)
+    write_csv(tmp_path / "test.csv", [("true", "3", ""), ("2024-01-01", "4", "")], header)
+    files = {"train": "train.csv", "validation": "dev.csv", "test": "test.csv"}
+    data = Data(**{split: str(tmp_path / file) for split, file in files.items()})
+    tables = read_splits(data, TASK.fields, 17).tables
+    assert tables["validation"].column("text_pair").to_pylist() == ["007", "1.50"]
+    assert tables["test"].column("text").to_pylist() == ["true", "2024-01-01"]
+    assert is_unlabelled(tables["test"], "label")
+    for split in ("train", "validation"):
+        assert tables[split].schema.field("label").type == pa.int64()
+
+
+@pytest.mark.parametrize("labels", [["05", "10"], ["1.50", "2"], ["+1", "-1"], ["0", "1"]])
+def test_numbers_of_a_regression_stay_numbers(tmp_path: Path, labels: list[str]) -> None:
+    path = str(write_csv(tmp_path / "a.csv", [("cat", label) for label in labels]))
+    tables = read_splits(Data(train=path, validation=path), TASKS["regression"].fields, 17).tables
+    assert tables["train"].column("label").to_pylist() == [float(label) for label in labels]
+
+
+def test_numbers_beside_labels_in_words_are_places_in_the_names(tmp_path: Path) -> None:
+    write_csv(tmp_path / "train.csv", [("cat", "no"), ("dog", "yes")])
+    write_csv(tmp_path / "dev.csv", [("cat", 1), ("dog", 0)])
+    files = {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "dev.csv")}
+    data = Data(**files, label_names=["no", "yes"])
+    tables, _ = with_classes(read_splits(data, TASK.fields, 17), data, TASK)
+    assert tables["validation"].column("label").to_pylist() == ["yes", "no"]
 
 
 @pytest.fixture

@@ -145,7 +145,34 @@ CASES: dict[str, Case] = {
             "train": csv(at / "a.csv", GOOD[:3]),
             "split": Split(validation=0.1, test=0.1),
         },
-        ["data.split", "3 rows cannot be split"],
+        ["data.split", "3 rows cannot be split", "no rows for test; raise data.split.test"],
+    ),
+    "too few rows for validation": (
+        lambda at: {"train": csv(at / "a.csv", GOOD[:4]), "split": Split(validation=0.1)},
+        ["validation 0.1 leaves no rows for validation; raise data.split.validation or give"],
+    ),
+    "too few rows for training": (
+        lambda at: {
+            "train": csv(at / "a.csv", GOOD[:2]),
+            "split": Split(validation=0.4, test=0.3),
+        },
+        ["validation 0.4 leaves no rows for train; lower data.split.validation"],
+    ),
+    "semicolons": (
+        lambda at: {"train": raw(at / "a.csv", b"text;label\na, b;x\n")},
+        ["a.csv: is separated by ';'; save it with commas, or with tabs as .tsv"],
+    ),
+    "tabs in a csv": (
+        lambda at: {"train": raw(at / "a.csv", b"text\tlabel\na\tx\n")},
+        ["a.csv: is separated by tabs; save it with commas, or with tabs as .tsv"],
+    ),
+    "labels that are not UTF-8": (
+        lambda at: {"train": raw(at / "a.csv", "text,label\na,café\nb,x\n".encode("latin1"))},
+        ["a.csv", "save the file as UTF-8"],
+    ),
+    "jsonl of lists": (
+        lambda at: {"train": raw(at / "a.jsonl", b'["a", 1]\n["b", 2]\n')},
+        ["a.jsonl", "cannot be read as jsonl"],
     ),
     "unknown slice": (
         lambda at: {"path": saved(at / "folder", [0, 1]), "splits": Splits(train="trian[:50%]")},
@@ -168,8 +195,8 @@ def test_a_problem_is_a_data_error_that_names_it(tmp_path, tiny_bert, name: str)
 
 
 def test_all_problems_of_all_files_are_reported_together(tmp_path: Path, tiny_bert: Path) -> None:
-    train = csv(tmp_path / "a.csv", [(1, "a"), (2, "b")])
-    validation = csv(tmp_path / "b.csv", [("a", 0.5)])
+    train = csv(tmp_path / "a.csv", [("", "a"), ("dog", "b")])
+    validation = csv(tmp_path / "b.csv", [("", "a"), ("cat", "b")])
     with pytest.raises(DataError) as refusal:
         prepare(Data(train=train, validation=validation), TASK, str(tiny_bert), None, seed=17)
     assert [p.split(" ")[0] for p in refusal.value.problems] == ["data.train", "data.validation"]
