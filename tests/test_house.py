@@ -32,7 +32,7 @@ LAYERS = [
     {"file_store"},
     {"journal", "run_lock"},
     {"run_store"},
-    {"uploads"},
+    {"uploads", "folder_rule"},
     {"training", "analysis"},
     {"serving", "guess"},
     {"starter"},
