@@ -158,7 +158,7 @@ def test_a_model_that_cannot_be_found_is_refused(
     [
         (lambda f: (f / "model.safetensors").write_bytes(b"not weights"), "is damaged"),
         (lambda f: os.truncate(f / "model.safetensors", 5000), "is damaged"),
-        (lambda f: (f / "model.safetensors").unlink(), "holds no *.safetensors"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda f: (f / "config.json").write_text("{}"), "no model configuration"),
         (lambda f: (f / "tokenizer.json").write_text("{"), "no tokenizer can be loaded"),
     ],

@@ -45,5 +45,7 @@ def test_a_new_task_is_trained_scored_reported_and_predicts(
     again = run_evaluation(result.location, "validation").metrics
     assert again == pytest.approx(found, abs=1e-6)
     assert "mae" in render(Run.load(result.location))
-    [answer] = load_predictor(f"{result.location}/best").predict([{"text": "one cat"}])
+    [answer] = load_predictor(f"{result.location}/best").predict(
+        [{"text": "one cat", "text_pair": "two cats"}]
+    )
     assert set(answer) == {"value"}

@@ -178,7 +178,7 @@ def test_no_pickle_in_data_or_a_model_runs(
         check_refused(["train", str(file)], ["data.path", str(saved)], saved, capsys)
         (saved / "train" / name).write_bytes(whole)
     cases = [
-        ({"model": str(model), "data": data(saved)}, "holds no *.safetensors"),
+        ({"model": str(model), "data": data(saved)}, "has no model.safetensors"),
         ({"model": str(tiny_model), "data": data(plain)}, "cannot be loaded"),
     ]
     for changes, fragment in cases:

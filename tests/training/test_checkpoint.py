@@ -61,6 +61,7 @@ def test_the_folder_holds_no_pickles_and_says_how_to_feed_the_model(trained) -> 
     facts = json.loads((trained.folder / "sft_ray.json").read_text(encoding="utf-8"))
     assert facts == {
         "task": trained.task.name,
+        "inputs": [],
         "max_length": 32,
         "doc_stride": 64,
         "precision": "float32",
