@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Container, Iterator, Mapping, Sequence
 from datetime import datetime
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -135,7 +134,8 @@ def propose_untried(
     fixed = prior_draw(finite.space, seed, number)
     attempts = ATTEMPTS.get(search.sampler, 0)
     if attempts:
-        rehearsal = rehearsal_of(study, as_seen_now(study, search), search, seed, number)
+        seen = as_seen_now(trials_begun(study), search, study.directions[0])
+        rehearsal = rehearsal_of(study, seen, search, seed, number)
     for _ in range(attempts):
         if fixed:
             rehearsal.enqueue_trial(fixed)
@@ -150,9 +150,9 @@ def propose_untried(
 def propose(study: optuna.Study, search: Search, seed: int, number: int) -> dict[str, Any]:
     """What the sampler would not draw by itself; empty where it has all the say."""
     fixed = prior_draw(search.domains, seed, number)
-    trials = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
-    seen = as_seen_now(study, search)
-    if all(a is b for a, b in zip_longest(seen, trials)):
+    begun = trials_begun(study)
+    seen = as_seen_now(begun, search, study.directions[0])
+    if seen == begun:
         return fixed
     rehearsal = rehearsal_of(study, seen, search, seed, number)
     if fixed:
@@ -160,8 +160,15 @@ def propose(study: optuna.Study, search: Search, seed: int, number: int) -> dict
     return ask(rehearsal, search.domains)
 
 
-def as_seen_now(study: optuna.Study, search: Search) -> list[FrozenTrial]:
-    """The trials that have begun as the sampler is to see them; others than they are stand in.
+def trials_begun(study: optuna.Study) -> list[FrozenTrial]:
+    """All trials but those in line."""
+    return [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
+
+
+def as_seen_now(
+    trials: list[FrozenTrial], search: Search, direction: StudyDirection
+) -> list[FrozenTrial]:
+    """Trials as the sampler is to see them; copies stand in for those it is to see otherwise.
 
     TPE knows running trials as liars only: as bad as any, to keep suggestions apart.  With many
     slots that repels them from where most trials run, which is where the good ones are.  So a
@@ -173,7 +180,6 @@ def as_seen_now(study: optuna.Study, search: Search) -> list[FrozenTrial]:
     Where the default recipe lies outside the space, it lacks parameters.  Samplers that model what
     all trials have would never search those.
     """
-    trials = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
     if search.sampler not in SAMPLERS_THAT_LOOK:
         return trials
     always = spaces.always_drawn(search.domains)
@@ -183,7 +189,7 @@ def as_seen_now(study: optuna.Study, search: Search) -> list[FrozenTrial]:
     if search.sampler == "tpe":
         return [_shown_so_far(trial) for trial in trials]
     if search.sampler == "gp":
-        sign = 1 if study.directions[0] == StudyDirection.MAXIMIZE else -1
+        sign = 1 if direction == StudyDirection.MAXIMIZE else -1
         shown = [sign * value for trial in trials for value in trial.intermediate_values.values()]
         return (
             [_taken_as_finished(trial, sign * min(shown)) for trial in trials] if shown else trials
