@@ -29,7 +29,6 @@ class Backward:
 
     Attributes:
         most: examples of a micro-batch.
-        padded_work: share of a layer's work that is done on padding, see `Pretrained`.
         compiles: whether layers are compiled.
         records: whether passes are recorded; gradients then stay where they are.
         model: gives the sum or mean over all workers behind its backward pass, see `World.wrap`.
@@ -48,9 +47,9 @@ class Backward:
     ) -> None:
         self._train, self._setup, self._dtype, self._options = train, setup, dtype, options
         self.world, self.pretrained = setup.world, setup.pretrained
-        self.padded_work = self.pretrained.padded_work
-        self.compiles = is_compiled(train.compile, pads=self.padded_work > 0)
-        self.records = is_recorded(train.cuda_graphs, self.world, pads=self.padded_work > 0)
+        pads = self.pretrained.family.own_attention is not None
+        self.compiles = is_compiled(train.compile, pads)
+        self.records = is_recorded(train.cuda_graphs, self.world, pads)
         self.model: nn.Module = self.pretrained.model
         share = -(-train.batch_size // self.world.size)
         self._probe = self._probed(share)

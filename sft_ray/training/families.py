@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 from torch import nn
+
+
+@dataclass(frozen=True)
+class OwnAttention:
+    """Attention that is a family's own code, and wants padding (see `padded_attention`).
+
+    Attributes:
+        path: of the module in a layer.
+        projections: names in it of the products with weights that every token goes into.
+        output: name of the one that every token comes out of; None leaves it to the layer.
+    """
+
+    path: str
+    projections: tuple[str, ...]
+    output: str | None = None
 
 
 @dataclass(frozen=True)
@@ -20,8 +35,7 @@ class Family:
         shared: modules that feed every layer.
         positions_after_padding: positions are counted from the padding token's id upwards, which
             leaves that much less room for text.
-        pads_in: the part of a layer that attends, where that is the family's own code (see
-            `padded_attention`); None asks the library's registry of attention functions.
+        own_attention: None asks the library's registry of attention functions.
         gives_tuples: its layers answer with more than the hidden states.
         narrows: whether its last layer may be asked for first tokens alone: queries, keys and
             values are products of their own.
@@ -31,7 +45,7 @@ class Family:
     layers: str = "encoder.layer"
     shared: tuple[str, ...] = ()
     positions_after_padding: bool = False
-    pads_in: str | None = None
+    own_attention: OwnAttention | None = None
     gives_tuples: bool = False
     narrows: bool = True
 
@@ -40,8 +54,12 @@ CONVOLUTION = "encoder.conv"  # of large DeBERTa v2, behind the first layer
 ROBERTA = Family(positions_after_padding=True)
 DEBERTA = Family(
     shared=("encoder.rel_embeddings", "encoder.LayerNorm", CONVOLUTION),
-    pads_in="attention.self",
+    own_attention=OwnAttention("attention.self", ("in_proj",)),
     gives_tuples=True,
+)
+DEBERTA_V2 = replace(
+    DEBERTA,
+    own_attention=OwnAttention("attention.self", ("query_proj", "key_proj", "value_proj")),
 )
 FAMILIES = {
     "bert": Family(),
@@ -52,11 +70,11 @@ FAMILIES = {
     "electra": Family(embeddings=("embeddings", "embeddings_project")),
     "distilbert": Family(layers="transformer.layer"),
     "deberta": DEBERTA,
-    "deberta-v2": DEBERTA,
+    "deberta-v2": DEBERTA_V2,
     "mpnet": Family(
         shared=("encoder.relative_attention_bias",),
         positions_after_padding=True,
-        pads_in="attention.attn",
+        own_attention=OwnAttention("attention.attn", ("q", "k", "v"), output="o"),
         gives_tuples=True,
     ),
     "modernbert": Family(layers="layers", narrows=False),

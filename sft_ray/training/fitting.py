@@ -256,7 +256,7 @@ class Trial:
         batch = self.backward.collate(part, self.trunks["train"])
         layout = batch.one_pass.layout
         self.tokens += int(layout.lengths[: len(part)].sum())
-        self.positions += layout.positions(self.backward.padded_work)
+        self.positions += layout.positions
         # The step wants the sum over the global batch divided by its count.
         share, device = self.world.averaged_over / count, self.world.device
         factor = torch.full((), share, dtype=torch.float64, device=device)

@@ -55,7 +55,7 @@ def let_pass(model: Any) -> None:
             model,
             [module_at(base, path) for path in family.embeddings if has_module(base, path)],
             layers,
-            attentions=[module_at(layer, family.pads_in) for layer in layers if family.pads_in],
+            own_attention=family.own_attention,
             convolution=module_at(base, CONVOLUTION) if has_module(base, CONVOLUTION) else None,
             gives_tuples=family.gives_tuples,
             narrows=family.narrows and reads_first_token(model),
@@ -148,18 +148,6 @@ class Pretrained:
     def can_split(self) -> bool:
         """Whether the layers above any depth need no more than the output of the one below."""
         return not has_module(self.model.base_model, CONVOLUTION)  # mixes both ends of the first
-
-    @cached_property
-    def padded_work(self) -> float:
-        """Share of a layer's products with weights that are computed on padding, too."""
-        path = self.family.pads_in
-        if path is None:
-            return 0.0
-        layer = self.layers[0]
-        inside, whole = (
-            sum(p.numel() for p in part.parameters()) for part in (module_at(layer, path), layer)
-        )
-        return inside / whole
 
     @cached_property
     def fingerprint(self) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sft_ray.training import cpu_dropout, gpu_attention
 from sft_ray.training.compiled import CompiledLayers
 from sft_ray.training.cpu_attention import attend_with_dropout
+from sft_ray.training.families import OwnAttention, module_at
 from sft_ray.training.gpu_attention import attend_varlen
-from sft_ray.training.padded_attention import PaddedAttention, PaddedConvolution
+from sft_ray.training.padded_attention import PaddedAttention, PaddedConvolution, own_forward
 from sft_ray.training.unpadded import Layout, attend
 
 ATTENTION = "sft_ray_unpadded"
@@ -87,7 +88,7 @@ def prepare_model(
     embeddings: Sequence[nn.Module],
     layers: Sequence[nn.Module],
     *,
-    attentions: Sequence[nn.Module],
+    own_attention: OwnAttention | None,
     convolution: nn.Module | None,
     gives_tuples: bool,
     narrows: bool,
@@ -96,8 +97,8 @@ def prepare_model(
 
     Args:
         embeddings: all that runs before the first layer.
-        attentions: of the layers, if they are a family's own code; else the layers' attention asks
-            the library's registry how.  Nothing but attention looks at more than one token, except
+        own_attention: of the layers, if it is a family's own code; else it asks the library's
+            registry how.  Nothing but attention looks at more than one token, except
         convolution: between the first and the second layer, or None.
         gives_tuples: whether the layers answer with more than the hidden states.
         narrows: whether the last layer, if its attention asks the registry, computes the first
@@ -105,12 +106,14 @@ def prepare_model(
             reads no other.
     """
     for module in embeddings:
-        module.forward = _Embeddings(_own_forward(module))
-    for module in attentions:
-        module.forward = PaddedAttention(module, _own_forward(module), _layout)
+        module.forward = _Embeddings(own_forward(module))
+    if own_attention is not None:
+        for layer in layers:
+            attention = module_at(layer, own_attention.path)
+            attention.forward = PaddedAttention(attention, own_attention, _layout)
     if convolution is not None:
-        convolution.forward = PaddedConvolution(_own_forward(convolution), _layout)
-    asks = not attentions
+        convolution.forward = PaddedConvolution(convolution, _layout)
+    asks = own_attention is None
     for index, layer in enumerate(layers):
         is_last = index + 1 == len(layers)
         narrow = is_last and asks and narrows
@@ -129,11 +132,6 @@ def trunk_output(model: Any, inputs: dict[str, torch.Tensor], one: Pass) -> torc
     except _Stopped as stopped:
         return stopped.hidden_TH
     raise AssertionError("the model has fewer layers")
-
-
-def _own_forward(module: nn.Module) -> Callable[..., Any]:
-    """The library's own, also of a module that was prepared before."""
-    return partial(type(module).forward, module)
 
 
 class _Embeddings:
@@ -161,7 +159,7 @@ class _Layer:
         asks: bool,
         narrows: bool,
     ) -> None:
-        self._layer, self._real = layer, _own_forward(layer)
+        self._layer, self._real = layer, own_forward(layer)
         self._index, self._is_last, self._gives_tuples = index, is_last, gives_tuples
         self._asks, self._narrows = asks, narrows
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from sft_ray.training.encoding import IntArray
 
 SEQUENCES_PER_GROUP = 8
-# Of a group's positions, where projections are computed on them too; measured, see RESULTS.md.
+# Of a group's positions, where a family's own code attends; measured, see RESULTS.md.
 MOST_PADDING = 0.25
 # So that shapes come again: numbers between two powers of two.  On CPUs oneDNN compiles its bf16
 # products for every new number of tokens; by torch.compile whole layers are, and for the longest.
@@ -66,11 +66,20 @@ class Group:
     def pad(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, heads, all tokens, width] -> [sequences, heads, length, width] of this group."""
         tokens_THD = packed[0, :, self.first : self.last].transpose(0, 1)
+        return self.spread(tokens_THD).transpose(1, 2)
+
+    def spread(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[tokens of this group, …] -> [sequences, length, …], 0 at padding."""
         size, length = self.shape
         if self.places is not None:
-            positions = tokens_THD.new_zeros(size * length, *tokens_THD.shape[1:])
-            tokens_THD = positions.index_copy(0, self.places, tokens_THD)
-        return tokens_THD.reshape(size, length, *tokens_THD.shape[1:]).transpose(1, 2)
+            positions = tokens.new_zeros(size * length, *tokens.shape[1:])
+            tokens = positions.index_copy(0, self.places, tokens)
+        return tokens.reshape(size, length, *tokens.shape[1:])
+
+    def gather(self, padded: torch.Tensor) -> torch.Tensor:
+        """[sequences, length, …] -> [tokens of this group, …]."""
+        flat = padded.flatten(0, 1)
+        return flat if self.places is None else flat.index_select(0, self.places)
 
     def of_first_tokens(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, heads, all sequences, width] -> [sequences, heads, 1, width] of this group."""
@@ -79,8 +88,7 @@ class Group:
 
     def unpad(self, padded: torch.Tensor) -> torch.Tensor:
         """[sequences, heads, length, width] -> [tokens of this group, heads, width]."""
-        flat = padded.transpose(1, 2).flatten(0, 1)
-        return flat if self.places is None else flat.index_select(0, self.places)
+        return self.gather(padded.transpose(1, 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,17 +190,10 @@ class Layout:
         """What was found for all layers."""
         return {}
 
-    def positions(self, padded_work: float) -> float:
-        """Tokens that the layers could have computed on by what they do.
-
-        Args:
-            padded_work: share of a layer's products that are computed on `tight_groups`.
-        """
-        filled = len(self.places) + self.filler
-        if padded_work == 0:
-            return filled
-        padded = sum(size * length for size, length in (g.shape for g in self.tight_groups))
-        return filled + padded_work * (padded - filled)
+    @property
+    def positions(self) -> int:
+        """Tokens that a layer's products with weights are computed on, those that fill up too."""
+        return len(self.places) + self.filler
 
     def pack(self, padded_BLH: torch.Tensor) -> torch.Tensor:
         """[sequences, length, width] -> [tokens, width], filled up."""
@@ -211,7 +212,7 @@ class Layout:
 
     def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """What groups give, [tokens of a group, …], for all tokens of the batch."""
-        if missing := len(self.places) + self.filler - self.groups[-1].last:
+        if missing := self.positions - self.groups[-1].last:
             parts = [*parts, parts[0].new_zeros(missing, *parts[0].shape[1:])]
         return torch.cat(parts)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sft_ray.training.batches import Batch, collate
@@ -21,7 +22,7 @@ from sft_ray.training.unpadded import CPU_TOKEN_STEPS, Layout
 from tests.models import CPU, PAD, load_tiny, tiny_model_folder, toy_dataset
 
 LAYERS = 3
-PADDING = [name for name, family in FAMILIES.items() if family.pads_in]
+PADDING = [name for name, family in FAMILIES.items() if family.own_attention]
 CONVOLUTION = {"conv_kernel_size": 3, "conv_act": "gelu"}
 
 
@@ -152,28 +153,37 @@ def test_layers_see_tokens_without_padding_and_the_last_one_those_that_are_read(
 
 
 @pytest.mark.parametrize("name", PADDING)
-def test_attention_of_its_own_sees_neighbours_of_like_length(
-    name: str, few: Dataset, tmp_path: Path
+def test_attention_of_its_own_sees_neighbours_of_like_length_and_its_products_no_padding(
+    name: str, few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretrained = load_tiny(tiny_model_folder(tmp_path / name, name, 1), few)
     [attention] = [m for m in pretrained.model.modules() if isinstance(m.forward, PaddedAttention)]
-    seen = []
-    for module in attention.modules():
-        if isinstance(module, nn.Linear) and module.in_features == 32:
-            module.register_forward_hook(lambda m, inputs, output: seen.append(inputs[0].shape[:2]))
+    attended: list[torch.Size] = []
+    *_, drop = (module for module in attention.children() if isinstance(module, nn.Dropout))
+    drop.register_forward_hook(lambda m, inputs, output: attended.append(inputs[0].shape))
+    multiplied: list[torch.Size] = []
+    linear = F.linear
+
+    def seen(inputs: torch.Tensor, *args: Any) -> torch.Tensor:
+        multiplied.append(inputs.shape[:-1])
+        return linear(inputs, *args)
+
+    monkeypatch.setattr(F, "linear", seen)
     order = np.argsort(few.train.lengths, kind="stable")
     batch = collate(few.train, order, pad_token=PAD, device=CPU)
     with torch.no_grad():
         model_outputs(pretrained.model, batch)
     tokens, layout = int(few.train.lengths.sum()), batch.one_pass.layout
     shapes = [group.shape for group in layout.tight_groups]
-    assert set(shapes) <= {tuple(shape) for shape in seen}
+    assert [(shape[0], shape[-1]) for shape in attended] == shapes
+    assert len(shapes) > 1
     padded = sum(size * length for size, length in shapes)
     assert tokens < padded <= tokens / 0.75
-    filled = tokens + layout.filler
-    assert layout.positions(0) == filled
-    assert layout.positions(0.25) == pytest.approx(0.75 * filled + 0.25 * padded)
-    assert 0.2 < pretrained.padded_work < 0.6
+    assert layout.positions == tokens + layout.filler
+    # The layer's: three or one going in, one coming out, two of the feed-forward network.
+    every = multiplied.count(torch.Size((1, layout.positions)))
+    assert every == len(pretrained.family.own_attention.projections) + 3  # type: ignore[union-attr]
+    assert not set(multiplied) & {torch.Size(shape) for shape in shapes}
 
 
 @pytest.mark.parametrize("lengths", [[6, 6], [2, 6, 4]])
