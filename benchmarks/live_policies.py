@@ -20,7 +20,7 @@ import scipy.stats
 
 from benchmarks.against_trainer import CASES
 from benchmarks.real_data import experiment
-from sft_ray.recipes import SMALL_ENCODER_PARAMETERS, recipe_of
+from sft_ray.recipes import SMALL_LAYER_PARAMETERS, recipe_of
 from sft_ray.run_store import RESULTS
 from sft_ray.space import default_space
 
@@ -31,7 +31,7 @@ POLICIES: dict[str, dict[str, Any]] = {"default": {}, "random": RANDOM}
 
 
 def space_without_priors() -> dict[str, Any]:
-    space = default_space(NUM_LAYERS, recipe_of("bert", SMALL_ENCODER_PARAMETERS - 1))
+    space = default_space(NUM_LAYERS, recipe_of("bert", SMALL_LAYER_PARAMETERS - 1))
     for domain in space.values():
         domain.pop("prior", None)
     return space

@@ -4,7 +4,7 @@ Trains every configuration to its end, in single-thread processes, on the data a
 of an experiment (the quickstart's, made smaller, unless another is given).  All five dimensions
 of the default space are drawn, the learning rate over a range wide enough to fail at both ends.
 
-A line of --out is one run: iteration, model_type, num_parameters, learning_rate,
+A line of --out is one run: iteration, model_type, num_parameters, layer_parameters, learning_rate,
 train_batch_size, num_train_epochs, total_model_steps, warmup_steps, frozen_layers,
 regularization, trained_parameters, and learning_curves {metric: [[step, score], …]}.  A
 configuration that diverges keeps the score of always answering the same.  Lines that are there
@@ -105,6 +105,7 @@ def record(iteration: int, tree: dict[str, Any]) -> dict[str, Any]:
         "iteration": iteration,
         "model_type": prepared.model.model_type,
         "num_parameters": prepared.model.num_parameters,
+        "layer_parameters": prepared.model.layer_parameters,
         "learning_rate": train.learning_rate,
         "train_batch_size": train.batch_size,
         "num_train_epochs": train.epochs,

@@ -11,8 +11,8 @@ never hits counts as all epochs of the pool, and is told as missed.
 A line of --curves is one run: learning_rate, train_batch_size, num_train_epochs, total_model_steps,
 and learning_curves {name: [[step, score], …]}, of which the first is used; higher is better.
 frozen_layers and regularization {kind, strength} may be there too (`record_curves.py`), and
-model_type and num_parameters, from which the default space and its priors follow; without them
-a family named in the file's name counts.
+model_type and layer_parameters (or num_parameters), from which the default space and its priors
+follow; without them a family named in the file's name counts.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Pool:
     final: Floats
     epochs: Floats
     recipe: Recipe
-    num_parameters: int
+    layer_parameters: int
     num_layers: int
 
     @functools.cached_property
@@ -123,25 +123,35 @@ def _strength(train: Mapping[str, Any]) -> float:
 
 @functools.cache  # once per process, for all its repeats
 def read_pool(path: Path) -> Pool:
-    runs = [json.loads(line) for line in path.read_text().splitlines()]
+    """Recorded runs of a file; one without a score is left out.
+
+    A run that was stopped keeps its last score to the end of its schedule, and a score that is no
+    number counts as the worst of all.
+    """
+    runs = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    runs = [run for run in runs if _scores(run)]
+    worst = min(score for run in runs for _, score in _scores(run) if math.isfinite(score))
     trains = []
     for run in runs:
         names = ("learning_rate", "batch_size", "epochs", "frozen_layers", "regularization")
         recorded = {name: run.get(RECORDED_AS.get(name, name)) for name in names}
         trains.append({name: value for name, value in recorded.items() if value is not None})
+    known = [name for name in sorted(BY_MODEL_TYPE, key=len) if name in path.stem.lower()]
+    model_type = runs[0].get("model_type") or (known[-1] if known else "")
+    layer_parameters = runs[0].get("layer_parameters", runs[0].get("num_parameters", BASE_SIZE))
+    recipe = recipe_of(model_type, layer_parameters)
+    num_layers = max(int(train.get("frozen_layers", 0)) for train in trains)
     searched = [
         f"train.{name}"
         for name in trains[0]
-        if len({json.dumps(train[name], sort_keys=True) for train in trains}) > 1
+        if len({json.dumps(train.get(name), sort_keys=True) for train in trains}) > 1
     ]
+    branches = default_space(num_layers, recipe)[REGULARIZATION]["one_of"]
+    kinds = {train["regularization"]["kind"] for train in trains if "regularization" in train}
+    if not any(branch["kind"] in kinds for branch in branches):
+        searched = [path for path in searched if path != REGULARIZATION]
     regularized = REGULARIZATION in searched
-    curves = []
-    for run in runs:
-        curve = next(iter(run["learning_curves"].values()))
-        curves.append([(step / run["total_model_steps"], score) for step, score in curve])
-    known = [name for name in sorted(BY_MODEL_TYPE, key=len) if name in path.stem.lower()]
-    model_type = runs[0].get("model_type") or (known[-1] if known else "")
-    num_parameters = runs[0].get("num_parameters", BASE_SIZE)
+    curves = [_curve(run, worst) for run in runs]
     return Pool(
         searched=searched,
         values=np.array([[READ[p](t) for p in searched if p in READ] for t in trains], dtype=float),
@@ -149,11 +159,25 @@ def read_pool(path: Path) -> Pool:
         strengths=np.array([_strength(t) if regularized else 0.0 for t in trains]),
         curves=curves,
         final=np.array([curve[-1][1] for curve in curves]),
-        epochs=np.array([float(train["epochs"]) for train in trains]),
-        recipe=recipe_of(model_type, num_parameters),
-        num_parameters=num_parameters,
-        num_layers=max(int(train.get("frozen_layers", 0)) for train in trains),
+        epochs=np.array([float(train.get("epochs", 1)) for train in trains]),
+        recipe=recipe,
+        layer_parameters=layer_parameters,
+        num_layers=num_layers,
     )
+
+
+def _scores(run: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """(step, score) of a run's first curve, in order."""
+    curve: list[tuple[float, float | None]] = next(iter(run["learning_curves"].values()), [])
+    return sorted((step, math.nan if score is None else score) for step, score in curve)
+
+
+def _curve(run: Mapping[str, Any], worst: float) -> list[tuple[float, float]]:
+    """(share of the schedule, score), with one at its end."""
+    found = _scores(run)
+    steps = run.get("total_model_steps") or found[-1][0]
+    curve = [(step / steps, score if math.isfinite(score) else worst) for step, score in found]
+    return curve if curve[-1][0] >= 1 else [*curve, (1.0, curve[-1][1])]
 
 
 @dataclass(frozen=True)
@@ -212,12 +236,12 @@ def space_of(policy: Policy, pool: Pool) -> dict[str, Any]:
             found = sorted(set(pool.values[:, columns.index(path)].astype(int).tolist()))
             few = path == "train.batch_size" and len(found) <= 8
             space[path] = {"choice": found} if few else {"int": [found[0], found[-1]]}
-    rate = dict(space["train.learning_rate"])
-    if policy.learning_rates is not None:
-        rate["log_uniform"] = policy.learning_rates
-    if not policy.priors:
-        rate.pop("prior", None)
-    space["train.learning_rate"] = rate
+    if "train.learning_rate" in space:
+        rate = space["train.learning_rate"]
+        if policy.learning_rates is not None:
+            rate["log_uniform"] = policy.learning_rates
+        if not policy.priors:
+            rate.pop("prior", None)
     if REGULARIZATION in space:
         kinds = set(pool.kinds)
         branches = space[REGULARIZATION]["one_of"]
@@ -267,7 +291,7 @@ def replay(policy: Policy, pool: Pool, slots: int, seed: int) -> Repeat:
     study = SearchStudy(
         experiment,
         optuna.storages.InMemoryStorage(),
-        recipe=default_recipe(pool.num_parameters),
+        recipe=default_recipe(pool.layer_parameters),
         direction="maximize",
     )
     top1, top5 = pool.top(0.01), pool.top(0.05)
@@ -321,8 +345,9 @@ def replay(policy: Policy, pool: Pool, slots: int, seed: int) -> Repeat:
             continue
         start(now)
     worst = float(pool.final.min())
+    scale = 1 if pool.final.max() > 1 else 100  # points per score
     regret = {
-        at: 100 * (pool.final.max() - max([b for e, b in best_after if e <= at], default=worst))
+        at: scale * (pool.final.max() - max([b for e, b in best_after if e <= at], default=worst))
         for at in REGRET_AT
     }
     return Repeat(hits.get("top1"), hits.get("top5"), regret)
@@ -386,6 +411,13 @@ def ratio_of(base: Mapping[str, float], one: Mapping[str, float]) -> dict[str, f
     return {"ratio": ratio, "ratio_interval": 0.0 if base is one else ratio * math.hypot(*parts)}
 
 
+def without_nan(tree: Any) -> Any:
+    """An interval of one repeat is no number, which JSON has no word for but null."""
+    if isinstance(tree, dict):
+        return {name: without_nan(value) for name, value in tree.items()}
+    return None if isinstance(tree, float) and math.isnan(tree) else tree
+
+
 def run_job(job: tuple[str, int, int, str]) -> Repeat:
     name, slots, seed, path = job
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -425,7 +457,7 @@ def main() -> None:
             line = line_of(name, slots, figures)
             print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(without_nan(found), indent=2, allow_nan=False))
 
 
 def line_of(name: str, slots: int, figures: dict[str, Any]) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from benchmarks import gpu, search_policies
 from benchmarks.record_curves import configuration
 from benchmarks.search_policies import POLICIES, marks_of, read_pool, replay, space_of
 from sft_ray.config import Train
+from sft_ray.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 CURVES = ROOT / "benchmarks" / "curves" / "minilm-docstrings.jsonl"
@@ -212,3 +215,34 @@ def test_the_table_of_the_gpu_bench_has_wanted_values_beside_the_found_ones() ->
     assert lines.index("| minilm | 1 | 1 | 100 | 1.00 (5.0) |") < lines.index(
         "| minilm | 4 | 4 | 500 | 5.00 (5.0) |"
     )
+
+
+def test_recorded_runs_may_be_of_other_shapes(tmp_path: Path) -> None:
+    """Without epochs or batch size, stopped early, diverged, in percent, of other penalties."""
+    runs: list[dict[str, Any]] = [
+        {
+            "learning_rate": 1e-5 * 1.2**i,
+            "regularization": {"kind": "l1", "strength": 10.0 ** -(i % 5)},
+            "total_model_steps": 100,
+            "learning_curves": {"accuracy": [[30, 50 + i], [60, 60 + i], [90, 70 + i]]},
+        }
+        for i in range(20)
+    ]
+    runs[3]["learning_curves"]["accuracy"][1:] = [[60, math.nan], [100, None]]
+    runs[4]["learning_curves"]["accuracy"] = []
+    del runs[5]["total_model_steps"]
+    file = tmp_path / "roberta-large.jsonl"
+    file.write_text("\n".join(map(json.dumps, runs)) + "\n\n")
+    pool = read_pool(file)
+    assert pool.searched == ["train.learning_rate"]
+    assert pool.recipe is RECIPES["roberta"]
+    assert len(pool.curves) == 19
+    assert pool.curves[0] == [(0.3, 50), (0.6, 60), (0.9, 70), (1.0, 70)]
+    assert pool.curves[3] == [(0.3, 53), (0.6, 50), (1.0, 50)]
+    assert pool.curves[4] == [(30 / 90, 55), (60 / 90, 65), (1.0, 75)]
+    found = replay(POLICIES["default"], pool, 4, seed=1)
+    assert found.top1 is not None
+    assert 0 <= found.regret[25] <= 39  # points, as the scores are
+    figures = search_policies.without_nan(search_policies.summarize([found], 19.0))
+    assert figures["top1"]["interval"] is None
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures

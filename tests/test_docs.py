@@ -111,7 +111,7 @@ def test_every_documented_search_resolves(tree, tmp_path, tiny_model) -> None:
     study = SearchStudy(
         prepared.experiment,
         optuna.storages.InMemoryStorage(),
-        recipe=default_recipe(prepared.model.num_parameters),
+        recipe=default_recipe(prepared.model.layer_parameters),
         direction=prepared.direction,
     )
     first, second = study.next_trial(), study.next_trial()

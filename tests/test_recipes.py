@@ -31,30 +31,30 @@ def parsed(path: str, raw: dict[str, Any]) -> Numeric:
 @pytest.mark.parametrize(
     ("model_type", "millions", "name"),
     [
-        ("bert", 110, "bert"),
-        ("bert", 335, "bert"),  # nothing else is published for the large one
-        ("bert", 22.7, "bert-small"),
-        ("bert", 49.999999, "bert-small"),
-        ("bert", 50, "bert"),
-        ("distilbert", 66, "bert"),
-        ("roberta", 125, "roberta"),
-        ("roberta", 355, "roberta"),
-        ("roberta", 30, "bert-small"),  # its authors say nothing of small ones
-        ("xlm-roberta", 278, "roberta"),
-        ("camembert", 110, "roberta"),
-        ("mpnet", 109, "roberta"),
-        ("electra", 13.5, "electra-small"),
-        ("electra", 109, "electra"),
-        ("electra", 335, "electra"),
-        ("deberta", 139, "deberta"),
-        ("deberta-v2", 184, "deberta"),
+        ("bert", 86, "bert"),
+        ("bert", 304, "bert"),  # nothing else is published for the large one
+        ("bert", 10.8, "bert-small"),
+        ("bert", 29.999999, "bert-small"),
+        ("bert", 30, "bert"),
+        ("distilbert", 43, "bert"),
+        ("roberta", 86, "roberta"),
+        ("roberta", 304, "roberta"),
+        ("roberta", 5, "bert-small"),  # its authors say nothing of small ones
+        ("xlm-roberta", 86, "roberta"),  # and 192 in its vocabulary
+        ("camembert", 86, "roberta"),
+        ("mpnet", 86, "roberta"),
+        ("electra", 9.7, "electra-small"),
+        ("electra", 85, "electra"),
+        ("electra", 303, "electra"),
+        ("deberta", 100, "deberta"),
+        ("deberta-v2", 86, "deberta"),  # of mDeBERTa too, which has 279 with its vocabulary
         ("deberta-v2", 249.999999, "deberta"),
         ("deberta-v2", 250, "deberta-large"),
-        ("deberta-v2", 435, "deberta-large"),
-        ("modernbert", 149, "modernbert"),
-        ("modernbert", 395, "modernbert"),
-        ("ernie", 118, "encoder"),
-        ("never-heard-of", 395, "encoder"),
+        ("deberta-v2", 304, "deberta-large"),
+        ("modernbert", 110, "modernbert"),
+        ("modernbert", 343, "modernbert"),
+        ("ernie", 86, "encoder"),
+        ("never-heard-of", 343, "encoder"),
         ("never-heard-of", 4, "bert-small"),
     ],
 )
@@ -115,7 +115,7 @@ def test_the_default_range_is_five_times_wider_at_each_end(recipe: Recipe) -> No
 
 
 @pytest.mark.parametrize("model_type", [*FAMILIES, "never-heard-of"])
-@pytest.mark.parametrize("millions", [4, 22, 110, 435])
+@pytest.mark.parametrize("millions", [4, 22, 86, 304])
 def test_the_default_recipe_lies_in_the_default_space_of_every_model(
     model_type: str, millions: int
 ) -> None:
@@ -129,8 +129,8 @@ def test_the_default_recipe_lies_in_the_default_space_of_every_model(
 
 
 def test_the_default_recipe_has_two_learning_rates() -> None:
-    assert default_recipe(49_999_999)["train.learning_rate"] == 1e-4
-    assert default_recipe(50_000_000)["train.learning_rate"] == 2e-5
+    assert default_recipe(29_999_999)["train.learning_rate"] == 1e-4
+    assert default_recipe(30_000_000)["train.learning_rate"] == 2e-5
 
 
 def test_a_prior_can_be_named() -> None:

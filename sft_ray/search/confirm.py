@@ -153,7 +153,7 @@ def fresh_seeds(seed: int, count: int) -> list[int]:
 
 def _default_recipe(experiment: Experiment, prepared: Prepared) -> Candidate:
     """As the search would have run it, for one that left it out."""
-    recipe = default_recipe(prepared.model.num_parameters)
+    recipe = default_recipe(prepared.model.layer_parameters)
     train = apply_values(experiment.train, recipe).model_dump(mode="json")
     return Candidate(YARDSTICK, None, spaces.parameters(recipe), train, None)
 

@@ -57,7 +57,7 @@ def with_default_space(checked: Prepared) -> Prepared:
             not go with the default.
     """
     experiment, model = checked.experiment, checked.model
-    size = model.num_parameters  # whatever the space: raises if there can be no such model
+    size = model.layer_parameters  # whatever the space: raises if there can be no such model
     if experiment.search.space is not None:
         return checked
     recipe = recipe_of(model.model_type, size)

@@ -218,7 +218,7 @@ def trains_of_search(prepared: Prepared) -> list[Train]:
         for corner in itertools.product(*ends)
     ]
     if search.default_recipe:
-        found.append(apply_values(train, default_recipe(prepared.model.num_parameters)))
+        found.append(apply_values(train, default_recipe(prepared.model.layer_parameters)))
     return found
 
 

@@ -252,7 +252,7 @@ def _open_study(
         return SearchStudy(
             prepared.experiment,
             storage,
-            recipe=default_recipe(prepared.model.num_parameters),
+            recipe=default_recipe(prepared.model.layer_parameters),
             direction=prepared.direction,
             slots=slots,
             warm=warm,

