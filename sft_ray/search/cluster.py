@@ -98,8 +98,9 @@ def _for_new_processes() -> Iterator[None]:
     before the running trials have written their states.  They still die with the driver.  And the
     address of their own Ray: parts of Ray Train ask for it and give up where several Rays run on a
     machine, and what a lost slot held would never be free again.  And only the loopback interface
-    to listen on, by the switch with which Ray does so on a Mac.  And no process of the
-    dashboard: without one it counts usage, and is waited for.
+    to listen on, by the switch with which Ray does so on a Mac.  Left out is what serves nobody
+    here and takes seconds to start: the dashboard's process, which without one counts usage, the
+    autoscaler's, and the one that carries to a driver what workers print.
     """
     from ray._private import node, ray_constants, services
 
@@ -111,7 +112,10 @@ def _for_new_processes() -> Iterator[None]:
     names[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     before = {name: os.environ.get(name) for name in names}
     is_wide, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
-    start_api_server, node.Node.start_api_server = node.Node.start_api_server, lambda *_, **__: None
+    unwanted = ("start_api_server", "start_monitor", "start_log_monitor")
+    starts = {name: getattr(node.Node, name) for name in unwanted}
+    for name in unwanted:
+        setattr(node.Node, name, lambda *_, **__: None)
     services.ConsolePopen = partial(popen, start_new_session=True)
     os.environ.update(names)
     try:
@@ -119,7 +123,8 @@ def _for_new_processes() -> Iterator[None]:
     finally:
         services.ConsolePopen = popen
         ray_constants.ENABLE_RAY_CLUSTER = is_wide
-        node.Node.start_api_server = start_api_server
+        for name, start in starts.items():
+            setattr(node.Node, name, start)
         for name, value in before.items():
             os.environ.pop(name)
             if value is not None:
