@@ -149,14 +149,18 @@ class FileStore:
 
     # -- writing one file --------------------------------------------------------------------
 
-    def write_text(self, path: str, text: str) -> None:
-        """Replace a file as a whole: a reader sees the old text or the new one."""
-        self.write_bytes(path, text.encode("utf-8"))
+    def write_text(self, path: str, text: str, *, waits: bool = True) -> None:
+        """Replace a file as a whole: a reader sees the old text or the new one.
+
+        Args:
+            waits: for the disk, so that not even a lost machine loses it.
+        """
+        self.write_bytes(path, text.encode("utf-8"), waits=waits)
 
     def write_json(self, path: str, value: Any) -> None:
         self.write_text(path, json_text(value))
 
-    def write_bytes(self, path: str, content: bytes) -> None:
+    def write_bytes(self, path: str, content: bytes, *, waits: bool = True) -> None:
         """Replace a file as a whole, on disk before its name changes."""
         if self.local_root is None:  # an object appears when its upload is complete
             self._make_folder(str(PurePosixPath(path).parent))
@@ -174,9 +178,11 @@ class FileStore:
             with unfinished.open("wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
+                if waits:
+                    os.fsync(file.fileno())
             unfinished.replace(target)
-            _sync(target.parent)
+            if waits:
+                sync(target.parent)
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -240,15 +246,15 @@ class FileStore:
         try:
             yield unfinished
             with ThreadPoolExecutor(max_workers=1) as beside:  # the disk has its own time
-                synced = beside.map(_sync, list(unfinished.rglob("*")))
+                synced = beside.map(sync, list(unfinished.rglob("*")))
                 _write_checksums(unfinished)
                 list(synced)  # raises what went wrong
-            _sync(unfinished / CHECKSUMS)
-            _sync(unfinished)
+            sync(unfinished / CHECKSUMS)
+            sync(unfinished)
             if target.exists():
                 target.rename(outdated)
             unfinished.rename(target)
-            _sync(target.parent)
+            sync(target.parent)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.rmtree(outdated, ignore_errors=True)
@@ -360,7 +366,7 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have a file or the names in a folder on disk."""
     opened = os.open(path, os.O_RDONLY)
     try:

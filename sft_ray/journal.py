@@ -14,7 +14,7 @@ from typing import Any
 
 from sft_ray.cache import cache_root
 from sft_ray.errors import ConfigError
-from sft_ray.file_store import FileStore
+from sft_ray.file_store import FileStore, sync
 
 JOURNAL = "study.journal"
 MOST_SECONDS = 30.0  # between two copies, if there is news
@@ -106,7 +106,7 @@ class Journal:
             raise ConfigError(f"{where}: damaged: {error}") from None
 
     def push(self, *, now: bool = True) -> bool:
-        """Store the live study, and a last-good copy of it.
+        """Store the live study, on the platter, and a last-good copy of it.
 
         Args:
             now: even if the last copy is of the last seconds, or has everything.
@@ -117,8 +117,10 @@ class Journal:
         if not self.live.exists():
             return True
         began, is_here = time.monotonic(), self._store.local_root is not None
+        has_all = self.live.stat().st_size == self._kept_bytes  # it only ever grows
+        if is_here and not has_all:
+            sync(self.live)
         if not now:
-            has_all = self.live.stat().st_size == self._kept_bytes  # it only ever grows
             share = SHARE if is_here else SHARE_OF_STORE
             if has_all or began - self._kept_at < min(MOST_SECONDS, self._cost / share):
                 return has_all or is_here

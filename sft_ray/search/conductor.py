@@ -78,7 +78,7 @@ class Conductor:
         planned = self.trials.next_trial()
         if planned is not None:
             self.planned[tune_id] = planned
-            self._settle()
+            self._store_study()
             if self._with_models is not None:
                 self._with_models.add(planned.folder)
             self.board.start(planned)
@@ -188,9 +188,17 @@ class Conductor:
             self.stopped = f"{self._failures_in_a_row} failures in a row"
 
     def settle(self) -> None:
-        """To be called now and then: what the last change has left to be stored."""
-        if not self._is_taken_over():
-            self._settle()
+        """To be called now and then: store the study, then remove what it has no more use for.
+
+        A driver that takes up an older copy finds the states and models that this one speaks of.
+        No slot waits for it.
+        """
+        if self._is_taken_over() or not self._store_study() or not self._ended:
+            return
+        for folder in self._ended:
+            self.store.delete_folder(f"{folder}/last")
+        self._ended.clear()
+        self._delete_outdated()
 
     def startup_seconds(self, since: float) -> float | None:
         """From `since` until the first slot was ready for its first trial."""
@@ -227,20 +235,8 @@ class Conductor:
         self._last.pop(planned.number, None)
         self._lines.pop(planned.number, None)
         self._ended.append(planned.folder)
-        self._settle()
+        self._store_study()
         self._say_end(planned, state, outcome, is_best)
-
-    def _settle(self) -> None:
-        """Store the study, then remove what it has no more use for.
-
-        A driver that takes up an older copy finds the states and models that this one speaks of.
-        """
-        if not self._store_study() or not self._ended:
-            return
-        for folder in self._ended:
-            self.store.delete_folder(f"{folder}/last")
-        self._ended.clear()
-        self._delete_outdated()
 
     def _delete_outdated(self) -> None:
         """Remove models that are not among the best; asks storage only about what may be there."""
@@ -284,7 +280,7 @@ class Conductor:
     def _store_metrics(self, planned: PlannedTrial) -> None:
         if lines := self._lines.get(planned.number):
             text = "\n".join(lines)
-            self.store.write_text(f"{planned.folder}/{METRICS}", f"{text}\n")
+            self.store.write_text(f"{planned.folder}/{METRICS}", f"{text}\n", waits=False)
 
     def _log_error(self, planned: PlannedTrial, reason: str, traceback: str) -> None:
         self.store.append_text(ERROR_LOG, f"{planned.label}: {reason}\n{traceback}\n")

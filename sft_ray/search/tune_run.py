@@ -109,6 +109,7 @@ def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> No
     finally:
         ray.kill(watch)
         ray_storage.delete()
+    conductor.settle()
     if conductor.disk_problem is not None:
         raise ResourceError(conductor.disk_problem)
     if conductor.stopped is not None:

@@ -88,6 +88,7 @@ def test_five_hundred_trials_leave_as_many_models_as_are_kept(
         if not running:
             break
         finish(conductor, store, *running.pop(0))
+        conductor.settle()
         ended += 1
         most = max(most, len(model_folders(store)))
     assert ended == TRIALS
