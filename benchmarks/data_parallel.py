@@ -4,6 +4,8 @@ Both take the same global batches with our training step; the two workers sum gr
 memory that they share, as in a trial.  Layouts take turns, each turn in new processes; seconds are
 of the steps alone, behind some warm ones, with the cache of trunks filled.  A ratio of 1 says that
 two processes train as fast as one with two threads.
+
+One JSON line per turn goes to --out; turns whose line is there are not repeated.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from benchmarks.rows import once
 from benchmarks.throughput import MODEL
 from sft_ray.config import Experiment
 from sft_ray.search.preflight import prepare_experiment
@@ -108,26 +111,26 @@ def main() -> None:
             }
             experiment = Experiment.model_validate(tree_of(options))
             options["dataset"] = str(prepare_experiment(experiment).dataset_folder)
-            ratios: dict[int, list[float]] = {k: [] for k in DEPTHS}
-            for _ in range(arguments.turns):
-                one, two = (seconds_per_step(size, options) for size in (1, 2))
-                for k in DEPTHS:
-                    ratios[k].append(one[k] / two[k])
+            turns = [
+                once(
+                    arguments.out,
+                    {"batch_size": batch_size, "turn": turn},
+                    lambda options=options, turn=turn: one_turn(turn, options),  # type: ignore[misc]
+                )
+                for turn in range(arguments.turns)
+            ]
             for k in DEPTHS:
-                ratio = statistics.median(ratios[k])
+                ratio = statistics.median(turn["times_as_fast"][str(k)] for turn in turns)
                 wanted = max((d for d in WANTED if d <= k), default=None)
                 said = f" ({WANTED[wanted]})" if batch_size == 32 and wanted is not None else ""
                 print(f"| {batch_size} | {k} | {ratio:.2f}{said} |", flush=True)
-                if arguments.out:
-                    row = {
-                        "batch_size": batch_size,
-                        "k": k,
-                        "times_as_fast": ratio,
-                        "turns": arguments.turns,
-                        "date": datetime.now(UTC).date().isoformat(),
-                    }
-                    with arguments.out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+
+
+def one_turn(turn: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Both layouts, now the one first and now the other; by depth, as JSON names it."""
+    seconds = {size: seconds_per_step(size, options) for size in ((1, 2), (2, 1))[turn % 2]}
+    ratios = {str(k): seconds[1][k] / seconds[2][k] for k in DEPTHS}
+    return {"times_as_fast": ratios, "date": datetime.now(UTC).date().isoformat()}
 
 
 if __name__ == "__main__":

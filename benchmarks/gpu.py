@@ -213,7 +213,7 @@ def measure_search(folder: Path, model: str, share: int | str) -> Row:
 def measure_trunk(folder: Path, model: str, k: int, device: str) -> Row:
     setup = trunk_cache.load(folder, TRUNK_ROWS, "sst2", model, device)
     trunk_cache.whole_trial(setup, 0, TRUNK_BATCH_SIZE)  # what is first is slow
-    return trunk_cache.measure(setup, k, TRUNK_BATCH_SIZE)
+    return {"k": k, **trunk_cache.measure(setup, k, TRUNK_BATCH_SIZE)}
 
 
 def measure(unit: list[Any], folder: Path, device: str = "cuda") -> Row:

@@ -4,7 +4,8 @@
 two.  `pattern` is Ray's documented Tune function that builds a `TorchTrainer` of two
 workers per trial, `transformers.Trainer` inside, on the same rows; its turnaround is from the last
 step of one trial to the first of the next.  A process of its own each, in turns; a hook in the
-workers notes when steps begin and end.
+workers notes when steps begin and end.  The built-in data lies in the cache, as from the second
+command on; `--cold` gives each run an empty one.
 
 One JSON line per run goes to --out; runs whose line is there are not repeated.
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.planting import PLANTER
+from benchmarks.rows import once
 
 SYSTEMS = ("ours", "group", "pattern")
 WANTED = {"first step": 15.0, "turnaround": 0.3}  # seconds
@@ -49,13 +51,19 @@ def plant(module):
 """
 
 
-def run(system: str) -> dict[str, Any]:
-    """Seconds to the first step and of the turnarounds, of one run."""
+def run(system: str, is_cold: bool) -> dict[str, Any]:
+    """Seconds to the first step and of the turnarounds, of one run.
+
+    Args:
+        is_cold: nothing is in our cache: the data is built and encoded, too.
+    """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "sitecustomize.py").write_text(HOOK + PLANTER, encoding="utf-8")
         noted = Path(folder) / "steps"
         paths = [folder, str(Path(__file__).parents[1])]
         environment = os.environ | {"STEPS_FILE": str(noted), "PYTHONPATH": os.pathsep.join(paths)}
+        if is_cold:
+            environment["SFT_RAY_CACHE"] = f"{folder}/cache"
         began = time.time()
         command = (
             [sys.executable, "-m", "benchmarks.startup", "--pattern", folder]
@@ -65,7 +73,8 @@ def run(system: str) -> dict[str, Any]:
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
         marks = [line.split() for line in noted.read_text().splitlines()]
         steps = sorted((float(at), what) for what, at in marks)
-        row: dict[str, Any] = {"system": system, "first_step": steps[0][0] - began}
+        row: dict[str, Any] = {"first_step": steps[0][0] - began}
+        row["date"] = datetime.now(UTC).date().isoformat()
         if system == "pattern":
             ends = [(a, b) for (a, was), (b, now) in pairwise(steps) if (was, now) == ENDS]
             row["turnarounds_all"] = row["turnarounds_complete"] = [b - a for a, b in ends]
@@ -201,6 +210,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=SYSTEMS)
+    parser.add_argument("--cold", action="store_true", help="with an empty cache per run")
     parser.add_argument("--pattern", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.pattern is not None:
@@ -208,16 +218,15 @@ def main() -> None:
         return
     if options.out is None:
         parser.error("--out is needed")
-    done = options.out.read_text().splitlines() if options.out.exists() else []
-    rows = [json.loads(line) for line in done]
-    for repeat in range(options.repeats):
-        for system in options.systems:
-            if any((r["system"], r["repeat"]) == (system, repeat) for r in rows):
-                continue
-            row = {"repeat": repeat, "date": datetime.now(UTC).date().isoformat(), **run(system)}
-            rows.append(row)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+    rows = [
+        once(
+            options.out,
+            {"system": system, "repeat": repeat, "cold": options.cold},
+            lambda system=system: run(system, options.cold),  # type: ignore[misc]
+        )
+        for repeat in range(options.repeats)
+        for system in options.systems
+    ]
     print(table(rows))
 
 

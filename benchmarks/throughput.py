@@ -10,13 +10,15 @@ attention: 12 x width x sum of squared lengths per trained layer (two products o
 2 FLOPs each, backward twice that) and 4 x per frozen one.  Embeddings count nothing.  They are
 compared with the machine's matrix peak: the best of several products of 2,048 x 2,048 in fp32 on
 the same threads, between the turns.
+
+One JSON line per model, data set and batch size goes to --out; what has its line there is not
+measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.rows import once
 from sft_ray.config import Experiment
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.training.fitting import Trial
@@ -214,9 +217,6 @@ def measure(
                 flops = sum(model_flops(setup, 0, lengths[i]) for i in few)
                 of_peak.append(flops / took / max(peak, peak_flops()))
     return {
-        "data": name,
-        "batch_size": batch_size,
-        "threads": torch.get_num_threads(),
         "turns": turns,
         "tokens_per_example": statistics.mean(tokens_per_example),
         "times_faster": {
@@ -251,29 +251,21 @@ def main() -> None:
     print(f"|---|---|---:|{'---:|' * len(options.others)}---:|---:|")
     cases = itertools.product(options.shapes, options.datasets, options.batch_sizes)
     for shape, name, batch_size in cases:
-        with tempfile.TemporaryDirectory() as folder:
-            model = shaped(shape, Path(folder))
-            row = {
-                "model": shape,
-                **measure(
-                    options.data,
-                    name,
-                    batch_size,
-                    options.turns,
-                    options.steps,
-                    model,
-                    options.others,
-                ),
-            }
+
+        def measured(shape: str = shape, name: str = name, batch: int = batch_size) -> Any:
+            turns, steps, others = options.turns, options.steps, options.others
+            with tempfile.TemporaryDirectory() as folder:
+                model = shaped(shape, Path(folder))
+                return measure(options.data, name, batch, turns, steps, model, others)
+
+        key = {"model": shape, "data": name, "batch_size": batch_size, "threads": options.threads}
+        row = once(options.out, key, measured)
         times = " | ".join(f"{times:.2f}" for times in row["times_faster"].values())
         print(
             f"| {shape} | {name} | {batch_size} | {times} | {row['of_peak']:.2f} "
             f"| {row['padding_share']:.3f} |",
             flush=True,
         )
-        if options.out:
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

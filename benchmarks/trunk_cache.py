@@ -2,19 +2,20 @@
 
 For every k: seconds per training example and per validation example, without the cache
 (`requires_grad` off, the trunk in evaluation mode in both) and with it, in turns in one process;
-what building costs from nothing, in epochs without it; the scores of whole trials; then the sum
-over trials of k = 0..L with the same settings, one after the other in an order drawn by chance and
-building included, as a search with k uniform would have it.
+what building costs from nothing, in epochs without it; the scores of whole trials; then trials of
+k = 0..L, in turns without the cache and with one that is empty at first, in an order drawn by
+chance and building included, as a search with k uniform would have it.
 `loop` asks how many times as fast an epoch with the cache is as one of a loop of a few lines around
 the library's own model, `requires_grad` off, batches padded to their longest, in the same format
 of numbers: what the cache and all else do together.
 `rates` measures the constants of `training/trunk_cache.py`.
+
+One JSON line per depth goes to --out; what has its line there is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -31,6 +32,7 @@ import torch
 import transformers
 from torch import nn
 
+from benchmarks.rows import once
 from benchmarks.throughput import MODEL
 from sft_ray.config import Experiment, Train
 from sft_ray.search.preflight import prepare_experiment
@@ -106,8 +108,6 @@ def measure(setup: Setup, k: int, batch_size: int) -> dict[str, Any]:
 
     build = seconds("filling", "train") - seconds("full", "train")
     return {
-        "k": k,
-        "batch_size": batch_size,
         "epoch_times_faster": seconds("plain", "train") / seconds("full", "train"),
         "evaluation_times_faster": seconds("plain", "eval") / seconds("full", "eval"),
         "building_in_plain_epochs": EPOCHS * build / seconds("plain", "train"),
@@ -118,7 +118,6 @@ def measure(setup: Setup, k: int, batch_size: int) -> dict[str, Any]:
         "full_seconds": seconds("full", "train") + seconds("full", "eval"),
         "plain_accuracy": runs["plain"][0].metrics["accuracy"],
         "cached_accuracy": runs["full"][0].metrics["accuracy"],
-        "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -170,12 +169,9 @@ def against_loop(setup: Setup, k: int, batch_size: int) -> dict[str, Any]:
             seconds[name].append(time.perf_counter() - began)
     ratios = [a / b for a, b in zip(seconds["loop"], seconds["ours"], strict=True)]
     return {
-        "k": k,
-        "batch_size": batch_size,
         "dtype": str(trial.dtype),
         "times_faster_than_loop": statistics.median(ratios[1:]),  # what is first is slow
         "loop_epoch_seconds": statistics.median(seconds["loop"][1:]),
-        "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -218,7 +214,11 @@ def all_depths(setup: Setup, options: argparse.Namespace) -> None:
     print("|---:|---:|---:|---:|---:|")
     rows = []
     for k in range(setup.pretrained.num_layers + 1):
-        row = measure(setup, k, options.batch_size)
+        row = once(
+            options.out,
+            {"what": "depths", **key(k, options)},
+            lambda k=k: measure(setup, k, options.batch_size),  # type: ignore[misc]
+        )
         rows.append(row)
         print(
             f"| {k} | {row['epoch_times_faster']:.2f} ({WANTED.get(k, '–')}) "
@@ -226,29 +226,43 @@ def all_depths(setup: Setup, options: argparse.Namespace) -> None:
             f"| {row['plain_accuracy']:.3f} / {row['cached_accuracy']:.3f} |",
             flush=True,
         )
-        keep(row, options.out)
-    shutil.rmtree(trunks_root(), ignore_errors=True)
     order = np.random.default_rng(SEED).permutation(len(rows)).tolist()
-    trials = [whole_trial(setup, k, options.batch_size) for k in order]
-    seconds = sum(trial.train_seconds + trial.eval_seconds for trial in trials)
-    search = sum(row["plain_seconds"] for row in rows) / seconds
+    row = once(
+        options.out,
+        {"what": "search", "order": order, "batch_size": options.batch_size},
+        lambda: search(setup, order, options.batch_size),
+    )
     said = f"all depths once, in the order {order}, building included"
-    print(f"{said}: {search:.2f} ({WANTED_OF_SEARCH})")
-    keep({"order": order, "search_times_faster": search}, options.out)
+    print(f"{said}: {row['search_times_faster']:.2f} ({WANTED_OF_SEARCH})")
+
+
+def search(setup: Setup, order: list[int], batch_size: int) -> dict[str, Any]:
+    """Trials of all depths without the cache and with one that is empty at first, in turns."""
+    plain = replace(setup, trunk_cache=None)
+    shutil.rmtree(trunks_root(), ignore_errors=True)
+    seconds = {"plain": 0.0, "cached": 0.0}
+    for number, k in enumerate(order):
+        turns = {"plain": plain, "cached": setup}
+        for how in sorted(turns, reverse=bool(number % 2)):
+            began = time.perf_counter()
+            whole_trial(turns[how], k, batch_size)
+            seconds[how] += time.perf_counter() - began
+    return {"search_times_faster": seconds["plain"] / seconds["cached"]}
 
 
 def beside_loop(setup: Setup, options: argparse.Namespace) -> None:
     print("| k | epoch, times as fast as the loop's (wanted) |\n|---:|---:|")
     for k in range(setup.pretrained.num_layers + 1):
-        row = against_loop(setup, k, options.batch_size)
+        row = once(
+            options.out,
+            {"what": "loop", **key(k, options)},
+            lambda k=k: against_loop(setup, k, options.batch_size),  # type: ignore[misc]
+        )
         print(f"| {k} | {row['times_faster_than_loop']:.2f} ({WANTED.get(k, '–')}) |", flush=True)
-        keep(row, options.out)
 
 
-def keep(row: dict[str, Any], out: Path | None) -> None:
-    if out:
-        with out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+def key(k: int, options: argparse.Namespace) -> dict[str, Any]:
+    return {"k": k, "batch_size": options.batch_size, "threads": options.threads}
 
 
 def main() -> None:

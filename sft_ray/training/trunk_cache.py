@@ -264,8 +264,11 @@ class _Build:
         """Outputs to go on from."""
         for depth in range(self.depth - 1, 0, -1):
             found = _Build(self.cache, self.split, depth, self.dtype)
-            if found.is_complete():
-                return found.open()
+            try:
+                if found.is_complete():
+                    return found.open()
+            except (OSError, pa.ArrowException):  # torn, or evicted just now: the next one will do
+                shutil.rmtree(found.folder, ignore_errors=True)
         return None
 
     def costs(self) -> Costs:

@@ -262,6 +262,17 @@ def test_a_torn_file_is_made_again(toy: Dataset, bert: Path, root: Path) -> None
     assert [m.metrics for m in again] == [m.metrics for m in whole]
 
 
+def test_a_torn_trunk_keeps_no_deeper_one_from_being_kept(
+    toy: Dataset, bert: Path, root: Path
+) -> None:
+    setup = setup_of(bert, toy)
+    run(setup, frozen_layers=1)
+    for torn in root.glob("*/train-1/*.arrow"):
+        torn.write_bytes(torn.read_bytes()[:-20])
+    run(setup, frozen_layers=2)
+    assert kept(root) == {"validation-1", "train-2", "validation-2"}
+
+
 def test_a_pause_that_is_asked_for_is_not_kept_waiting(
     toy: Dataset, bert: Path, root: Path
 ) -> None:
