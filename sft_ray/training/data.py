@@ -61,6 +61,7 @@ def prepare(
     duplicates = count_duplicates(tables, task)
     test = tables.pop("test", None)
     test_is_unlabelled = test is not None and is_unlabelled(test, task.fields.target_name)
+    has_test = test is not None and not test_is_unlabelled
     encoder = build_encoder(data, model_folder, revision)
     recipe = {
         "version": ENCODING_VERSION,
@@ -70,7 +71,7 @@ def prepare(
         "tokenizer": _content_hash_text(encoder.tokenizer.backend_tokenizer.to_str()),
         "max_length": encoder.max_length,
         "doc_stride": encoder.doc_stride,
-        "told": [duplicates, source.num_left_out, test_is_unlabelled],
+        "told": [duplicates, source.num_left_out, test_is_unlabelled, has_test],
     }
     key = _content_hash_text(json.dumps(recipe, sort_keys=True))
 
@@ -90,6 +91,7 @@ def prepare(
             "num_duplicates": duplicates,
             "num_left_out": source.num_left_out,
             "test_is_unlabelled": test_is_unlabelled,
+            "has_test": has_test,
         }
         (folder / META).write_text(json.dumps(meta), encoding="utf-8")
 
@@ -129,6 +131,7 @@ def open_dataset(folder: Path) -> Dataset:
         num_duplicates=meta["num_duplicates"],
         num_left_out=meta["num_left_out"],
         test_is_unlabelled=meta["test_is_unlabelled"],
+        has_test=meta["has_test"],
     )
 
 
