@@ -155,7 +155,8 @@ def with_classes(source: Source, data: Data, task: Task) -> tuple[dict[str, pa.T
     if not task.classes:
         rows = tables["train"].column(target).to_pylist() if target == "answers" else []
         return dict(tables), LabelSet((), "" if any(not answer_pairs(v) for v in rows) else None)
-    classes = labels.choose_classes(tables["train"], target, source.names)
+    column = str(data.columns.get(target) or target)
+    classes = labels.choose_classes(tables["train"], target, source.names, column)
     labelled = {
         split: labels.with_names(table, target, source.names, source.where[split])
         for split, table in tables.items()
