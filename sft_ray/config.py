@@ -41,6 +41,11 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _as_name(label: Any) -> str:
+    """A label that YAML read as true, false or a number."""
+    return str(label).lower() if isinstance(label, bool) else str(label)
+
+
 class Section(BaseModel):
     """Base of every part of the tree: unknown keys, silent conversions, NaN and inf are refused."""
 
@@ -104,6 +109,14 @@ class Data(Section):
                 f"each field needs a column of its own, got {twice[0]!r} for {' and '.join(fields)}"
             )
         return columns
+
+    @field_validator("label_names", mode="before")
+    @classmethod
+    def _of_truth(cls, names: Any) -> Any:
+        """`[false, true]` names what csv, json and parquet call so."""
+        if not isinstance(names, list):
+            return names
+        return [_as_name(name) if isinstance(name, bool) else name for name in names]
 
     @field_validator("label_names")
     @classmethod
@@ -184,7 +197,9 @@ class Train(Section):
     @classmethod
     def _by_name(cls, weights: Any) -> Any:
         """YAML reads labels that are numbers as numbers."""
-        return {str(n): w for n, w in weights.items()} if isinstance(weights, dict) else weights
+        if not isinstance(weights, dict):
+            return weights
+        return {_as_name(label): weight for label, weight in weights.items()}
 
     @field_validator("class_weights")
     @classmethod

@@ -58,6 +58,8 @@ def _explanation(problem: Any, root: type[BaseModel]) -> str:
     got, hint = problem["input"], ""
     if problem["type"] == "literal_error" and isinstance(got, str):
         hint = f"; {did_you_mean(got, re.findall(QUOTED, problem['ctx']['expected']))}"
+    elif problem["type"] == "string_type" and isinstance(got, bool | int | float):
+        hint = "; write it in quotes"
     return f"{_rule(problem)}, got {got!r}{hint}"
 
 

@@ -291,7 +291,7 @@ def _say_outcome(screen: Screen, result: SearchResult, prepared: Prepared) -> No
         }
     )
     screen.say()
-    data, others = prepared.experiment.data, list[str]()
-    if data.test or data.path or (data.split is not None and data.split.test):
+    others = list[str]()
+    if prepared.dataset.has_test:
         others.append(f"sft-ray evaluate {shlex.quote(result.location)} --split test")
     prepared.say_next(screen, best["checkpoint"], *others)

@@ -7,16 +7,18 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sft_ray.config import Data, Experiment
 from sft_ray.errors import ConfigError, DataError
 from sft_ray.guess import Guess, guess_task
-from sft_ray.training import sources
+from sft_ray.training import labels, sources
 from sft_ray.training.data import with_classes
 from sft_ray.training.tasks import find_task
 from sft_ray.yaml_text import parse_yaml
@@ -52,7 +54,7 @@ data:
 {source}
   columns:
 {columns}
-  # {length_reason}
+{names}  # {length_reason}
   max_length: {max_length}  # tokens
 search:
   # Learning rate, batch size, epochs, regularisation and frozen depth are searched, in ranges that
@@ -112,7 +114,8 @@ def write_experiment(
             f"  # {share} of the rows have one label, so accuracy would say little; see also\n"
             "  # train.class_weights: balanced\n  objective: macro_f1\n"
         )
-    written = EXPERIMENT.format(
+    written = partial(
+        EXPERIMENT.format,
         data=place,
         file=path,
         name=_scalar(name or "experiment"),
@@ -129,10 +132,10 @@ def write_experiment(
         length_reason=length_reason,
         objective=objective,
     )
-    _check(written, str(path))
+    names = _check(written(names=""), str(path))
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(written)
+            file.write(written(names=f"  {names}\n" if names else ""))
     except OSError as error:
         raise ConfigError(f"--out: {path} cannot be written: {error.strerror}") from None
     rows = ", ".join(f"{table.num_rows:,} rows in {split}" for split, table in tables.items())
@@ -146,6 +149,7 @@ def write_experiment(
         "max_length": f"{max_length}: {length_reason}",
         "model": f"{chosen}: {model_reason}",
         **({"objective": "macro_f1: one label is far commoner"} if objective else {}),
+        **({"label_names": "the tags are numbers; a search needs their names"} if names else {}),
         "written": str(path),
     }
     return Start(str(path), facts)
@@ -264,12 +268,22 @@ def _model_for(texts: list[str]) -> tuple[str, str]:
     return "google-bert/bert-base-uncased", "English; fetched from the hub; or give a folder"
 
 
-def _check(written: str, path: str) -> None:
-    """What a search would refuse about the data is refused now."""
+def _check(written: str, path: str) -> str:
+    """What a search would refuse about the data is refused now.
+
+    Returns:
+        A line that is left to fill in: nothing tells the names of tags that are numbers.
+    """
     experiment = Experiment.from_tree(parse_yaml(written, path), source=path)
     data: Data = experiment.data
     task = find_task(experiment.task)
-    with_classes(sources.read_splits(data, task.fields, experiment.seed), data, task)
+    source = sources.read_splits(data, task.fields, experiment.seed)
+    train, target = source.tables["train"], task.fields.target_name
+    if source.names is None and labels.are_nameless(train, target):
+        most = pc.max(pc.list_flatten(train.column(target))).as_py()
+        return f"# label_names: []  # fill in: what the tags 0 to {most} mean, O included"
+    with_classes(source, data, task)
+    return ""
 
 
 def _plain(reason: str) -> str:

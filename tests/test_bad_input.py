@@ -152,6 +152,10 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         over(ROWS, **{"search.objective": "mrr"}),
         ["search.objective", "mrr", "group"],
     ),
+    "ranking of several labels": (
+        over(TOPICS, MULTI, **{"search.objective": "mrr"}),
+        ["search.objective", "multi-label has no metric 'mrr'"],
+    ),
     "ranking of texts in alphabetical order": (
         over(
             [
@@ -275,7 +279,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "unlabelled rows": (
         over([{"text": f"cat {i}", "label": [0, 1, -1][i % 3]} for i in range(9)]),
-        ["-1", "row 3", "if -1 is a class, write the labels as texts"],
+        ["-1", "row 3", "if -1 is a class, name it in words"],
     ),
     "unlabelled split": (
         over([{"text": f"cat {i}", "label": -1} for i in range(9)]),

@@ -13,7 +13,7 @@ import pytest
 
 from sft_ray import cli
 from sft_ray.config import Experiment
-from sft_ray.errors import ConfigError, DataError
+from sft_ray.errors import ConfigError, DataError, SftError
 from sft_ray.guess import guess_task
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.starter import write_experiment
@@ -226,6 +226,22 @@ def test_a_table_with_its_index_and_a_name_from_the_file_that_is_written(capsys)
     assert not exit_.value.code
     assert "(no name)" in capsys.readouterr().out
     assert Experiment.load("stars.yaml").name == "stars"
+
+
+def test_the_names_of_tags_that_are_numbers_are_left_to_fill_in(tiny_model: Path) -> None:
+    rows = [
+        {"words": r["tokens"], "ner": [len(t) % 3 for t in r["tags"]]}
+        for r in task_rows("token-classification", 60)
+    ]
+    write_jsonl(Path("mine.jsonl"), rows)
+    start = write_experiment("mine.jsonl", model=str(tiny_model))
+    assert "names" in start.facts["label_names"]
+    with pytest.raises(SftError, match=r"data\.label_names: the tags in 'ner' are whole numbers"):
+        prepare_experiment(Experiment.load(start.file))
+    text = Path(start.file).read_text()
+    assert "# label_names: []  # fill in: what the tags 0 to 2 mean" in text
+    Path(start.file).write_text(text.replace("# label_names: []", "label_names: [O, B-x, I-x]"))
+    accepted(start.file, tiny_model)
 
 
 def test_what_init_cannot_write_is_told_in_a_line() -> None:

@@ -24,7 +24,7 @@ from sft_ray.run_store import RunStore, open_run
 from sft_ray.screen import Screen
 from sft_ray.search.mending import winner_back
 from sft_ray.search.tuner import run_search
-from sft_ray.serving.evaluate import has_test_split, run_evaluation, score_split
+from sft_ray.serving.evaluate import run_evaluation, score_split
 from sft_ray.serving.predict import Predictor, load_predictor, read_rows
 from sft_ray.serving.samples import sample_rows
 from sft_ray.single_trial import run_training
@@ -33,7 +33,6 @@ from sft_ray.training.preparation import prepare_training
 from sft_ray.training.resume_state import ResumeState
 from sft_ray.training.tasks import TASKS
 from tests.models import (
-    TASK,
     WIDE_VOCABULARY,
     dataset_of,
     load_tiny,
@@ -249,10 +248,18 @@ def test_a_model_without_a_vocabulary_is_refused(make, tiny_model: Path, tmp_pat
         run_training(make(model=str(folder)), quiet=True)
 
 
-def test_test_is_proposed_only_where_there_is_one(make, capsys) -> None:
+def test_test_is_proposed_only_where_there_is_one(make, tmp_path: Path, capsys) -> None:
     run_training(make())
     assert "--split test" in capsys.readouterr().out
     data = {**make().to_tree()["data"], "split": {"validation": 0.2}}
+    rows = [{"text": text, "label": int(label == "plant")} for text, label in toy_rows(60)]
+    hidden = [{**row, "label": -1} for row in rows]
+    parts = {"train": rows, "validation": rows[:20], "test": hidden}
+    for name, splits in (("alone", ["train", "validation"]), ("hidden", list(parts))):
+        found = {split: datasets.Dataset.from_list(parts[split]) for split in splits}
+        datasets.DatasetDict(found).save_to_disk(tmp_path / name)
+        run_training(make(name=name, data={"path": str(tmp_path / name), "max_length": 64}))
+        assert "--split test" not in capsys.readouterr().out
     run_training(make(name="without", data=data))
     assert "--split test" not in capsys.readouterr().out
 
@@ -358,8 +365,10 @@ def test_a_test_split_that_the_data_set_has_is_scored(make, tmp_path, unlearned)
         "test": datasets.Dataset.from_list(rows[:15]),
     }
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
-    experiment = make(data={"path": str(tmp_path / "saved"), "split": {"validation": 0.2}})
-    assert has_test_split(experiment, TASK)
+    experiment = make(
+        data={"path": str(tmp_path / "saved"), "split": {"validation": 0.2}, "max_length": 64}
+    )
+    assert prepare_training(experiment).dataset.has_test
     assert score_split(unlearned, experiment, "test")[1] == 15
     assert score_split(unlearned, experiment, "validation")[1] == 8
 
@@ -372,8 +381,8 @@ def test_a_test_split_that_the_experiment_does_not_name_is_scored_if_asked_for(
     write_csv(tmp_path / "files" / "train.csv", toy_rows(40))
     write_csv(tmp_path / "files" / "test.csv", toy_rows(15))
     splits = {"train": "train[:80%]", "validation": "train[80%:]"}
-    experiment = make(data={"path": str(tmp_path / "files"), "splits": splits})
-    assert not has_test_split(experiment, TASK)
+    experiment = make(data={"path": str(tmp_path / "files"), "splits": splits, "max_length": 64})
+    assert not prepare_training(experiment).dataset.has_test
     assert score_split(unlearned, experiment, "test")[1] == 15
 
 

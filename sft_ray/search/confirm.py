@@ -36,7 +36,7 @@ from sft_ray.screen import Screen, count
 from sft_ray.search.fixed_runs import FixedRun, Row, run_fixed
 from sft_ray.search.narration import say_confirmation
 from sft_ray.search.preflight import prepare_experiment
-from sft_ray.serving.evaluate import has_test_split, record_test, recorded_test, score_split
+from sft_ray.serving.evaluate import record_test, recorded_test, score_split
 from sft_ray.serving.predict import load_predictor
 from sft_ray.training.preparation import Prepared, check_data
 from sft_ray.training.seeds import derived_seed
@@ -177,7 +177,7 @@ def _test_scores(
     prepared: Prepared, store: RunStore, runs: dict[str, FixedRun]
 ) -> dict[str, Any] | None:
     """Score the test split with one model per configuration, each once and on record."""
-    if not has_test_split(prepared.experiment, prepared.task):
+    if not prepared.dataset.has_test:
         return None
     scored: dict[str, Any] = {}
     for arm, run in runs.items():

@@ -104,7 +104,8 @@ def say_outcome(
     if prepared.experiment.confirm is not None:
         return
     confirm = f"sft-ray confirm {shlex.quote(result.location)}"
-    others = [f"{confirm}    # how good it is on fresh seeds and on test"]
+    test = " and on test" if prepared.dataset.has_test else ""
+    others = [f"{confirm}    # how good it is on fresh seeds{test}"]
     if source is not None:
         more = 2 * max(len(states), prepared.experiment.search.trials)  # a budget may have ended it
         words = [word for word in shlex.split(source) if not word.startswith("search.trials=")]

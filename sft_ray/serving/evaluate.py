@@ -18,7 +18,6 @@ from sft_ray.training import labels, sources
 from sft_ray.training.columns import is_unlabelled
 from sft_ray.training.data import limited
 from sft_ray.training.examples import Examples
-from sft_ray.training.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -85,13 +84,6 @@ def recorded_test(store: RunStore, path: str) -> dict[str, Any] | None:
         if model.partition("?")[0].endswith(f"/{path}"):  # behind the ? are a store's options
             return dict(record)
     return None
-
-
-def has_test_split(experiment: Experiment, task: Task) -> bool:
-    """Whether the experiment's data has a test split with labels."""
-    source = sources.read_splits(experiment.data, task.fields, experiment.seed)
-    table = source.tables.get("test")
-    return table is not None and not is_unlabelled(table, task.fields.target_name)
 
 
 def score_split(

@@ -23,7 +23,7 @@ from sft_ray.training.examples import Examples, LabelSet
 from sft_ray.training.families import reads_segments
 from sft_ray.training.forward import evaluate
 from sft_ray.training.metrics import Floats
-from sft_ray.training.model import let_pass
+from sft_ray.training.model import PLAIN_OUTPUTS, let_pass
 from sft_ray.training.model_facts import most_positions, quiet_transformers, resolve_model
 from sft_ray.training.tasks import Task, find_task
 from sft_ray.training.world import World
@@ -141,7 +141,11 @@ def load_predictor(
         task = find_task(facts.get("task") or _task_of(config, model))
         auto_model = getattr(transformers, task.auto_model)
         loaded = auto_model.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+            folder,
+            **PLAIN_OUTPUTS,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
         )
     except ConfigError:
         raise

@@ -195,7 +195,8 @@ def class_name(values: pa.ChunkedArray) -> Iterator[str]:
     """A text or a whole number."""
     kind = values.type
     if not is_name(kind):
-        mend = "; store whole numbers as integers" if pa.types.is_floating(kind) else ""
+        mend = "; store whole numbers as integers, or set task: regression"
+        mend = mend if pa.types.is_floating(kind) else ""
         yield f"must hold labels that are texts or whole numbers, got {kind}{mend}"
     elif is_text(kind):
         yield from _blank(values)
@@ -377,7 +378,7 @@ def _minus_one(values: pa.ChunkedArray) -> Iterator[str]:
         if row >= 0:
             yield (
                 f"is -1, unlabelled, in row {row + 1} but not in all; remove such rows or, if -1 "
-                "is a class, write the labels as texts"
+                "is a class, name it in words, such as negative"
             )
 
 

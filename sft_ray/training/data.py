@@ -61,6 +61,7 @@ def prepare(
     duplicates = count_duplicates(tables, task)
     test = tables.pop("test", None)
     test_is_unlabelled = test is not None and is_unlabelled(test, task.fields.target_name)
+    has_test = test is not None and not test_is_unlabelled
     encoder = build_encoder(data, model_folder, revision)
     recipe = {
         "version": ENCODING_VERSION,
@@ -70,7 +71,7 @@ def prepare(
         "tokenizer": _content_hash_text(encoder.tokenizer.backend_tokenizer.to_str()),
         "max_length": encoder.max_length,
         "doc_stride": encoder.doc_stride,
-        "told": [duplicates, source.num_left_out, test_is_unlabelled],
+        "told": [duplicates, source.num_left_out, test_is_unlabelled, has_test],
     }
     key = _content_hash_text(json.dumps(recipe, sort_keys=True))
 
@@ -90,6 +91,7 @@ def prepare(
             "num_duplicates": duplicates,
             "num_left_out": source.num_left_out,
             "test_is_unlabelled": test_is_unlabelled,
+            "has_test": has_test,
         }
         (folder / META).write_text(json.dumps(meta), encoding="utf-8")
 
@@ -129,6 +131,7 @@ def open_dataset(folder: Path) -> Dataset:
         num_duplicates=meta["num_duplicates"],
         num_left_out=meta["num_left_out"],
         test_is_unlabelled=meta["test_is_unlabelled"],
+        has_test=meta["has_test"],
     )
 
 
@@ -152,7 +155,8 @@ def with_classes(source: Source, data: Data, task: Task) -> tuple[dict[str, pa.T
     if not task.classes:
         rows = tables["train"].column(target).to_pylist() if target == "answers" else []
         return dict(tables), LabelSet((), "" if any(not answer_pairs(v) for v in rows) else None)
-    classes = labels.choose_classes(tables["train"], target, source.names)
+    column = str(data.columns.get(target) or target)
+    classes = labels.choose_classes(tables["train"], target, source.names, column)
     labelled = {
         split: labels.with_names(table, target, source.names, source.where[split])
         for split, table in tables.items()

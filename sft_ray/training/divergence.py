@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sft_ray.training.examples import IGNORED, Dataset
-from sft_ray.training.losses import LossOptions
+from sft_ray.training.losses import LossOptions, span_cross_entropy
 from sft_ray.training.tasks import Task
 from sft_ray.training.world import World
 
@@ -25,6 +25,8 @@ def constant_loss(task: Task, dataset: Dataset, options: LossOptions) -> float |
     is minimised from there.
     """
     train = dataset.train
+    if task.loss is span_cross_entropy:  # the same for every token of a window is uniform over it
+        return float(np.log(train.lengths).mean())
     shares = task.constant(train, dataset.label_set)
     if shares is None:
         return None

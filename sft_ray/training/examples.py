@@ -106,6 +106,7 @@ class Dataset:
         max_length: tokens that they were cut at; the tokenizer may allow less than was asked for.
         num_duplicates: "validation in train", … -> rows whose inputs occur in the other split.
         num_left_out: rows without a label that were left out.
+        has_test: whether there is a test split, with labels.
     """
 
     train: Examples
@@ -117,6 +118,7 @@ class Dataset:
     num_duplicates: dict[str, int] = field(default_factory=dict)
     num_left_out: int = 0
     test_is_unlabelled: bool = False
+    has_test: bool = False
 
     @property
     def label_names(self) -> tuple[str, ...]:

@@ -17,8 +17,13 @@ from sft_ray.training.examples import IGNORED, LabelSet
 RANKING = ("mrr", "ndcg")  # metrics that look at the order of the classes
 
 
-def choose_classes(train: pa.Table, field: str, known: tuple[str, ...] | None) -> tuple[str, ...]:
+def choose_classes(
+    train: pa.Table, field: str, known: tuple[str, ...] | None, column: str
+) -> tuple[str, ...]:
     """The classes in their order: `known`, else the sorted labels of the training split.
+
+    Args:
+        column: how the data calls the field.
 
     Raises:
         DataError: fewer than two classes, tags without names, or labels that can be none.
@@ -32,22 +37,32 @@ def choose_classes(train: pa.Table, field: str, known: tuple[str, ...] | None) -
             )
         return known or tuple(str(i) for i in range(width))
     found = _one_by_one(values)
-    if field == "tags" and known is None and pa.types.is_integer(found.type):
+    if known is None and are_nameless(train, field):
         raise DataError(
-            f"data.label_names: the tags in {field!r} are whole numbers; name them in the order of "
-            "their numbers, O included"
+            f"data.label_names: the tags in {column!r} are whole numbers; name them in the order "
+            "of their numbers, O included"
         )
     present = sorted(set(found.to_pylist()))
     if len(present) < 2:
         got = f"only {str(present[0])[:60]!r}" if present else "none"
         raise DataError(
-            f"data: at least two labels are needed in the training split, got {got} in {field!r}"
+            f"data: at least two labels are needed in the training split, got {got} in {column!r}"
         )
     if len(present) == len(found) > 20:
         raise DataError(
-            f"data: all {len(present)} labels in {field!r} differ; is it the column of the labels?"
+            f"data: all {len(present)} labels in {column!r} differ; is it the column of the labels?"
         )
-    return known or tuple(str(value) for value in present)
+    return known or tuple(_name(value) for value in present)
+
+
+def are_nameless(train: pa.Table, field: str) -> bool:
+    """Whether labels are tags in numbers, of which no order says which is O."""
+    return field == "tags" and pa.types.is_integer(_one_by_one(train.column(field)).type)
+
+
+def _name(value: Any) -> str:
+    """Of a label; true and false as YAML and JSON write them."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def are_grades(classes: tuple[str, ...]) -> bool:
@@ -63,8 +78,10 @@ def check_order(
     Raises:
         DataError: the alphabet would decide.
     """
+    if "group" not in train.column_names:  # nor a metric that ranks
+        return
     is_ordered = known is not None or are_grades(classes) or not is_text(train["label"].type)
-    if "group" in train.column_names and not is_ordered:
+    if not is_ordered and [name.lower() for name in classes] != ["false", "true"]:
         raise DataError(
             f"search.objective: {objective} takes all labels but the first for relevant, and texts "
             f"stand in alphabetical order, {', '.join(map(repr, classes[:10]))}; list them in "
@@ -85,7 +102,7 @@ def with_names(table: pa.Table, field: str, known: tuple[str, ...] | None, where
 
     def name(value: Any) -> str:
         if known is None or not isinstance(value, int) or isinstance(value, bool):
-            return str(value)
+            return _name(value)
         if not 0 <= value < len(known):
             raise DataError(
                 f"{where}: the label {value} has no name among {len(known)} data.label_names; "

@@ -358,7 +358,7 @@ def load_pretrained(
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     from_scratch = frozenset(info["missing_keys"]) | frozenset(mismatched)
     if task.classes and _classes_of(folder, revision) != tuple(label_set.names):
-        from_scratch |= head_of(model)  # which tells other classes apart
+        from_scratch |= _answering(model)  # which tells other classes apart
     pretrained = Pretrained(model.to(device), from_scratch, used_tokens, seed)
     encoder = [n for n, depth in pretrained.depths().items() if depth <= pretrained.num_layers]
     if lacking := [name for name in encoder if name in from_scratch]:
@@ -374,6 +374,13 @@ def head_of(model: Any) -> frozenset[str]:
     """Names of the parameters that a task puts on the encoder."""
     base = set(model.base_model.parameters())
     return frozenset(n for n, p in model.named_parameters() if p not in base)
+
+
+def _answering(model: Any) -> frozenset[str]:
+    """Names of the parameters with one row per class; the rest of a head serves any classes."""
+    head = head_of(model)
+    *_, last = (name for name, _ in model.named_parameters() if name in head)
+    return frozenset(n for n in head if n.rpartition(".")[0] == last.rpartition(".")[0])
 
 
 def _classes_of(folder: str, revision: str | None) -> tuple[str, ...]:

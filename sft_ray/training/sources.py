@@ -51,6 +51,7 @@ READ_ERRORS = (
     OverflowError,
     RecursionError,
 )
+MOST_DECIMALS = 20  # different ones that can name classes, as versions do
 SPLITS = ("train", "validation", "test")
 
 
@@ -130,44 +131,66 @@ def _read_files(data: Data, fields: Fields) -> dict[str, pa.Table]:
         for field, kind in fields.kinds.items()
         if kind not in (number, position)
     }
+    target = column_of.get(fields.target_name)  # none where labels are numbers
     found = [part for table in tables.values() for part in table.schema]
     texts = {part.name for part in found if is_text(part.type)} & set(column_of.values())
-    for split, file in files.items():
-        if Path(file).suffix.lower() in DELIMITED:
-            target = column_of.get(fields.target_name)
-            tables[split] = _as_written(tables[split], file, texts, target)
+    written = {
+        split: _as_written(tables[split], file, {*texts, target})
+        for split, file in files.items()
+        if Path(file).suffix.lower() in DELIMITED
+    }
+    # What one file's labels are, all files' are.
+    labels = [
+        (tables[split].column(target), columns[target])
+        for split, columns in written.items()
+        if target in columns
+    ]
+    are_renamed = any(_is_renamed(values, as_text) for values, as_text in labels)
+    decimals = {
+        text
+        for values, as_text in labels
+        if pa.types.is_floating(values.type)
+        for text in as_text.to_pylist()
+    }
+    are_scores = len(decimals) > MOST_DECIMALS and not (target in texts or data.label_names)
+
+    def may_stay(kind: pa.DataType) -> bool:
+        if pa.types.is_integer(kind):
+            return not are_renamed  # and may be places in data.label_names
+        if pa.types.is_boolean(kind):
+            return target not in texts  # true and false have names, however they are spelled
+        return pa.types.is_floating(kind) and are_scores  # which are refused
+
+    for split, columns in written.items():
+        for name, as_text in columns.items():
+            values = tables[split].column(name)
+            if name == target:
+                if may_stay(values.type):
+                    continue
+                as_text = pc.if_else(pc.is_null(values), None, as_text)
+            place = tables[split].column_names.index(name)
+            tables[split] = tables[split].set_column(place, name, as_text)
     return tables
 
 
-def _as_written(table: pa.Table, file: str, texts: set[str], target: str | None) -> pa.Table:
-    """The table of a csv or tsv file without the types that were guessed for names.
-
-    Args:
-        texts: columns that hold texts in one of the files.
-        target: the column of the labels; None if they are numbers.
-    """
+def _as_written(table: pa.Table, file: str, names: Collection[str | None]) -> dict[str, Any]:
+    """Those of the columns of a csv or tsv file whose type was guessed, as the texts they are."""
     typed = [
         part.name
         for part in table.schema
-        if part.name in {*texts, target} and not is_text(part.type)
+        if part.name in names and not is_text(part.type)
         if table.column_names.count(part.name) == 1 and not is_unlabelled(table, part.name)
     ]
     written = read_file(file, typed) if typed else table
-    for name in typed:
-        values, as_text = table.column(name), written.column(name)
-        # Whole numbers have the same names as texts, and may be places in data.label_names.
-        may_stay = name == target and (is_name(values.type) or name not in texts)
-        if not may_stay or _is_changed(values, as_text):
-            table = table.set_column(table.column_names.index(name), name, as_text)
-    return table
+    return {name: written.column(name) for name in typed}
 
 
-def _is_changed(values: pa.ChunkedArray, written: pa.ChunkedArray) -> bool:
-    """Whether a type has made other names of what is written, as of 01, 3.10, true or a date."""
-    if not (is_name(values.type) or pa.types.is_floating(values.type)):
-        return True
+def _is_renamed(values: pa.ChunkedArray, written: pa.ChunkedArray) -> bool:
+    """Whether whole numbers are written otherwise than their names, as 01 is."""
     pairs = zip(values.to_pylist(), written.to_pylist(), strict=True)
-    return any(value is not None and str(value) != text.strip() for value, text in pairs)
+    return pa.types.is_integer(values.type) and any(
+        value is not None and str(value) != text.strip() for value, text in pairs
+    )
 
 
 def read_file(path: str, texts: Collection[str] = ()) -> pa.Table:
@@ -222,12 +245,22 @@ def _parse(path: str, suffix: str, texts: Collection[str]) -> pa.Table:
         if not rows or not all(isinstance(row, dict) for row in rows):
             raise ValueError("it must hold a list of at least one {column: value} object")
         names = dict.fromkeys(name for row in rows for name in row)
-        return pa.table({name: [row.get(name) for row in rows] for name in names})
+        return pa.table({n: values for n in names if (values := _values(rows, n)) is not None})
     return pyarrow.json.read_json(
         path,
         read_options=pyarrow.json.ReadOptions(block_size=_block_size(path)),
         parse_options=pyarrow.json.ParseOptions(newlines_in_values=False),
     )
+
+
+def _values(rows: list[dict[str, Any]], name: str) -> pa.Array | None:
+    """A column of a json list; None if it is of no one type and not even the first row has it."""
+    try:
+        return pa.array([row.get(name) for row in rows])
+    except (pa.ArrowException, OverflowError):
+        if name in rows[0]:
+            raise
+        return None
 
 
 def _holds_list(path: str) -> bool:

@@ -117,6 +117,15 @@ def test_a_list_of_rows_has_the_columns_of_all_of_them(tmp_path, kind: str, mark
     assert read_file(str(path)).to_pylist() == expected
 
 
+def test_a_list_of_rows_may_have_a_column_of_no_one_type_that_its_first_row_lacks(tmp_path) -> None:
+    path, rows = tmp_path / "a.json", [{"text": "a"}, {"text": "b", "x": 1}, {"text": "c", "x": []}]
+    path.write_text(json.dumps(rows))
+    assert read_file(str(path)).to_pylist() == [{"text": text} for text in "abc"]
+    path.write_text(json.dumps(rows[1:]))
+    with pytest.raises(DataError, match="cannot be read as json"):
+        read_file(str(path))
+
+
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
 def test_a_row_may_be_long(tmp_path: Path, kind: str) -> None:
     rows = [("cat", "a"), ("oak " * 1_500_000, "b"), ("dog", "c")]
@@ -135,6 +144,9 @@ def test_a_row_may_be_long(tmp_path: Path, kind: str) -> None:
         (["true", "false"], ["true"], ("false", "true")),
         (["1", "1.5", "2"], ["1", "2"], ("1", "1.5", "2")),
         (["3.9", "3.10"], ["3.10"], ("3.10", "3.9")),
+        (["3.9", "3.10"], ["3.9"], ("3.10", "3.9")),
+        (["0.5", "1.5"], ["1.5"], ("0.5", "1.5")),
+        (["01", "1", "2"], ["1", "2"], ("01", "1", "2")),
         (["1.5", "2.5", "none"], ["1.5", "2.5"], ("1.5", "2.5", "none")),
         (["+1", "-1"], ["-1", "+1"], ("+1", "-1")),
         (["2024-01-01", "2024-02-01"], ["2024-02-01"], ("2024-01-01", "2024-02-01")),
@@ -188,6 +200,50 @@ def test_numbers_beside_labels_in_words_are_places_in_the_names(tmp_path: Path) 
     data = Data(**files, label_names=["no", "yes"])
     tables, _ = with_classes(read_splits(data, TASK.fields, 17), data, TASK)
     assert tables["validation"].column("label").to_pylist() == ["yes", "no"]
+
+
+def test_numbers_beside_labels_that_are_no_numbers_are_no_places(tmp_path: Path) -> None:
+    write_csv(tmp_path / "train.csv", [("cat", "01"), ("dog", "1")])
+    write_csv(tmp_path / "dev.csv", [("cat", 1), ("dog", 1)])
+    files = {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "dev.csv")}
+    data = Data(**files, label_names=["1", "01"])
+    tables, _ = with_classes(read_splits(data, TASK.fields, 17), data, TASK)
+    assert tables["validation"].column("label").to_pylist() == ["1", "1"]
+
+
+@pytest.mark.parametrize("spelling", ["true false", "TRUE FALSE"])
+@pytest.mark.parametrize("other", ["csv", "jsonl", "parquet"])
+def test_truth_has_one_name_in_all_files(tmp_path, tiny_bert, spelling: str, other: str) -> None:
+    """And in class_weights and label_names, where YAML has read it."""
+    train = [(f"cat {i}", spelling.split()[i % 2], i // 4) for i in range(12)]
+    header = ("text", "label", "group")
+    write_csv(tmp_path / "train.csv", train, header)
+    rows = [
+        {"text": text, "label": label.lower() == "true", "group": g} for text, label, g in train
+    ]
+    if other == "csv":
+        write_csv(tmp_path / "dev.csv", [tuple(row.values()) for row in rows], header)
+    elif other == "jsonl":
+        (tmp_path / "dev.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "dev.parquet")
+    for names in (None, [True, False]):
+        tree = {
+            "name": "truth",
+            "model": str(tiny_bert),
+            "data": {
+                "train": str(tmp_path / "train.csv"),
+                "validation": str(tmp_path / f"dev.{other}"),
+                "max_length": 16,
+                "label_names": names,
+            },
+            "train": {"class_weights": {True: 2.0, False: 1.0}},
+            "search": {"objective": "mrr"},
+        }
+        found = prepare_training(Experiment.from_tree(tree)).dataset
+        assert found.label_names == (("true", "false") if names else ("false", "true"))
+        expected = [i % 2 for i in range(12)] if names else [(i + 1) % 2 for i in range(12)]
+        assert found.validation.labels.tolist() == found.train.labels.tolist() == expected
 
 
 @pytest.fixture

@@ -86,9 +86,20 @@ CASES: dict[str, Case] = {
         lambda at: {"train": csv(at / "a.csv", [*GOOD, ("cat", "")])},
         ["data.train", "a.csv", "'label' is empty in 1 rows", "row 31"],
     ),
-    "float labels": (
-        lambda at: {"train": csv(at / "a.csv", [("a", 0.5), ("b", 1.5)])},
-        ["data.train", "a.csv", "column 'label'", "labels", "got double"],
+    "labels beside NA in a csv": (
+        lambda at: {"train": csv(at / "a.csv", [("a", "01"), ("b", "02"), ("c", "NA")])},
+        ["data.train", "a.csv", "'label' is empty in 1 rows", "row 3"],
+    ),
+    "truth beside NA in a csv": (
+        lambda at: {"train": csv(at / "a.csv", [("a", "TRUE"), ("b", "FALSE"), ("c", "NA")])},
+        ["data.train", "a.csv", "'label' is empty in 1 rows", "row 3"],
+    ),
+    "scores for labels in a csv": (
+        lambda at: {
+            "train": csv(at / "a.csv", [("a", f"{i % 25 / 10:.2f}") for i in range(50)]),
+            "validation": csv(at / "b.csv", [("a", "0.10"), ("b", "0.20")]),
+        },
+        ["data.train", "data.validation", "'label'", "got double", "set task: regression"],
     ),
     "one class": (
         lambda at: {"train": csv(at / "a.csv", [("a", "only")] * 20)},

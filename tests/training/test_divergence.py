@@ -51,9 +51,12 @@ def test_of_tags_only_labelled_tokens_count() -> None:
     assert found == pytest.approx(-(2 * math.log(2 / 3) + math.log(1 / 3)) / 3, abs=1e-6)
 
 
-def test_questions_have_none() -> None:
-    data = dataset([[0, 1]], ())
-    assert constant_loss(find_task("question-answering"), data, LossOptions()) is None
+def test_of_questions_it_is_that_of_all_tokens_alike() -> None:
+    task, labels, lengths = find_task("question-answering"), [[0, 0], [1, 2], [4, 6]], [3, 5, 7]
+    mask = torch.arange(7)[None] < torch.tensor(lengths)[:, None]
+    expected = task.loss(torch.zeros(3, 7, 2), torch.tensor(labels), mask, LossOptions()).mean()
+    found = constant_loss(task, dataset(labels, (), lengths=lengths), LossOptions())
+    assert found == pytest.approx(float(expected), abs=1e-6)
 
 
 def loss_over_all_rows(task: Task, data: Dataset, options: LossOptions) -> float:

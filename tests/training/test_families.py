@@ -308,6 +308,12 @@ def test_a_config_that_asks_for_more_outputs_trains_as_without(folder, few, tmp_
     assert logits_of(Pretrained(back, frozenset(), None, 0), few) == pytest.approx(
         last.best.outputs, abs=1e-6
     )
+    rows = [{"text": text} for text, _ in toy_rows(9)]
+    answers = list(load_predictor(str(saved)).predict(rows))
+    change_config(saved, **FLAGS)  # as a model from elsewhere may have it
+    for as_trained in (True, False):
+        again = load_predictor(str(saved), as_trained=as_trained).predict(rows)
+        assert [answer["label"] for answer in again] == [answer["label"] for answer in answers]
 
 
 @pytest.mark.parametrize(

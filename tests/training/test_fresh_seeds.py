@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from sft_ray.training.examples import Dataset
 from sft_ray.training.families import FAMILIES
@@ -57,6 +58,29 @@ def test_a_head_is_kept_for_the_classes_it_tells_apart_and_no_others(
         before = other.pristine["classifier.weight"].clone()
         other.reset(0, seed=5)
         assert not torch.equal(other.pristine["classifier.weight"], before)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("head", ["MaskedLM", "SequenceClassification"])
+def test_only_what_has_a_row_per_class_is_drawn_for_other_classes(
+    family: str, toy: Dataset, tmp_path: Path, head: str
+) -> None:
+    """ModernBERT's head is pretrained with its encoder."""
+    base = tiny_model_folder(tmp_path / "base", family)
+    auto_model = getattr(transformers, f"AutoModelFor{head}")
+    many = {} if head == "MaskedLM" else {"num_labels": len(toy.label_names)}
+    saved = auto_model.from_pretrained(base, **many)
+    saved.save_pretrained(tmp_path / "saved")
+    loaded = load_pretrained(str(tmp_path / "saved"), TASK, toy.label_set, seed=3, device=CPU)
+    known = {n: p for n, p in saved.named_parameters() if n in loaded.head()}
+    drawn = {n for n in known if not torch.equal(known[n], loaded.pristine[n])}
+    rows = [len(loaded.pristine[name]) for name in loaded.from_scratch & set(known)]
+    if head == "MaskedLM":
+        assert not drawn
+        assert bool(known) == (family == "modernbert")
+    else:
+        assert rows == [len(toy.label_names)] * 2
+        assert any(name.endswith("weight") for name in drawn)
 
 
 def test_a_head_has_the_size_its_model_prescribes(tiny_bert: Path, toy: Dataset) -> None:

@@ -269,9 +269,18 @@ RELEVANT = {"incorrect": 0, "correct": 1}
         (RELEVANT.get, None),
         (lambda name: str(RELEVANT[name]), None),
         (lambda name: name == "correct", None),
+        (lambda name: str(name == "correct"), None),
         (lambda name: [1.0 - RELEVANT[name], float(RELEVANT[name])], None),
     ],
-    ids=["listed", "numbers with names", "numbers", "digits", "booleans", "probabilities"],
+    ids=[
+        "listed",
+        "numbers with names",
+        "numbers",
+        "digits",
+        "booleans",
+        "truth in words",
+        "probabilities",
+    ],
 )
 def test_labels_with_an_order_can_be_ranked(tmp_path: Path, wide_bert: Path, label, names) -> None:
     rows = [{"text": f"cat {i}", "label": ["correct", "incorrect"][i % 2]} for i in range(8)]
