@@ -122,7 +122,7 @@ def load_here(experiment: Experiment, dataset_folder: Path, world: World) -> Set
     Args:
         dataset_folder: of the driver; the data is encoded again if this node lacks it.
     """
-    torch.set_num_threads(max(1, math.floor(experiment.resources.cpus_per_worker)))
+    torch.set_num_threads(max(1, math.floor(experiment.resources.fewest_cpus)))
 
     def encode() -> Path:
         task, model_folder = find_task(experiment.task), resolve_model(experiment.model)
