@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from sft_ray.config import Experiment, Resources
 from sft_ray.errors import ResourceError
 
+MEMORY_SHARE = 0.9  # of a GPU's memory that its trials may take together
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -38,7 +38,8 @@ def run_replay(
 ) -> Replay:
     """Train one trial of a run again, up to the last mark it reached; changes nothing in the run.
 
-    The same machine, versions, workers and threads give the same numbers; other ones need not.
+    The same machine, versions, workers and threads give the same numbers on CPUs; other ones need
+    not, nor does a GPU, which adds up gradients in no fixed order.
 
     Raises:
         SftError: no such run or trial, or it left no marks.

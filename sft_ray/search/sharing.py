@@ -20,12 +20,11 @@ from sft_ray.errors import SftError
 from sft_ray.recipes import default_recipe
 from sft_ray.screen import Screen, count
 from sft_ray.search.cluster import capacity
-from sft_ray.search.layout import Layout, most_slots, plan_layout, with_room
+from sft_ray.search.layout import MEMORY_SHARE, Layout, most_slots, plan_layout, with_room
 from sft_ray.training.micro_batch import NothingFitsError
 from sft_ray.training.preparation import Prepared
 
 MOST_TRIALS = 8  # that share a GPU
-MEMORY_SHARE = 0.9  # of a GPU's memory that its trials may take together
 WARMUP_STEPS, WINDOW_STEPS = 5, 20
 HEAVY_PATHS = ("train.batch_size", "train.frozen_layers")
 LATER = "trials per GPU are measured when the search starts"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-# How a lack of memory reads where it is no error of its own: on a CPU, beside torch's own allocator.
+# How a lack of memory reads where it is no error of a kind of its own.
 SIGNS = (
     "DefaultCPUAllocator",
     "CUDA error: out of memory",

@@ -16,7 +16,7 @@ import torch
 from sft_ray.config import Experiment, Train
 from sft_ray.errors import DataError
 from sft_ray.screen import Screen
-from sft_ray.search import gpu_probe, planning, sharing
+from sft_ray.search import gpu_probe, planning, sharing, worker
 from sft_ray.search.gpu_probe import device_seconds, probe
 from sft_ray.search.layout import plan_layout
 from sft_ray.search.planning import run_plan
@@ -361,3 +361,16 @@ def test_a_cluster_is_asked_only_for_a_gpu_that_is_free(
     free[0] = 1.0
     assert run_plan(auto(experiment)).layout.gpus_per_worker == pytest.approx(1 / 3)
     assert "3 trials per GPU" in capsys.readouterr().out
+
+
+def test_who_shares_a_gpu_takes_its_part_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loses_its_peer(*_: Any) -> None:
+        raise RuntimeError("gloo")  # else it would tell the mailbox, and end
+
+    limits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    monkeypatch.setattr(worker, "load", loses_its_peer)
+    for device, gpus in (("cuda", 0.25), ("cuda", 1.0), ("cpu", 0.0)):
+        with warnings.catch_warnings(), pytest.raises(RuntimeError, match="gloo"):
+            worker.run_worker({"mailbox": None}, 0, 1, device, None, gpus)  # type: ignore[arg-type]
+    assert limits == [pytest.approx(0.9 / 4)]
