@@ -336,7 +336,7 @@ def write_experiment(folder: Path, **changes: Any) -> Path:
             },
             "trials": TRIALS,
         },
-        "resources": {"workers_per_trial": 2, "slots": 1},
+        "resources": {"workers_per_trial": 2, "cpus_per_worker": 1, "slots": 1},
         "checkpoint": {"every_minutes": 0.02},
         "watchdog": {"silence_seconds": SILENCE_SECONDS, "stall_minutes": 2},
         "storage": str(folder / "unset"),

@@ -132,7 +132,7 @@ def slot(data: Path) -> list[int]:
         tree = experiment(data, 0).to_tree()
         tree["storage"] = folder
         tree["data"]["limit"] = {"train": 64, "validation": 64}
-        tree["resources"] = {"workers_per_trial": 1, "slots": 1}
+        tree["resources"] = {"workers_per_trial": 1, "cpus_per_worker": 1, "slots": 1}
         tree["search"] = {
             "trials": TRIALS,
             "pruner": "none",

@@ -16,6 +16,7 @@ One JSON line per depth goes to --out; what has its line there is not measured a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shutil
 import statistics
@@ -36,13 +37,13 @@ from benchmarks.rows import once
 from benchmarks.throughput import MODEL
 from sft_ray.config import Experiment, Train
 from sft_ray.search.preflight import prepare_experiment
-from sft_ray.training.batches import collate
+from sft_ray.training.batches import Trunk, collate
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.fitting import Trial, fit
 from sft_ray.training.passes import Pass, trunk_output
 from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup, load_setup
-from sft_ray.training.trunk_cache import _read, _write, trunks_root
+from sft_ray.training.trunk_cache import TrunkCache, _read, _write, trunks_root
 from sft_ray.training.world import World
 
 SEED, EPOCHS = 0, 3
@@ -93,9 +94,24 @@ def whole_trial(setup: Setup, k: int, batch_size: int) -> Progress:
     return marks[-1]
 
 
+class Kept(TrunkCache):
+    """A cache that keeps every trunk, whether that pays or not."""
+
+    def pays(self, *_: object) -> bool:
+        return True
+
+    def open(self, *which: Any) -> Trunk:
+        found = super().open(*which)
+        assert found is not None, "there was no room for the trunk"
+        return found
+
+
 def measure(setup: Setup, k: int, batch_size: int) -> dict[str, Any]:
     """Trials with an empty cache, a full one and none; ratios of their seconds."""
     plain = replace(setup, trunk_cache=None)
+    if (cache := setup.trunk_cache) is not None:
+        fields = {field.name: getattr(cache, field.name) for field in dataclasses.fields(cache)}
+        setup = replace(setup, trunk_cache=Kept(**fields))
     runs: dict[str, list[Progress]] = {"plain": [], "filling": [], "full": []}
     for order in (("plain", "filling", "full"), ("full", "plain")):
         for how in order:

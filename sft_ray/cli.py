@@ -406,7 +406,10 @@ def replay(
     from sft_ray.search.replay import run_replay
 
     if not run_replay(run, trial, address=address).is_identical:
-        raise TrialError("the numbers are not the same; machine, versions or threads may differ")
+        raise TrialError(
+            "the numbers are not the same; machine, versions or threads may differ, and a GPU adds "
+            "in no fixed order"
+        )
 
 
 @app.command(epilog=examples("sft-ray status runs/my"))

@@ -348,7 +348,8 @@ class Resources(Section):
     """What one trial uses and how many run at once; `auto` follows the cluster."""
 
     workers_per_trial: Annotated[int, Field(ge=1)] = 1  # which share every batch
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1  # and as many threads
+    # And as many threads; auto: all cores in equal parts, and 1 beside a GPU.
+    cpus_per_worker: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     # auto: 1, or a share of one, where the cluster has GPUs or can start some, else 0.
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     slots: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # auto: what fits
@@ -364,7 +365,22 @@ class Resources(Section):
                 "trials_per_gpu above 1 needs workers_per_trial 1 (two ranks of a trial never "
                 f"share a GPU), got workers_per_trial {self.workers_per_trial}"
             )
+        gpus = self.gpus_per_worker
+        if gpus == "auto" or gpus == int(gpus):
+            return self
+        if gpus > 1:
+            raise ValueError(f"gpus_per_worker above 1 must be a whole number, got {gpus:g}")
+        if self.workers_per_trial > 1:
+            raise ValueError(
+                "gpus_per_worker below 1 needs workers_per_trial 1 (two ranks of a trial never "
+                f"share a GPU), got {gpus:g} and workers_per_trial {self.workers_per_trial}"
+            )
         return self
+
+    @property
+    def fewest_cpus(self) -> float:
+        """CPUs that a worker has at least; slots are counted by it."""
+        return 1.0 if self.cpus_per_worker == "auto" else self.cpus_per_worker
 
 
 class Experiment(Section):

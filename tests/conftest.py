@@ -32,6 +32,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs, before anything looks for them, unless `-m gpu` asks for tests on one.
+
+    All others are written for CPUs: workers of one trial would each want a GPU of their own.
+    """
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Last come those with a Ray of their own: a process is connected to one at a time."""
     items.sort(key=lambda item: item.get_closest_marker("own_cluster") is not None)
@@ -77,7 +86,7 @@ def tiny_experiment(tiny_model: Path, toy_csv: Path) -> Experiment:
                 "rungs": [10, 33],
                 "reduction_factor": 3,
             },
-            "resources": {"workers_per_trial": 2, "slots": 1},
+            "resources": {"workers_per_trial": 2, "cpus_per_worker": 1, "slots": 1},
         }
     )
 

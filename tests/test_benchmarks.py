@@ -9,17 +9,24 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, search_policies
+from benchmarks import gpu, search_policies, trunk_cache
 from benchmarks.record_curves import configuration
 from benchmarks.search_policies import POLICIES, marks_of, read_pool, replay, space_of
 from sft_ray.config import Train
 from sft_ray.recipes import RECIPES
+from sft_ray.training.beat import no_beat
+from sft_ray.training.progress import Progress
+from sft_ray.training.setup import Setup
+from sft_ray.training.trunk_cache import TrunkCache
+from sft_ray.training.world import World
+from tests.models import PAD, TASK, load_tiny, toy_dataset
 
 ROOT = Path(__file__).parents[1]
 CURVES = ROOT / "benchmarks" / "curves" / "minilm-docstrings.jsonl"
@@ -246,3 +253,30 @@ def test_recorded_runs_may_be_of_other_shapes(tmp_path: Path) -> None:
     figures = search_policies.without_nan(search_policies.summarize([found], 19.0))
     assert figures["top1"]["interval"] is None
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+
+
+def test_the_bench_of_trunks_measures_what_was_kept(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = toy_dataset(tmp_path, tiny_model, train=32, validation=16)
+    pretrained = load_tiny(tiny_model, dataset)
+    setups = []
+
+    def trial(setup: Setup, k: int, batch_size: int) -> Progress:
+        setups.append(setup)
+        return Progress(metrics={"accuracy": 1.0}, train_seconds=1.0, eval_seconds=1.0)
+
+    monkeypatch.setattr(trunk_cache, "whole_trial", trial)
+    cache = TrunkCache(pretrained, dataset, World(), PAD)
+    setup = Setup(
+        TASK, dataset, pretrained, SimpleNamespace(pad_token_id=PAD), World(), trunk_cache=cache
+    )
+    trunk_cache.measure(setup, 1, 8)
+    asked = ("train", 1, torch.float32)
+    assert not cache.pays(*asked, 0.0)
+    caches = [setup.trunk_cache for setup in setups if setup.trunk_cache is not None]
+    assert len(caches) == 3
+    assert all(kept.pays(*asked, 0.0) and kept.open(*asked, no_beat) for kept in caches)
+    no_room = dataclasses.replace(caches[0], budget_bytes=0)
+    with pytest.raises(AssertionError, match="no room"):
+        no_room.open("train", 2, torch.float32, no_beat)

@@ -162,6 +162,8 @@ def test_an_unknown_key_is_sought_in_all_sections(path: str, value: Any, hint: s
         ({"confirm": {"seeds": 1}}, "confirm.seeds"),
         ({"confirm": {"best": 3}}, "confirm.best: unknown key"),
         ({"resources": {"trials_per_gpu": 2, "workers_per_trial": 2}}, "never share a GPU"),
+        ({"resources": {"gpus_per_worker": 0.5, "workers_per_trial": 2}}, "never share a GPU"),
+        ({"resources": {"gpus_per_worker": 1.5}}, "must be a whole number, got 1.5"),
         ({"resources": {"trials_per_gpu": 0}}, "resources.trials_per_gpu"),
         ({"resources": {"trials_per_gpu": "all"}}, "resources.trials_per_gpu"),
         ({"resources": {"trials_per_gpu": 1.5}}, "resources.trials_per_gpu"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sft_ray.config import Experiment, Train
+from sft_ray.errors import ResourceError
 from sft_ray.search import gpu_probe, sharing
 from sft_ray.search.layout import plan_layout
 from sft_ray.search.preflight import prepare_experiment
@@ -20,7 +21,9 @@ from sft_ray.training.setup import Setup
 from sft_ray.training.world import World, resolve_precision
 from tests.models import PAD, TASK, tiny_model_folder, toy_dataset
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device, or not `-m gpu`"
+)
 
 
 def train_losses(device: str, model: Path, dataset: Dataset, **train: object) -> list[float]:
@@ -266,6 +269,7 @@ def test_a_search_says_how_many_trials_share_the_gpu(
         ({"trials_per_gpu": "auto", "workers_per_trial": 2}, {"CPU": 32, "GPU": 4}, (2, 1)),
         ({"gpus_per_worker": 0, "cpus_per_worker": 4}, {"CPU": 32, "GPU": 2}, (8, 0)),
         ({"slots": 1}, {"CPU": 8}, (1, 0)),
+        ({"trials_per_gpu": 64}, {"CPU": 999, "GPU": 2}, (100, pytest.approx(1 / 50))),
     ],
 )
 def test_slots_follow_from_what_the_cluster_has(
@@ -278,3 +282,46 @@ def test_slots_follow_from_what_the_cluster_has(
     tree["resources"], tree["search"]["trials"] = resources, 100
     layout = plan_layout(Experiment.from_tree(tree), has)
     assert (layout.slots, layout.gpus_per_worker) == expected
+
+
+@pytest.mark.parametrize(
+    ("resources", "has", "expected"),
+    [
+        ({}, {"CPU": 2}, (2, 1)),
+        ({}, {"CPU": 16}, (4, 4)),
+        ({"slots": 1}, {"CPU": 16}, (1, 16)),
+        ({"slots": 3, "workers_per_trial": 2}, {"CPU": 16}, (3, 2)),
+        ({"slots": 1}, {"CPU": 16, "GPU": 1}, (1, 1)),
+        ({"slots": 1, "gpus_per_worker": 0}, {"CPU": 16, "GPU": 1}, (1, 16)),
+        ({"slots": 1, "cpus_per_worker": 1}, {"CPU": 16}, (1, 1)),
+    ],
+)
+def test_workers_without_a_gpu_share_all_cores(
+    experiment: Experiment,
+    resources: dict[str, object],
+    has: dict[str, float],
+    expected: tuple[int, float],
+) -> None:
+    tree = experiment.to_tree()
+    tree["resources"], tree["search"]["trials"] = resources, 4
+    found = Experiment.from_tree(tree)
+    layout = plan_layout(found, has)
+    assert (layout.slots, layout.cpus_per_worker) == expected
+    assert layout.written_into(found).resources.cpus_per_worker == expected[1]
+
+
+def test_few_trials_spread_over_all_gpus(experiment: Experiment) -> None:
+    tree = experiment.to_tree()
+    tree["resources"], tree["search"]["trials"] = {"trials_per_gpu": 4}, 4
+    layout = plan_layout(Experiment.from_tree(tree), {"CPU": 16, "GPU": 2})
+    assert (layout.slots, layout.gpus_per_worker) == (4, 0.5)
+
+
+def test_workers_without_a_gpu_each_are_told_both_ways_out(experiment: Experiment) -> None:
+    tree = experiment.to_tree()
+    tree["resources"] = {"workers_per_trial": 2}
+    with pytest.raises(ResourceError) as caught:
+        plan_layout(Experiment.from_tree(tree), {"CPU": 16, "GPU": 1})
+    (said,) = caught.value.problems
+    for part in ("need 2 CPUs and 2 GPUs", "lower workers_per_trial", "gpus_per_worker=0"):
+        assert part in said

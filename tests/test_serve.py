@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sft_ray.errors import ConfigError, DataError, ResourceError
+from sft_ray.serving import serve
 from sft_ray.serving.predict import Predictor, load_predictor
 from sft_ray.serving.requests import Limits, answer_together, read_request
 from sft_ray.serving.serve import Batches, Endpoint, Service, check_room, check_service
@@ -145,12 +147,21 @@ async def asked(endpoint: Endpoint, path: str, method: str, body: bytes = b"") -
     return response.status_code, json.loads(response.body), len(parts)
 
 
+def test_a_replica_computes_on_a_gpu_only_if_it_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # it sees those of others
+    monkeypatch.setattr(serve, "load_predictor", lambda _, device: asked.append(device.type))
+    for on_gpu in (True, False):
+        serve.Endpoint("model", TINY_LIMITS, on_gpu=on_gpu)
+    assert asked == ["cuda", "cpu"]
+
+
 def test_the_endpoint_batches_what_comes_together(model: Path, predictor: Predictor) -> None:
     rows = [{"text": text} for text, _ in toy_rows(40, seed=6)]
     sizes: list[int] = []
 
     async def talk() -> None:
-        endpoint = Endpoint(str(model), TINY_LIMITS)
+        endpoint = Endpoint(str(model), TINY_LIMITS, on_gpu=False)
         honest = endpoint._predictor.predict
 
         def counting(rows: Any) -> Any:

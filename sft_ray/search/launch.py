@@ -46,9 +46,9 @@ def run_workers(
 class Worker:
     """The only worker of a slot."""
 
-    def serve(self, settings: dict[str, Any], on_gpu: bool) -> None:
-        """Run trial after trial, on the one GPU that this process sees or on CPUs."""
-        _serve(settings, rank=0, size=1, device="cuda" if on_gpu else "cpu")
+    def serve(self, settings: dict[str, Any], gpus: float) -> None:
+        """Run trial after trial, on the GPU that this process sees, a share of it, or on CPUs."""
+        _serve(settings, rank=0, size=1, device="cuda" if gpus else "cpu", gpus=gpus)
 
 
 def _run_one(
@@ -63,7 +63,7 @@ def _run_one(
     while True:
         worker = worker_class.remote()
         try:
-            ray.get(worker.serve.remote(settings, bool(resources.get("GPU"))))
+            ray.get(worker.serve.remote(settings, resources.get("GPU", 0.0)))
             return
         except ray.exceptions.RayError as error:  # the next one has a clean process
             if isinstance(error, ray.exceptions.OutOfMemoryError):  # of its machine
@@ -114,7 +114,7 @@ def _serve_in_group(settings: dict[str, Any]) -> None:
     _serve(settings, context.get_world_rank(), context.get_world_size(), device)
 
 
-def _serve(settings: dict[str, Any], rank: int, size: int, device: str) -> None:
+def _serve(settings: dict[str, Any], rank: int, size: int, device: str, gpus: float = 1.0) -> None:
     """Say that this worker is there before the heavy imports, which may fail."""
     pulse = Pulse(settings["watch"], settings["slot"], f"rank {rank}", LOADING)
     gc.disable()  # until all is loaded; imports only add, and take a fifth longer with it
@@ -122,6 +122,6 @@ def _serve(settings: dict[str, Any], rank: int, size: int, device: str) -> None:
         ray.get(settings["mailbox"].register.remote(rank))
         from sft_ray.search.worker import run_worker
 
-        run_worker(settings, rank, size, device, pulse)
+        run_worker(settings, rank, size, device, pulse, gpus)
     finally:
         pulse.end()

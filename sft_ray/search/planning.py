@@ -20,7 +20,7 @@ from sft_ray.screen import Screen, count, duration
 from sft_ray.search.cluster import capacity, capacity_here, connected, free_gpus
 from sft_ray.search.draws import drawn_trials
 from sft_ray.search.estimate import STARTUP_SECONDS, Plan, Range, estimate
-from sft_ray.search.layout import Layout, check_room, plan_layout
+from sft_ray.search.layout import Layout, plan_layout, with_room
 from sft_ray.search.narration import budget, search_rules
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.sharing import (
@@ -97,9 +97,7 @@ def _layout(experiment: Experiment, has: Mapping[str, float] | None, address: st
     if has is not None:
         return plan_layout(experiment, has)
     with connected(address):
-        layout = plan_layout(experiment, capacity())
-        check_room(layout)
-        return layout
+        return with_room(plan_layout(experiment, capacity()), experiment.resources)
 
 
 def _shared(
@@ -121,9 +119,10 @@ def _shared(
                 if on_cluster
                 else ask_this_machine(prepared, trains, has)
             )
-    if sharing is None:
-        return LATER, plan_layout(experiment, has)
-    return sharing.reason, plan_layout(experiment, has, sharing.trials_per_gpu)
+        layout = plan_layout(experiment, has, 1 if sharing is None else sharing.trials_per_gpu)
+        if on_cluster:
+            layout = with_room(layout, experiment.resources)
+    return LATER if sharing is None else sharing.reason, layout
 
 
 def say_plan(
@@ -177,7 +176,13 @@ def _why_slots(layout: Layout, gain_of_two: float) -> str:
     """Many slots of few workers, or few of many: what was measured, and what it speaks for."""
     measured = f"a worker with twice the CPUs trains {gain_of_two:.1f} times as fast"
     if gain_of_two < 2:
-        return f"{measured}, two slots train 2 trials in that time: many slots finish more trials"
+        said = f"{measured}, two slots train 2 trials in that time: many slots finish more trials"
+        if layout.slots > 1:
+            return said
+        mend = "slots=2" if layout.workers_per_trial == 1 else "workers_per_trial=1"
+        return f"{said}; resources.{mend}"
+    if layout.slots == 1:
+        return f"{measured}: one slot finishes as many trials as two, each of them sooner"
     twice = 2 * layout.workers_per_trial
     return f"{measured}: resources.workers_per_trial={twice} may finish as many trials, sooner each"
 

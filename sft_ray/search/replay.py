@@ -38,7 +38,8 @@ def run_replay(
 ) -> Replay:
     """Train one trial of a run again, up to the last mark it reached; changes nothing in the run.
 
-    The same machine, versions, workers and threads give the same numbers; other ones need not.
+    The same machine, versions, workers and threads give the same numbers on CPUs; other ones need
+    not, nor does a GPU, which adds up gradients in no fixed order.
 
     Raises:
         SftError: no such run or trial, or it left no marks.
@@ -56,10 +57,11 @@ def run_replay(
     with reading(store.location):
         train, seed, last = Train.model_validate(row["train"]), int(row["seed"]), row["curve"][-1]
         until_percent = int(last[0])
+        cpus = float(result.tree["environment"].get("cpus_per_worker", 1))
     found = read_experiment(store)
     assert found is not None  # `open_run` has seen it
     screen = Screen(quiet)
-    prepared = prepare_experiment(_with_one_slot(found, row))
+    prepared = prepare_experiment(_with_one_slot(found, row, cpus))
     check_data(prepared, result.tree["environment"], location)
     run = FixedRun(f"trial {number}", train, row["params"], seed, until_percent=until_percent)
     screen.say(f"replaying trial {number} of {store.location}")
@@ -88,9 +90,12 @@ def run_replay(
     return replay
 
 
-def _with_one_slot(experiment: Experiment, row: dict[str, Any]) -> Experiment:
-    """The experiment as one trial of it runs."""
-    resources = experiment.resources.model_copy(update={"slots": 1})
+def _with_one_slot(experiment: Experiment, row: dict[str, Any], cpus: float) -> Experiment:
+    """The experiment as one trial of it ran, whose workers had so many CPUs."""
+    resources = experiment.resources
+    if resources.cpus_per_worker != "auto":  # else one slot would have those of all
+        cpus = resources.cpus_per_worker
+    resources = resources.model_copy(update={"slots": 1, "cpus_per_worker": cpus})
     if row["role"] == "single":  # `sft-ray train` is one process with all threads
         alone = {"workers_per_trial": 1, "cpus_per_worker": torch.get_num_threads()}
         resources = resources.model_copy(update=alone)

@@ -20,12 +20,11 @@ from sft_ray.errors import SftError
 from sft_ray.recipes import default_recipe
 from sft_ray.screen import Screen, count
 from sft_ray.search.cluster import capacity
-from sft_ray.search.layout import Layout, check_room, most_slots, plan_layout
+from sft_ray.search.layout import MEMORY_SHARE, Layout, most_slots, plan_layout, with_room
 from sft_ray.training.micro_batch import NothingFitsError
 from sft_ray.training.preparation import Prepared
 
 MOST_TRIALS = 8  # that share a GPU
-MEMORY_SHARE = 0.9  # of a GPU's memory that its trials may take together
 WARMUP_STEPS, WINDOW_STEPS = 5, 20
 HEAVY_PATHS = ("train.batch_size", "train.frozen_layers")
 LATER = "trials per GPU are measured when the search starts"
@@ -63,7 +62,8 @@ def decide(
 
     Args:
         has: CPUs and GPUs of the cluster.
-        most_slots: trials that could run at once; they spread over all GPUs before they share one.
+        most_slots: trials that could run at once; no more share a GPU than have to, because Ray
+            fills one before it takes the next.
     """
     if findings.busy_share <= 0:
         return _alone("the profiler has seen no kernel run")
@@ -122,9 +122,9 @@ def shared_layout(prepared: Prepared, trains: Sequence[Train], screen: Screen) -
         SftError: the machine with the GPU cannot load model or data.
     """
     experiment, has = prepared.experiment, capacity()
-    layout = plan_layout(experiment, has)  # refuses before anything is measured
-    check_room(layout)
-    if not is_asked(experiment.resources):
+    resources = experiment.resources
+    layout = with_room(plan_layout(experiment, has), resources)  # refuses before any measurement
+    if not is_asked(resources):
         return layout
     sharing = without_probe(experiment, has)
     if sharing is None:
@@ -132,7 +132,7 @@ def shared_layout(prepared: Prepared, trains: Sequence[Train], screen: Screen) -
         minutes = experiment.watchdog.placement_minutes + experiment.watchdog.loading_minutes
         sharing = ask_the_cluster(prepared, trains, has, 60 * minutes)
     screen.event(sharing.reason)
-    return plan_layout(experiment, has, sharing.trials_per_gpu)
+    return with_room(plan_layout(experiment, has, sharing.trials_per_gpu), resources)
 
 
 def ask_the_cluster(
@@ -151,11 +151,11 @@ def ask_the_cluster(
     from sft_ray.search.gpu_probe import probe
 
     experiment = prepared.experiment
-    answer = (
-        ray.remote(probe)
-        .options(num_cpus=experiment.resources.cpus_per_worker, num_gpus=1, max_retries=0)
-        .remote(*_question(prepared, trains))
-    )
+    # `max_calls` ends its process, and with it what that holds of the GPU, behind the answer.
+    task = ray.remote(
+        num_cpus=experiment.resources.fewest_cpus, num_gpus=1, max_calls=1, max_retries=0
+    )(probe)
+    answer = task.remote(*_question(prepared, trains))
     try:
         findings = ray.get(answer, timeout=seconds)
     except ray.exceptions.GetTimeoutError:
@@ -195,7 +195,7 @@ def ask_this_machine(
 
 
 def _decided(findings: Findings, experiment: Experiment, has: Mapping[str, float]) -> Sharing:
-    return decide(findings, has, experiment.resources.cpus_per_worker, most_slots(experiment))
+    return decide(findings, has, experiment.resources.fewest_cpus, most_slots(experiment))
 
 
 def _failed(error: BaseException) -> Sharing:

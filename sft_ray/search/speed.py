@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -98,11 +99,9 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
             step = _training(train, setup, prepared, layout.workers_per_trial)
             share = seconds * (1 - EVAL_SHARE) / len(depths)
             train_seconds[depth] = _seconds_per_example(step, world, share)
-            if depth == depths[0] and not on_gpu and layout.slots > 1:  # where work is most
-                own = torch.get_num_threads()
-                torch.set_num_threads(2 * own)
-                gain_of_two = train_seconds[depth] / _seconds_per_example(step, world, share)
-                torch.set_num_threads(own)
+            if depth == depths[0] and not on_gpu and prepared.experiment.search.trials > 1:
+                # Where work is most.
+                gain_of_two = _gain_of_two(layout, step, train_seconds[depth], world, share)
             if depth and keeps_trunks:
                 below = _trunk(setup, train, depth)
                 trunk_seconds[depth] = _seconds_per_example(below, world, share / 4)
@@ -178,6 +177,29 @@ def _evaluation(setup: Setup, precision: str) -> Callable[[], int]:
         return len(part)
 
     return look
+
+
+def _gain_of_two(
+    layout: Layout, step: Callable[[], int], own_seconds: float, world: World, seconds: float
+) -> float | None:
+    """How many times as fast a step is with twice the threads; None where there is one core.
+
+    Args:
+        own_seconds: per example, with the threads that a worker has.
+        seconds: about so long for each number of threads.
+    """
+    if (os.cpu_count() or 1) < 2:
+        return None
+    own = torch.get_num_threads()
+    is_alone = layout.slots * layout.workers_per_trial == 1
+    few = own // 2 if is_alone and own > 1 else own  # it may have all cores
+    took = {own: own_seconds}
+    for threads in (few, 2 * few):
+        if threads not in took:
+            torch.set_num_threads(threads)
+            took[threads] = _seconds_per_example(step, world, seconds)
+    torch.set_num_threads(own)
+    return took[few] / took[2 * few]
 
 
 def _seconds_per_example(work: Callable[[], int], world: World, seconds: float) -> float:

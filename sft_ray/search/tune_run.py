@@ -60,7 +60,7 @@ def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> No
         "ray_storage": str(ray_storage.local_root or ray_storage.location),
         "watch": watch,
         "worker": {
-            "experiment": experiment.anchored().to_tree(),
+            "experiment": layout.written_into(experiment.anchored()).to_tree(),
             "run": store.anchored(),  # which may have been moved since the experiment was written
             "dataset_folder": str(prepared.dataset_folder),
             "objective": prepared.objective,

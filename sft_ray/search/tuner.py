@@ -189,6 +189,7 @@ def _write_what_runs(prepared: Prepared, store: RunStore, layout: Layout) -> dic
         {
             "slots": layout.slots,
             "workers_per_trial": layout.workers_per_trial,
+            "cpus_per_worker": layout.cpus_per_worker,
             "gpus_per_worker": layout.gpus_per_worker,
             **prepared.facts(),
         }

@@ -21,6 +21,7 @@ import torch
 from sft_ray.config import Experiment, Train
 from sft_ray.errors import disk_problem
 from sft_ray.run_store import PREDICTIONS, RunStore
+from sft_ray.search.layout import MEMORY_SHARE
 from sft_ray.search.trials import is_to_be_saved
 from sft_ray.search.watch import MAILBOX, STORAGE, Pulse
 from sft_ray.training.beat import TRAINING
@@ -56,7 +57,9 @@ class Loaded:
     pulse: Pulse
 
 
-def run_worker(settings: dict[str, Any], rank: int, size: int, device: str, pulse: Pulse) -> None:
+def run_worker(
+    settings: dict[str, Any], rank: int, size: int, device: str, pulse: Pulse, gpus: float = 1.0
+) -> None:
     """Serve a slot's assignments until the mailbox says to go home.
 
     Args:
@@ -64,11 +67,14 @@ def run_worker(settings: dict[str, Any], rank: int, size: int, device: str, puls
             `objective`, `mailbox` and `watch` (actor handles), `slot` (its name).
         rank: of this worker among the `size` of the slot; above 1 they have a process group.
         device: that it trains on.
+        gpus: that it may take; below 1 a share of one.
     """
     warnings.simplefilter("ignore")
     logging.getLogger("ray").setLevel(logging.ERROR)
     mailbox = settings["mailbox"]
     try:
+        if device != "cpu" and gpus < 1:  # else a trial takes what its neighbours have found to fit
+            torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE * gpus)
         loaded = load(settings, join_world(rank, size, torch.device(device)), pulse)
     except Exception as error:
         if is_lost_peer(error):
@@ -122,7 +128,7 @@ def load_here(experiment: Experiment, dataset_folder: Path, world: World) -> Set
     Args:
         dataset_folder: of the driver; the data is encoded again if this node lacks it.
     """
-    torch.set_num_threads(max(1, math.floor(experiment.resources.cpus_per_worker)))
+    torch.set_num_threads(max(1, math.floor(experiment.resources.fewest_cpus)))
 
     def encode() -> Path:
         task, model_folder = find_task(experiment.task), resolve_model(experiment.model)

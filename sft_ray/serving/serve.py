@@ -51,7 +51,7 @@ def check_service(service: Service) -> None:
     """
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise ConfigError("serve: Ray Serve is not installed; pip install 'sft-ray[serve]'")
-    load_predictor(service.model)
+    load_predictor(service.model, _device(on_gpu=False))
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -109,7 +109,7 @@ def run_service(service: Service, ready: Callable[[str], None]) -> None:
     with interruptible() as interruption:
         try:
             serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
-            application = deployment.bind(place, service.limits)
+            application = deployment.bind(place, service.limits, on_gpu=gpus > 0)
             target = RunTarget(application, name=APPLICATION, logging_config=quiet)
             serve.run_many([target], wait_for_applications_running=False)  # so Ctrl-C is heard
             while not interruption.is_asked and not _is_running():
@@ -176,11 +176,12 @@ class Batches:
 class Endpoint:
     """One replica: GET /healthz and POST /predict."""
 
-    def __init__(self, model: str, limits: Limits) -> None:
+    def __init__(self, model: str, limits: Limits, *, on_gpu: bool) -> None:
         import torch
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        self._predictor, self._limits = load_predictor(model), limits
+        # A replica that has no GPU sees all of them.
+        self._predictor, self._limits = load_predictor(model, _device(on_gpu=on_gpu)), limits
         self._batches = Batches(lambda rows: answer_together(self._predictor, rows))
 
     async def __call__(self, request: Any) -> Any:
@@ -210,6 +211,12 @@ class Endpoint:
             if len(body) > most:
                 return None
         return bytes(body)
+
+
+def _device(*, on_gpu: bool) -> Any:
+    import torch
+
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _reply(content: Any, status: int = 200) -> Any:

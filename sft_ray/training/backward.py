@@ -138,8 +138,14 @@ class Backward:
             return self._loss(self._collate(items, None, len(items) if is_fixed else None))
 
         def attempt(size: int) -> None:
+            # What comes up with the first step: two states of Adam, and where a step has several
+            # micro-batches, gradients that lie there while the next one passes.
+            copies = 2 if size == share else 3
+            trained = self.pretrained.trainable().values()
+            held = [torch.empty_like(weight) for weight in trained for _ in range(copies)]
             loss_of(longest[:size]).backward()
             self.model.zero_grad()
+            del held
 
         def kept(size: int) -> int:
             like = np.repeat(longest[:1], size)
@@ -147,6 +153,9 @@ class Backward:
 
         try:
             if self.world.device.type == "cuda":
+                if not self.compiles:  # where another shape costs more than a pass
+                    # First, so that libraries set themselves up while there is room.
+                    micro_batch.largest_that_fits(attempt, 1)
                 fits = micro_batch.largest_that_fits(attempt, share)
                 # A pass that is recorded keeps its memory while another warms up.
                 found = Probe(max(1, fits // 2) if self.records and fits < share else fits)

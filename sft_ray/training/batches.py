@@ -18,10 +18,11 @@ from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import IGNORED, Examples
 from sft_ray.training.passes import Pass
 from sft_ray.training.seeds import derived_seed
-from sft_ray.training.unpadded import Layout
+from sft_ray.training.unpadded import Layout, to_device
 
-# On CPUs twice as many take a fortieth off the time, and add up to a tenth to a trial's memory.
-EVAL_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 4096}
+# On CPUs twice as many take a fortieth off the time, and add up to a tenth to a trial's memory.  A
+# GPU has kernels to start, and no memory to spare for little.
+EVAL_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16_384}
 
 
 @dataclass(frozen=True)
@@ -175,21 +176,16 @@ def collate(
         labels = examples.labels[indices]
         labels[~is_own] = 0  # an answer that the first token may have
 
-    def to_device(tensor: torch.Tensor) -> torch.Tensor:
-        if device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(device, non_blocking=True)
-
     one_pass = Pass(layout)
     if trunk is not None:
         items = indices if examples.items is None else examples.items[indices]
         rows_TH = trunk.rows(items, lengths)
         missing = len(layout.places) - len(rows_TH)
-        trunk_TH = to_device(F.pad(rows_TH, (0, 0, 0, missing)) if missing else rows_TH)
+        trunk_TH = to_device(F.pad(rows_TH, (0, 0, 0, missing)) if missing else rows_TH, device)
         one_pass = replace(one_pass, depth=trunk.depth, trunk_TH=trunk_TH)
     return Batch(
-        inputs={k: to_device(torch.from_numpy(v.astype(np.int64))) for k, v in inputs.items()},
-        labels=to_device(torch.from_numpy(labels)),
-        weights=to_device(torch.from_numpy(is_own.astype(np.float32))),
+        inputs={k: to_device(v.astype(np.int64), device) for k, v in inputs.items()},
+        labels=to_device(labels, device),
+        weights=to_device(is_own.astype(np.float32), device),
         one_pass=one_pass,
     )

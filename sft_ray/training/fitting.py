@@ -86,33 +86,38 @@ def fit(
     marks = schedule_marks(
         rungs, train.epochs, batches.steps_per_epoch(len(setup.dataset.train), train.batch_size)
     )
+    share = -(-train.batch_size // setup.world.size)
     try:
-        trial = Trial(
-            train, setup, objective, seed, end_diverged=end_diverged, beat=beat, halvings=halvings
-        )
+        with micro_batch.raised_as_out_of_memory(max(1, share >> halvings)):
+            trial = Trial(
+                train,
+                setup,
+                objective,
+                seed,
+                end_diverged=end_diverged,
+                beat=beat,
+                halvings=halvings,
+            )
+            first_mark = 0 if resume is None else trial.restore(resume)
     except micro_batch.NothingFitsError as error:
         report(Progress(fault=str(error)))  # of a trial that cannot take a single step
         return None
-    first_mark = 0 if resume is None else trial.restore(resume)
     steps = trial.batches_from(trial.step)
     for index in range(first_mark, len(marks)):
         mark = marks[index]
         trial.clock.enter("train")
         while trial.step < mark.step:
-            try:
+            with micro_batch.raised_as_out_of_memory(trial.backward.most):
                 if not trial.is_to_pause():
                     fault = trial.take_step(next(steps))
                 elif (fault := trial.late_fault()) is None:
                     return trial.pause()
-            except Exception as error:
-                if micro_batch.is_out_of_memory(error):
-                    raise micro_batch.StepOutOfMemoryError(trial.backward.most) from error
-                raise
             if fault is not None:
                 here = Mark(100 * trial.step // trial.num_steps, trial.step)
                 report(trial.progress(index, here, fault))
                 return None
-        progress = trial.look(index, mark)
+        with micro_batch.raised_as_out_of_memory(trial.backward.most):
+            progress = trial.look(index, mark)
         if not report(progress) or progress.fault is not None:
             return None
     return None

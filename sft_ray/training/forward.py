@@ -18,6 +18,7 @@ from sft_ray.training.metrics import Floats
 from sft_ray.training.passes import passing
 from sft_ray.training.setup import Setup
 from sft_ray.training.tasks import Task
+from sft_ray.training.unpadded import to_device
 from sft_ray.training.world import World
 
 
@@ -104,6 +105,6 @@ def evaluate(
         if task.per_token:
             found = found.flatten(0, 1)[batch.one_pass.layout.places]
             places = batches.token_positions(examples, indices)
-        outputs[torch.from_numpy(places).to(world.device)] = found.to(weight_dtype)
+        outputs[to_device(places, world.device)] = found.to(weight_dtype)
     gathered: Floats = np.asarray(world.sum(outputs).cpu().numpy())
     return gathered

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+# How a lack of memory reads where it is no error of a kind of its own.
+SIGNS = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 SHARE_FOR_ACTIVATIONS = 0.5  # of a CPU worker's memory; weights and optimiser need the rest
 
 
@@ -39,7 +47,7 @@ class NothingFitsError(Exception):
 
 
 class StepOutOfMemoryError(RuntimeError):
-    """A step ran out of memory although its size had been found to fit.
+    """A trial ran out of memory although its steps had been found to fit.
 
     Attributes:
         micro_batch: examples that went through the model at once.
@@ -48,6 +56,17 @@ class StepOutOfMemoryError(RuntimeError):
     def __init__(self, micro_batch: int) -> None:
         super().__init__(f"out of memory at micro-batch {micro_batch}")
         self.micro_batch = micro_batch
+
+
+@contextmanager
+def raised_as_out_of_memory(micro_batch: int) -> Iterator[None]:
+    """What runs out of memory inside says so as a `StepOutOfMemoryError`."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise StepOutOfMemoryError(micro_batch) from error
+        raise
 
 
 def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
@@ -124,4 +143,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the CPU's allocator had no more memory to give."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)

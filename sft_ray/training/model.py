@@ -245,7 +245,6 @@ class Pretrained:
 
     def _initialize(self, fresh: set[nn.Parameter], seed: int) -> None:
         """Draw weights by the model's own rules, on the CPU so that every device gets the same."""
-        device = self.model.device
         for parameter in self.model.parameters():
             parameter._is_hf_initialized = parameter not in fresh
 
@@ -255,11 +254,13 @@ class Pretrained:
 
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
+            # Recorded passes are bound to where the weights lie.
+            places = {parameter: parameter.data for parameter in fresh}
             for parameter in fresh:
                 parameter.data = parameter.data.cpu()
             self.model.apply(draw)  # inner modules first: outer ones have the last word
-            for parameter in fresh:
-                parameter.data = parameter.data.to(device)
+            for parameter, place in places.items():
+                parameter.data = place.copy_(parameter.data)
 
     def depths(self) -> dict[str, int]:
         """Parameter name -> 0 for what feeds the layers, i + 1 for layer i, else one more."""

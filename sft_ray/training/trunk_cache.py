@@ -33,6 +33,7 @@ from sft_ray.training.cpu_memory import give_back_free_memory
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import Dataset, Examples
 from sft_ray.training.families import reads_first_token
+from sft_ray.training.micro_batch import is_out_of_memory
 from sft_ray.training.model import Pretrained
 from sft_ray.training.passes import trunk_output
 from sft_ray.training.world import World
@@ -126,8 +127,10 @@ class TrunkCache:
             return False
         try:
             return _Build(self, split, depth, dtype).costs().pays(passes * self.uses)
-        except OSError:  # the disk is full, where rates are measured
-            return False
+        except Exception as error:  # the disk is full, or the memory, where rates are measured
+            if isinstance(error, OSError) or is_out_of_memory(error):
+                return False
+            raise
 
     def open(self, split: Split, depth: int, dtype: torch.dtype, beat: Beat) -> Trunk | None:
         """Outputs of the first `depth` layers, made now if they are missing.
@@ -148,8 +151,10 @@ class TrunkCache:
                     return None
                 give_back_free_memory()
             return build.open()
-        except (OSError, pa.ArrowException):
-            # The disk is full, a file is torn: none of it may stop a trial.
+        except Exception as error:
+            # The disk is full, or the memory, a file is torn: none of it may stop a trial.
+            if not (isinstance(error, OSError | pa.ArrowException) or is_out_of_memory(error)):
+                raise
             shutil.rmtree(build.folder, ignore_errors=True)
             return None
 

@@ -128,8 +128,8 @@ class Layout:
         # A GPU rather pads more than it starts many small kernels.
         size = SEQUENCES_PER_GROUP if device.type == "cpu" else len(lengths)
         groups = _groups(lengths, range(0, len(lengths), size), device)
-        places = _to_device(np.flatnonzero(_tokens(lengths)), device)
-        starts = _to_device(np.cumsum(lengths) - lengths, device)
+        places = to_device(np.flatnonzero(_tokens(lengths)), device)
+        starts = to_device(np.cumsum(lengths) - lengths, device)
         filler = filled(len(places), CPU_TOKEN_STEPS) - len(places) if device.type == "cpu" else 0
         return cls((len(lengths), int(lengths.max())), places, starts, groups, lengths, filler)
 
@@ -155,9 +155,9 @@ class Layout:
         mask_BL = np.arange(shape[1])[None, :] < lengths[:, None]
         # What fills up lies where attention pads anyway.
         free = np.flatnonzero(~mask_BL)[: rows - tokens]
-        places = _to_device(np.concatenate([np.flatnonzero(mask_BL), free]), device)
-        starts = _to_device(np.cumsum(lengths) - lengths, device)
-        mask = _to_device(mask_BL[:, None, None, :], device)
+        places = to_device(np.concatenate([np.flatnonzero(mask_BL), free]), device)
+        starts = to_device(np.cumsum(lengths) - lengths, device)
+        mask = to_device(mask_BL[:, None, None, :], device)
         groups = (Group(0, rows, 0, shape, places, mask),)
         return cls(shape, places, starts, groups, lengths, is_fixed=True)
 
@@ -165,7 +165,7 @@ class Layout:
     def bounds(self) -> torch.Tensor:
         """Where sequences begin in the packed batch, and the last ends, int32 [sequences + 1]."""
         ends = np.concatenate([[0], np.cumsum(self.lengths)])
-        return _to_device(ends.astype(np.int32), self.places.device)
+        return to_device(ends.astype(np.int32), self.places.device)
 
     @cached_property
     def first_bounds(self) -> torch.Tensor:
@@ -271,8 +271,8 @@ def _groups(lengths: IntArray, starts: Sequence[int], device: torch.device) -> t
             groups.append(Group(first, last, start, shape, None, None))
         else:
             mask_BL = _tokens(part)
-            places = _to_device(np.flatnonzero(mask_BL), device)
-            mask = _to_device(mask_BL[:, None, None, :], device)
+            places = to_device(np.flatnonzero(mask_BL), device)
+            mask = to_device(mask_BL[:, None, None, :], device)
             groups.append(Group(first, last, start, shape, places, mask))
     return tuple(groups)
 
@@ -282,8 +282,9 @@ def _tokens(lengths: IntArray) -> Any:
     return np.arange(lengths.max())[None, :] < lengths[:, None]
 
 
-def _to_device(array: Any, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
+def to_device(array: Any, device: torch.device) -> torch.Tensor:
+    """An array or tensor there, without waiting for a GPU."""
+    tensor = torch.as_tensor(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -73,7 +73,7 @@ def searched(
     }
     tree |= {
         "confirm": PLAN.model_dump(),
-        "resources": {"workers_per_trial": 1, "slots": 1},
+        "resources": {"workers_per_trial": 1, "cpus_per_worker": 1, "slots": 1},
         "storage": str(tmp_path_factory.mktemp("confirmed") / "runs"),
     }
     experiment = Experiment.from_tree(tree)

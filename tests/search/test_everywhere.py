@@ -14,7 +14,7 @@ from sft_ray.errors import ResourceError
 from sft_ray.search import everywhere
 from sft_ray.search.cluster import capacity
 from sft_ray.search.everywhere import NOT_SHARED, check_storage_everywhere, leave_a_marker
-from sft_ray.search.layout import Layout, check_room, plan_layout
+from sft_ray.search.layout import Layout, plan_layout, with_room
 
 leaves_sockets_to_the_collector = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -113,11 +113,12 @@ def test_what_raises_there_is_an_answer(three_nodes: Any) -> None:
 def test_a_worker_that_no_machine_can_hold_is_refused(
     three_nodes: Any, tiny_experiment: Experiment
 ) -> None:
-    def layout(cpus: int, workers: int) -> Layout:
+    def layout(cpus: int | str, workers: int) -> Layout:
         resources = {"cpus_per_worker": cpus, "workers_per_trial": workers, "slots": 1}
-        tree = {**tiny_experiment.to_tree(), "resources": resources}
-        return plan_layout(Experiment.from_tree(tree), capacity())
+        experiment = Experiment.from_tree({**tiny_experiment.to_tree(), "resources": resources})
+        return with_room(plan_layout(experiment, capacity()), experiment.resources)
 
-    check_room(layout(cpus=1, workers=2))
+    layout(cpus=1, workers=2)
     with pytest.raises(ResourceError, match="1 workers need 2 CPUs each, on one machine"):
-        check_room(layout(cpus=2, workers=1))
+        layout(cpus=2, workers=1)
+    assert layout(cpus="auto", workers=1).cpus_per_worker == 1

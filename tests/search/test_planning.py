@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -363,7 +364,7 @@ def test_slots_come_from_a_cluster_if_there_is_one(
 ) -> None:
     monkeypatch.setattr(planning, "capacity_here", lambda _: None)
     monkeypatch.setattr(planning, "connected", lambda _: nullcontext())
-    monkeypatch.setattr(planning, "check_room", lambda layout: None)
+    monkeypatch.setattr(planning, "with_room", lambda layout, _: layout)
     monkeypatch.setattr(planning, "capacity", lambda: {"CPU": 32.0, "GPU": 8.0})
     resources = {"workers_per_trial": 2}
     assert plan_of(experiment, {"trials": 20}, resources=resources).layout.slots == 4
@@ -419,22 +420,42 @@ def test_a_plan_reads_as_a_page_that_ends_with_the_command(
         assert part in text
 
 
-@pytest.mark.parametrize(("gain", "said"), [(1.4, "finish more trials"), (2.1, "=2 may finish")])
+@pytest.mark.parametrize(
+    ("gain", "resources", "said"),
+    [
+        (1.4, {}, "finish more trials"),
+        (2.1, {}, "=2 may finish"),
+        (1.4, {"slots": 1}, "finish more trials; resources.slots=2"),
+        (1.4, {"slots": 1, "workers_per_trial": 2}, "trials; resources.workers_per_trial=1"),
+        (2.1, {"slots": 1}, "one slot finishes as many trials as two"),
+    ],
+)
 def test_a_plan_says_why_so_many_slots(
-    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys, gain: float, said: str
+    experiment: Experiment,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    gain: float,
+    resources: dict[str, int],
+    said: str,
 ) -> None:
     speed = Speed("CPU", {0: TRAIN_SECONDS}, EVAL_SECONDS, gain_of_two=gain)
     monkeypatch.setattr(planning, "measure", lambda *_: speed)
-    run_plan(changed(experiment, resources={"workers_per_trial": 1}))
+    monkeypatch.setattr(planning, "capacity_here", lambda _: {"CPU": 2.0})
+    run_plan(changed(experiment, resources={"workers_per_trial": 1, **resources}))
     shown = " ".join(capsys.readouterr().out.split())
     assert f"trains {gain} times as fast" in shown
     assert said in shown
 
 
-def test_twice_the_cpus_are_measured_where_slots_share_a_machine(experiment: Experiment) -> None:
-    one, many = (
-        plan_of(experiment, resources={"workers_per_trial": 1, "slots": slots}) for slots in (1, 2)
-    )
-    assert one.speed.gain_of_two is None
-    assert many.speed.gain_of_two is not None
-    assert many.speed.gain_of_two > 0
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+def test_twice_the_cpus_are_measured_whatever_the_slots(experiment: Experiment, slots: int) -> None:
+    threads = torch.get_num_threads()
+    plan = plan_of(experiment, resources={"workers_per_trial": 1, "slots": slots})
+    assert plan.speed.gain_of_two is not None
+    assert plan.speed.gain_of_two > 0
+    assert torch.get_num_threads() == threads
+
+
+def test_one_trial_needs_no_word_on_slots(experiment: Experiment) -> None:
+    assert plan_of(experiment, {"trials": 1}).speed.gain_of_two is None

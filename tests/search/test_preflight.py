@@ -78,7 +78,16 @@ def test_sst2_resolves_on_a_local_copy_of_the_same_shape(tiny_model: Path, tmp_p
     assert (len(prepared.dataset.train), len(prepared.dataset.validation)) == (190, 10)
     assert prepared.dataset.label_names == ("negative", "positive")
     layout = plan_layout(experiment, {"CPU": 16, "GPU": 4})
-    assert (layout.slots, layout.workers_per_trial, layout.gpus_per_worker) == (2, 2, 1)
+    assert (layout.slots, layout.workers_per_trial, layout.gpus_per_worker) == (4, 1, 1)
+
+
+@pytest.mark.parametrize("has", [{"CPU": 2}, {"CPU": 16, "GPU": 1}, {"CPU": 64, "GPU": 8}])
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_experiments_fit_any_machine(path: Path, has: dict[str, float]) -> None:
+    layout = plan_layout(Experiment.load(path), has)
+    assert layout.slots >= 1
+    if path.stem == "sst2":
+        assert layout.gpus_per_worker == min(1, has.get("GPU", 0))
 
 
 @pytest.mark.parametrize("size", [22_000_000, 110_000_000])

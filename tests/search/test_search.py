@@ -352,7 +352,7 @@ def test_a_full_disk_of_a_worker_stops_the_search_and_costs_no_trial(
 @pytest.mark.cluster
 def test_two_slots_share_a_search(experiment: Experiment) -> None:
     tree = with_search(experiment, trials=5).to_tree()
-    tree["resources"] = {"workers_per_trial": 1, "slots": 2}
+    tree["resources"] = {"workers_per_trial": 1, "cpus_per_worker": 1, "slots": 2}
     result = run_search(Experiment.from_tree(tree), quiet=True)
     assert [t["number"] for t in result.trials] == list(range(5))
     assert all(t["state"] in {"COMPLETE", "PRUNED"} for t in result.trials)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ import torch
 from sft_ray.config import Experiment, Train
 from sft_ray.errors import DataError
 from sft_ray.screen import Screen
-from sft_ray.search import gpu_probe, planning, sharing
+from sft_ray.search import gpu_probe, planning, sharing, worker
 from sft_ray.search.gpu_probe import device_seconds, probe
 from sft_ray.search.layout import plan_layout
 from sft_ray.search.planning import run_plan
@@ -117,7 +118,7 @@ def test_nothing_is_measured_where_nothing_can_be_shared(
     assert decided is not None
     assert decided.trials_per_gpu == 1
     assert said in decided.reason
-    monkeypatch.setattr(sharing, "check_room", lambda layout: None)
+    monkeypatch.setattr(sharing, "with_room", lambda layout, _: layout)
     monkeypatch.setattr(sharing, "capacity", lambda: has)
     monkeypatch.setattr(sharing, "ask_the_cluster", pytest.fail)
     prepared = SimpleNamespace(experiment=experiment)
@@ -133,7 +134,7 @@ def test_a_written_number_is_taken_without_a_word(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sharing, "check_room", lambda layout: None)
+    monkeypatch.setattr(sharing, "with_room", lambda layout, _: layout)
     monkeypatch.setattr(sharing, "capacity", lambda: ROOMY)
     monkeypatch.setattr(sharing, "ask_the_cluster", pytest.fail)
     for resources, gpus in (
@@ -158,7 +159,7 @@ def test_what_was_measured_becomes_the_share_of_a_worker(
         asked.append(question)
         return Sharing(5, "5 trials per GPU, because")
 
-    monkeypatch.setattr(sharing, "check_room", lambda layout: None)
+    monkeypatch.setattr(sharing, "with_room", lambda layout, _: layout)
     monkeypatch.setattr(sharing, "capacity", lambda: ROOMY)
     monkeypatch.setattr(sharing, "ask_the_cluster", ask)
     prepared = SimpleNamespace(experiment=experiment)
@@ -274,6 +275,32 @@ def test_a_gpu_that_does_not_come_lets_nobody_share(tiny_experiment: Experiment)
     assert decided == Sharing(1, "1 trial per GPU: no GPU has answered within 0 s")
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_process_of_the_probe_ends_with_its_answer(
+    tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(sharing, "_question", lambda *_: ())
+    made, remote = [], ray.remote
+
+    def without_a_gpu(**options: Any) -> Any:
+        made.append(options)
+        return remote(**{**options, "num_gpus": 0})
+
+    monkeypatch.setattr(ray, "remote", without_a_gpu)
+    monkeypatch.setattr(gpu_probe, "probe", lambda: os.getpid())
+    monkeypatch.setattr(sharing, "_decided", lambda found, *_: found)
+    prepared = SimpleNamespace(experiment=auto(tiny_experiment))
+    first, second = (
+        sharing.ask_the_cluster(prepared, [], ROOMY, seconds=60)  # type: ignore[arg-type]
+        for _ in range(2)
+    )
+    assert first != second
+    assert made[0]["num_gpus"] == 1
+
+
 @pytest.mark.parametrize(
     ("has", "said"),
     [
@@ -324,7 +351,7 @@ def test_a_cluster_is_asked_only_for_a_gpu_that_is_free(
     free = [0.0]
     monkeypatch.setattr(planning, "capacity_here", lambda _: None)
     monkeypatch.setattr(planning, "connected", lambda _: nullcontext())
-    monkeypatch.setattr(planning, "check_room", lambda layout: None)
+    monkeypatch.setattr(planning, "with_room", lambda layout, _: layout)
     monkeypatch.setattr(planning, "capacity", lambda: ROOMY)
     monkeypatch.setattr(planning, "free_gpus", lambda: free[0])
     monkeypatch.setattr(planning, "measure", lambda *_: Speed("CPU", {0: 0.01}, 0.001))
@@ -334,3 +361,16 @@ def test_a_cluster_is_asked_only_for_a_gpu_that_is_free(
     free[0] = 1.0
     assert run_plan(auto(experiment)).layout.gpus_per_worker == pytest.approx(1 / 3)
     assert "3 trials per GPU" in capsys.readouterr().out
+
+
+def test_who_shares_a_gpu_takes_its_part_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loses_its_peer(*_: Any) -> None:
+        raise RuntimeError("gloo")  # else it would tell the mailbox, and end
+
+    limits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    monkeypatch.setattr(worker, "load", loses_its_peer)
+    for device, gpus in (("cuda", 0.25), ("cuda", 1.0), ("cpu", 0.0)):
+        with warnings.catch_warnings(), pytest.raises(RuntimeError, match="gloo"):
+            worker.run_worker({"mailbox": None}, 0, 1, device, None, gpus)  # type: ignore[arg-type]
+    assert limits == [pytest.approx(0.9 / 4)]

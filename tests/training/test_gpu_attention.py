@@ -229,3 +229,17 @@ def test_torch_s_kernels_are_called_as_this_torch_has_them(
         found = attend_varlen(layout, *leaves, 0.1, None, reach=reach)
         assert (found.shape, found.dtype) == ((1, rows, HEADS, WIDTH), dtype)
         assert found.requires_grad  # torch knows its gradient
+
+
+def test_answers_are_compared_with_those_of_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seeing(*args: Any, **kwargs: Any) -> torch.Tensor:
+        kernels.append(
+            (torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled())
+        )
+        return attend(*args, **kwargs)
+
+    kernels: list[tuple[bool, bool]] = []
+    of_capability(monkeypatch, (9, 0))
+    monkeypatch.setattr(gpu_attention, "attend", seeing)
+    assert works(CPU, torch.bfloat16, 32, False, None, False)
+    assert kernels == [(True, False)]

@@ -5,20 +5,29 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sft_ray.training import micro_batch
+from sft_ray.config import Train
+from sft_ray.training import fitting, micro_batch, trunk_cache
+from sft_ray.training.backward import Backward
+from sft_ray.training.beat import no_beat
 from sft_ray.training.examples import Dataset
+from sft_ray.training.losses import LossOptions
 from sft_ray.training.micro_batch import (
     NothingFitsError,
+    StepOutOfMemoryError,
     is_out_of_memory,
     kept_bytes,
     largest_that_fits,
     probe_on_a_cpu,
 )
-from tests.models import load_tiny, run_fit, tiny_model_folder
+from sft_ray.training.setup import Setup
+from sft_ray.training.trunk_cache import TrunkCache
+from sft_ray.training.world import World
+from tests.models import PAD, TASK, load_tiny, run_fit, tiny_model_folder
 
 MIB = 2**20
 
@@ -76,6 +85,19 @@ def test_other_errors_pass_through() -> None:
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("CUDA error"), KeyError("a")])
 def test_other_errors_are_not_taken_for_a_lack_of_memory(error: Exception) -> None:
     assert not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be reported later",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_a_gpu_says_in_many_ways_that_it_is_full(said: str) -> None:
+    assert is_out_of_memory(RuntimeError(said))
+    assert not is_out_of_memory(ValueError(said))
 
 
 STARVED = """
@@ -238,3 +260,63 @@ def test_what_a_pass_keeps_grows_by_examples_and_not_by_casts(tmp_path, toy, pre
     weights = sum(p.numel() for p in pretrained.trainable().values())
     # 31 more examples of a dozen tokens, not 31 times the weights in bf16.
     assert 31 * 10_000 < many - few < 31 * weights
+
+
+def test_the_probe_of_a_gpu_holds_what_comes_up_with_the_first_step(
+    tiny_bert, toy: Dataset, monkeypatch
+) -> None:
+    pretrained = load_tiny(tiny_bert, toy)
+    setup = Setup(TASK, toy, pretrained, SimpleNamespace(pad_token_id=PAD), World())
+    pretrained.reset(0)
+    train = Train(precision="fp32", batch_size=8)
+    backward = Backward(train, setup, torch.float32, LossOptions(0.0))
+    collate = backward._collate
+    on_a_gpu = World(device=SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
+    held, passes, empty_like = [], [], torch.empty_like
+
+    def holding(weight: torch.Tensor) -> torch.Tensor:
+        held.append(weight.numel())
+        return empty_like(weight)
+
+    def on_the_cpu(items, trunk, fill_to):
+        passes.append((len(items), sum(held)))
+        held.clear()
+        if len(items) == 8:
+            raise torch.OutOfMemoryError("full")
+        backward.world = World()
+        batch = collate(items, trunk, fill_to)
+        backward.world = on_a_gpu
+        return batch
+
+    monkeypatch.setattr(torch, "empty_like", holding)
+    monkeypatch.setattr(backward, "_collate", on_the_cpu)
+    backward.world = on_a_gpu
+    assert backward._find(8).fits == 4
+    weights = sum(p.numel() for p in pretrained.trainable().values())
+    assert passes == [(1, 3 * weights), (8, 2 * weights), (4, 3 * weights)]
+
+
+def full(*args: object, **kwargs: object) -> None:
+    raise torch.OutOfMemoryError("full")
+
+
+@pytest.mark.parametrize("place", ["evaluate", "bind_penalty"])
+def test_a_lack_of_memory_beside_the_steps_is_handled_like_one_in_them(
+    tiny_bert, toy: Dataset, monkeypatch, place: str
+) -> None:
+    pretrained = load_tiny(tiny_bert, toy)
+    monkeypatch.setattr(fitting, place, full)
+    with pytest.raises(StepOutOfMemoryError, match="out of memory at micro-batch 16"):
+        run_fit(pretrained, toy, epochs=1, halvings=1)
+
+
+def test_a_trunk_that_does_not_fit_into_memory_is_computed_each_time(
+    tiny_bert, toy: Dataset, monkeypatch
+) -> None:
+    pretrained = load_tiny(tiny_bert, toy)
+    cache = TrunkCache(pretrained, toy, World(), PAD)
+    monkeypatch.setattr(trunk_cache, "RATES", {})  # so that they are measured
+    monkeypatch.setattr(trunk_cache, "trunk_output", full)
+    assert not cache.pays("train", 1, torch.float32, passes=100)
+    assert cache.open("train", 1, torch.float32, no_beat) is None
+    assert not cache.folder("train", 1, torch.float32).exists()

@@ -361,3 +361,19 @@ def test_a_trial_with_layers_that_begin_anew_repeats_bitwise(deep, few) -> None:
     assert first.train_loss == second.train_loss
     other = run_fit(deep, few, seed=3, **settings)[-1]
     assert other.train_loss != first.train_loss
+
+
+def test_weights_that_are_drawn_anew_stay_where_they_are(
+    tiny_bert: Path, toy: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrained = load_tiny(tiny_bert, toy)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor.clone())  # as from a GPU
+    pretrained.reset(1, reinit_layers=1, seed=1)
+    places = {name: p.data_ptr() for name, p in pretrained.model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in pretrained.model.named_parameters()}
+    pretrained.reset(1, reinit_layers=1, seed=2)
+    now = dict(pretrained.model.named_parameters())
+    assert {name: p.data_ptr() for name, p in now.items()} == places
+    drawn = {name for name in now if not torch.equal(now[name], before[name])}
+    assert drawn & pretrained.from_scratch
+    assert drawn & pretrained.reinitialized
