@@ -467,7 +467,10 @@ def test_an_enqueued_constant_is_left_out() -> None:
     space = {**SMALL, "train.schedule": "cosine"}
     wanted = {"train.epochs": 2, "train.learning_rate": 1e-5, "train.warmup": 0.0}
     exp = experiment(
-        space=space, trials=2, default_recipe=False, enqueue=[{**wanted, "train.schedule": "cosine"}]
+        space=space,
+        trials=2,
+        default_recipe=False,
+        enqueue=[{**wanted, "train.schedule": "cosine"}],
     )
     study = in_memory(exp)
     run_all(study)
