@@ -23,6 +23,7 @@ BUDGETS = (
     "search.budget.worker_hours",
     "search.budget.patience",
 )
+TARGET = "search.budget.target"  # of a loss a lower one is more, so any other is taken for more
 
 
 def check_made_by(store: RunStore, verb: Literal["search", "train"]) -> None:
@@ -85,8 +86,10 @@ def finished_results(store: RunStore, experiment: Experiment) -> Any:
 
 
 def _grew(key: str, old: Any, new: Any) -> bool:
-    """A budget grew when it is larger or has become unlimited."""
-    return key in BUDGETS and old is not None and (new is None or new > old)
+    """A budget grew when it is larger or has become unlimited; a target when it is another."""
+    if old is None:
+        return False
+    return key == TARGET or (key in BUDGETS and (new is None or new > old))
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

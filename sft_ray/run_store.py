@@ -266,14 +266,16 @@ def read_results(store: RunStore) -> Any:
     return tree
 
 
-def read_experiment(store: RunStore) -> Experiment | None:
-    """The experiment a run was made for, None if the folder holds no run.
+def read_experiment(store: RunStore) -> Experiment:
+    """The experiment a run was made for.
 
     Raises:
-        ConfigError: its experiment.yaml is damaged.
+        ConfigError: its experiment.yaml is damaged, or gone with its last-good copy.
     """
     text, path = experiment_text(store), store.path_of(EXPERIMENT)
-    return None if text is None else Experiment.from_tree(parse_yaml(text, path), source=path)
+    if text is None:
+        raise ConfigError(f"{path} is gone, and so is a whole {EXPERIMENT}{GOOD}; bring one back")
+    return Experiment.from_tree(parse_yaml(text, path), source=path)
 
 
 def write_experiment(store: RunStore, experiment: Experiment) -> None:

@@ -258,6 +258,20 @@ def domains(space: Space) -> dict[str, Numeric | Choice]:
     return flat
 
 
+def constants(space: Space) -> dict[str, Any]:
+    """Every parameter name that a space does not draw, with its only value."""
+    flat: dict[str, Any] = {}
+    for path, domain in space.items():
+        if isinstance(domain, OneOf):
+            for kind, fields in domain.branches.items():
+                for name, sub in fields.items():
+                    if not isinstance(sub, Domain):
+                        flat[f"{path}.{kind}.{name}"] = sub
+        elif not isinstance(domain, Domain):
+            flat[path] = domain
+    return flat
+
+
 def always_drawn(space: Space) -> set[str]:
     """The parameter names that every configuration of a space has."""
     names = ((path, domain) for path, domain in space.items() if isinstance(domain, Domain))

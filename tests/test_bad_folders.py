@@ -179,6 +179,16 @@ def test_readers_of_a_damaged_run(
         assert codes == [2, 2, 2]
 
 
+def test_readers_of_a_run_that_nothing_tells_what_it_was_made_for(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = damaged(trained, "experiment.yaml.good", "emptied")
+    (copy / "experiment.yaml").unlink()
+    for verb in ("confirm {run}", "replay {run} --trial 0", "report {run}"):
+        code = run_command(verb.format(run=copy), capsys, copy)
+        assert code == 2, verb
+
+
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", MODEL_FILES)
 def test_a_damaged_model(

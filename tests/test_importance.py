@@ -16,6 +16,7 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray.analysis.importance import importances
+from sft_ray.search.narration import importance_lines
 
 RATE, EPOCHS, BATCH, KIND, DECAY, L2_SP = (
     "train.learning_rate",
@@ -110,6 +111,7 @@ def test_the_parameter_that_drives_the_score_comes_first(score: Score, name: str
     assert found["parameters"][name] == {
         "importance": pytest.approx(1, abs=0.15),
         "trials": 40,
+        "reliable": True,
     }
 
 
@@ -118,7 +120,8 @@ def test_shares_are_ordered_and_those_of_all_trials_add_up_to_one() -> None:
         return by_rate(params) + 0.3 * by_epochs(params)
 
     found = shares(importances(scored(60, score), [10])["finished"])
-    assert list(found.values()) == sorted(found.values(), reverse=True)
+    judged = [found[name] for name in found if name not in (DECAY, L2_SP)]
+    assert judged == sorted(judged, reverse=True)
     assert list(found)[:2] == [RATE, EPOCHS]
     assert sum(found[name] for name in (RATE, EPOCHS, BATCH, KIND)) == pytest.approx(1)
     assert all(0 <= share <= 1 for share in found.values())
@@ -145,6 +148,20 @@ def test_a_strength_is_judged_among_trials_of_its_kind_only() -> None:
     # All trials of the other kind have one score: nothing can be said of its strength.
     assert L2_SP not in found["parameters"]
     assert found["parameters"][KIND]["trials"] == found["trials"] == 90
+
+
+def test_a_strength_of_few_among_many_is_unreliable_and_stands_behind() -> None:
+    def score(params: dict[str, Any]) -> float:
+        return 0.5 if DECAY not in params else 0.5 + 0.1 * math.log10(params[DECAY])
+
+    tree = importances(scored(40, score), [10])
+    judged = tree["finished"]["parameters"]
+    assert judged[DECAY]["trials"] < 30 <= tree["finished"]["trials"]
+    assert (judged[DECAY]["reliable"], judged[KIND]["reliable"]) == (False, True)
+    assert list(judged)[-1] == DECAY
+    assert judged[DECAY]["importance"] > max(judged[name]["importance"] for name in (RATE, EPOCHS))
+    said = importance_lines(tree)["importance"]
+    assert f"(among {judged[DECAY]['trials']}, unreliable under 30) (40 trials)" in said
 
 
 def test_a_strength_of_too_few_trials_is_left_out() -> None:

@@ -110,6 +110,18 @@ def test_the_same_experiment_goes_on(
     assert check_folder_rule(store, Experiment.from_tree({**TREE, **change})) == outcome
 
 
+@pytest.mark.parametrize("target", [0.95, 0.85, None])
+def test_a_target_that_was_reached_may_be_another(store: RunStore, target: float | None) -> None:
+    """Which of two is more depends on the metric."""
+    for there, here, outcome in ((0.9, target, "extended"), (0.9, 0.9, "same")):
+        trees = [{**TREE, "search": {"budget": {"target": value}}} for value in (there, here)]
+        write_experiment(store, Experiment.from_tree(trees[0]))
+        assert check_folder_rule(store, Experiment.from_tree(trees[1])) == outcome
+    write_experiment(store, Experiment.from_tree({**TREE, "search": {}}))
+    with pytest.raises(ConfigError, match=r"search.budget.target is None there and 0.9 here"):
+        check_folder_rule(store, Experiment.from_tree(trees[0]))
+
+
 def test_a_confirmation_may_be_added_changed_and_left_out(store: RunStore) -> None:
     tree, plan = {**TREE, "seed": 3}, {"top": 2, "seeds": 4}
     for there, here in ((None, plan), (plan, {"top": 5, "seeds": 2}), (plan, None)):

@@ -24,7 +24,8 @@ def importances(trials: Sequence[FrozenTrial], rungs: Sequence[int]) -> dict[str
 
     Returns:
         `finished` and `first_rung`, each with `trials`, `reliable`, and `parameters`: name ->
-        {"importance": share of the variance, "trials": those it was judged among}.
+        {"importance": share of the variance, "trials": those it was judged among, "reliable"}, the
+        reliable ones first.
     """
 
     def final(trial: FrozenTrial) -> float | None:
@@ -44,22 +45,23 @@ def _judge(
     others = [set(trial.params) for trial, _ in scored if not _is_yardstick(trial)]
     always = set.intersection(*others) if others else set()
     scored = [(t, v) for t, v in scored if not _is_yardstick(t) or always <= set(t.params)]
-    found = {
-        name: {"importance": share, "trials": len(scored)}
-        for name, share in _shares(scored).items()
-    }
+    found = {name: _judged(share, len(scored)) for name, share in _shares(scored).items()}
     names = {name for trial, _ in scored for name in trial.params}
     for name in sorted(n for n in names if any(n not in trial.params for trial, _ in scored)):
         having = [(t, value) for t, value in scored if name in t.params]
         share = _shares(having).get(name)
         if share is not None:
-            found[name] = {"importance": share, "trials": len(having)}
-    ordered = sorted(found.items(), key=lambda item: -item[1]["importance"])
+            found[name] = _judged(share, len(having))
+    ordered = sorted(found.items(), key=lambda kv: (not kv[1]["reliable"], -kv[1]["importance"]))
     return {
         "trials": len(scored),
         "reliable": len(scored) >= RELIABLE_FROM,
         "parameters": dict(ordered),
     }
+
+
+def _judged(share: float, among: int) -> dict[str, Any]:
+    return {"importance": share, "trials": among, "reliable": among >= RELIABLE_FROM}
 
 
 def _is_yardstick(trial: FrozenTrial) -> bool:

@@ -77,7 +77,6 @@ class SearchResult:
             check_tree(tree, store.path_of(RESULTS))
             return cls(store.location, tree)
         experiment = read_experiment(store)
-        assert experiment is not None  # open_run has seen it
         rows = []
         for path in trial_records(store):
             rows.append(store.read_json(path))
@@ -325,15 +324,20 @@ def trial_row(
 
 
 def row_of(trial: FrozenTrial, seed: int) -> dict[str, Any]:
-    """The row of a trial of a study."""
+    """The row of a trial of a study.
+
+    One that started over, and ended before marks of old, was there no more.
+    """
+    outcome = Outcome.of(trial)
+    curve = {p: value for p, value in curve_of(trial).items() if p <= outcome.schedule_percent}
     return trial_row(
         number=trial.number,
         state=trial.state.name,
         role=trial.user_attrs.get("role", "sampled"),
         params=trial.user_attrs["params"],
         train=trial.user_attrs["train"],
-        outcome=Outcome.of(trial),
-        curve=curve_of(trial),
+        outcome=outcome,
+        curve=curve,
         seed=seed,
     )
 

@@ -77,7 +77,6 @@ def run_status(location: str) -> Status:
 def _of_study(study: Study, store: RunStore, busy: bool | None) -> dict[str, str]:
     """Of a search that has not ended."""
     experiment = read_experiment(store)
-    assert experiment is not None  # `open_run` has seen it
     trials = [t for t in study.trials if t.state != TrialState.WAITING]
     states = Counter(t.state.name for t in trials)
     facts = {"trials": _counted(states, experiment.search.trials)}

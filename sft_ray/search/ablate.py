@@ -98,7 +98,6 @@ def find_base(place: str) -> Base:
         return Base(experiment, experiment.train, RunStore(experiment.storage, experiment.name))
     store = open_run(place)
     run = read_experiment(store)
-    assert run is not None  # `open_run` has seen it
     result = SearchResult.load(place)
     with reading(store.path_of(RESULTS)):
         train = Train.model_validate(result.best["train"])

@@ -82,7 +82,7 @@ def run_confirm(
     """
     store = open_run(run) if isinstance(run, str) else run
     experiment, found = read_experiment(store), read_results(store)
-    if experiment is None or found is None:
+    if found is None:
         raise ConfigError(
             f"{store.location}: the search has not finished; its own command goes on with it"
         )

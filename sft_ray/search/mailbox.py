@@ -30,7 +30,8 @@ class Mailbox:
         self._permitted = 0
         self._messages: list[dict[str, Any]] = []
         self._restarts = 0
-        self._halvings = 0  # of the micro-batch
+        self._halvings = 0  # of the micro-batch, after a kill that left no word of its size
+        self._most: int | None = None  # examples of a micro-batch, after one that did not fit
         self._begun = False  # rank 0 has taken the assignment up
         self._starts_in_a_row = 0
         self._ready: set[int] = set()
@@ -45,6 +46,7 @@ class Mailbox:
         self._assignment, self._permitted = assignment, 0
         self._messages, self._begun = [], False
         self._restarts = self._halvings = 0
+        self._most = None
         await self._notify()
 
     async def advance(self, index: int) -> None:
@@ -103,6 +105,7 @@ class Mailbox:
             **self._assignment,
             "restarts": self._restarts,
             "halvings": self._halvings,
+            "micro_batch": self._most,
         }
 
     async def post(self, generation: int, index: int, message: dict[str, Any]) -> None:
@@ -127,11 +130,16 @@ class Mailbox:
         await self._end(generation, {"paused": True, "disk": problem})
 
     async def out_of_memory(self, generation: int, micro_batch: int) -> None:
-        """A step did not fit: hand the trial out again with half, or call it at fault."""
+        """A step did not fit: hand the trial out again with half, or call it at fault.
+
+        Every rank may say so.  Half of what it was, and not of what new processes find to fit:
+        where trials share a GPU, that changes.
+        """
         if generation != self._generation or self._assignment is None:
             return
         self._starts_in_a_row = 0
-        self._halvings += 1
+        half = max(1, micro_batch // 2)
+        self._most, self._halvings = min(half, self._most or half), 0
         if micro_batch == 1 or self._restarts >= MAX_RESTARTS_PER_TRIAL:
             reason = f"out of memory at micro-batch {micro_batch}"
             await self._end(generation, {**_failed(reason), "fault": True})

@@ -126,15 +126,17 @@ def importance_lines(importance: dict[str, Any]) -> dict[str, str]:
     """Shares of the score's variance in words, with how far they can be trusted."""
     lines = {}
     for label, key in (("importance", "finished"), ("at first rung", "first_rung")):
-        judged = importance.get(key, {"parameters": {}, "reliable": False})
-        shares = ", ".join(
-            f"{name.removeprefix('train.')} {found['importance']:.2f}"
-            + (f" (among {found['trials']})" if found["trials"] < judged["trials"] else "")
-            for name, found in judged["parameters"].items()
-        )
-        doubt = "" if judged["reliable"] else f", unreliable under {RELIABLE_FROM}"
+        judged = importance.get(key, {"parameters": {}, "trials": 0})
+        doubt = f", unreliable under {RELIABLE_FROM}"
+        shares = []
+        for name, found in judged["parameters"].items():
+            shares.append(f"{name.removeprefix('train.')} {found['importance']:.2f}")
+            if found["trials"] < judged["trials"]:
+                few = doubt if found["trials"] < RELIABLE_FROM <= judged["trials"] else ""
+                shares[-1] += f" (among {found['trials']}{few})"
         if shares:
-            lines[label] = f"{shares} ({count(judged['trials'], 'trial')}{doubt})"
+            few = doubt if judged["trials"] < RELIABLE_FROM else ""
+            lines[label] = f"{', '.join(shares)} ({count(judged['trials'], 'trial')}{few})"
     return lines
 
 

@@ -13,9 +13,9 @@ import torch
 
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError
-from sft_ray.folder_rule import check_folder_rule
+from sft_ray.folder_rule import check_folder_rule, check_made_by
 from sft_ray.recipes import default_recipe
-from sft_ray.run_store import JOURNAL, RunStore
+from sft_ray.run_store import JOURNAL, RunStore, kept_environment
 from sft_ray.screen import Screen, count, duration
 from sft_ray.search.cluster import capacity, capacity_here, connected, free_gpus
 from sft_ray.search.draws import drawn_trials
@@ -33,7 +33,7 @@ from sft_ray.search.sharing import (
 )
 from sft_ray.search.speed import measure
 from sft_ray.search.warm_start import warm_configurations
-from sft_ray.training.preparation import Prepared, collect
+from sft_ray.training.preparation import Prepared, check_data, collect
 
 PROBE_SECONDS = 20.0
 SHARING_SECONDS = 300.0  # until a GPU of a cluster has answered
@@ -68,7 +68,9 @@ def run_plan(
     prepared = prepare_experiment(experiment, has)
     experiment = prepared.experiment
     store, problems = RunStore(experiment.storage, experiment.name), list[str]()
+    collect(problems, check_made_by, store, "search")
     relation = collect(problems, check_folder_rule, store, experiment)
+    collect(problems, check_data, prepared, kept_environment(store), store.location)
     layout = collect(problems, _layout, experiment, has, address)
     warm = []
     if not store.exists(JOURNAL):

@@ -81,8 +81,9 @@ def _patience_problems(experiment: Experiment) -> list[str]:
     search = experiment.search
     if search.pruner != "patient":
         return []
-    searched = dict(spaces.boundary_values(search.domains))  # of each path the last: its largest
-    epochs = int(searched.get("train.epochs", experiment.train.epochs))
+    ends = spaces.boundary_values(search.domains)
+    searched = [int(value) for path, value in ends if path == "train.epochs"]
+    epochs = max(searched, default=experiment.train.epochs)
     marks = schedule_marks(search.rungs, epochs, steps_per_epoch=1000)
     most = sum(mark.percent <= max(search.rungs, default=0) for mark in marks)
     if most >= EVALUATIONS_OF_PATIENCE:
@@ -140,9 +141,9 @@ def _schedule_problems(experiment: Experiment) -> list[str]:
 
 
 def _enqueue_problems(experiment: Experiment) -> list[str]:
-    """Every enqueued value must be one the space could draw."""
-    problems = []
-    known = spaces.domains(experiment.search.domains)
+    """Every enqueued value must be one the space could draw, or has anyway."""
+    problems, space = list[str](), experiment.search.domains
+    known, constants = spaces.domains(space), spaces.constants(space)
     for i, values in enumerate(experiment.search.enqueue):
         lacking = [p for p, v in values.items() if isinstance(v, dict) and "kind" not in v]
         if lacking:
@@ -150,7 +151,10 @@ def _enqueue_problems(experiment: Experiment) -> list[str]:
             continue
         for name, value in spaces.parameters(values).items():
             where = f"search.enqueue.{i}.{name}"
-            if name not in known:
+            if name in constants:
+                if value != constants[name]:
+                    problems.append(f"{where}: the space has {constants[name]!r}, got {value!r}")
+            elif name not in known:
                 problems.append(f"{where}: not in the search space; {did_you_mean(name, known)}")
             elif value not in known[name]:
                 problems.append(

@@ -53,23 +53,35 @@ def first_trials(
     if search.default_recipe:
         first.append(yardstick)
         yield yardstick, YARDSTICK
-    for values in search.enqueue:  # twice, if the user says so
-        first.append(spaces.parameters(values))
-        yield first[-1], "enqueued"
-    done = {key_of_point(space, train, params) for params in first if params != yardstick}
+    asked = [spaces.parameters(values) for values in search.enqueue]
+    asked = [{n: v for n, v in params.items() if n in known} for params in asked]  # no constants
+    done = {key_of_point(space, train, params) for params in asked}
     if search.default_recipe:
         done.add(key_of(apply_values(train, dict(recipe)).model_dump()))
+    rng = np.random.default_rng(derived_seed(experiment.seed, "completed"))
+
+    def completed(params: dict[str, Any]) -> dict[str, Any]:
+        """A point that is not in line yet, in a finite space; empty if there is none."""
+        if finite is None:
+            return params
+        points = [
+            point
+            for key, point in finite.points.items()
+            if key not in done and params.items() <= point.items()
+        ]
+        point = points[int(rng.integers(len(points)))] if points else {}
+        done.add(finite.key_of(point))
+        return point
+
+    for params in asked:  # what leaves nothing open runs twice, if the user says so
+        if finite is not None and key_of_point(space, train, params) is None:
+            params = completed(params)
+            if not params:
+                continue
+        first.append(params)
+        yield params, "enqueued"
     for params in warm:
-        if finite is not None:  # they may leave some of it open
-            params = next(
-                (
-                    p
-                    for key, p in finite.points.items()
-                    if key not in done and params.items() <= p.items()
-                ),
-                {},
-            )
-            done.add(finite.key_of(params))
+        params = completed(params)
         if params and params not in first:
             first.append(params)
             yield params, "warm start"

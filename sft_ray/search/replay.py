@@ -58,10 +58,8 @@ def run_replay(
         train, seed, last = Train.model_validate(row["train"]), int(row["seed"]), row["curve"][-1]
         until_percent = int(last[0])
         cpus = float(result.tree["environment"].get("cpus_per_worker", 1))
-    found = read_experiment(store)
-    assert found is not None  # `open_run` has seen it
     screen = Screen(quiet)
-    prepared = prepare_experiment(_with_one_slot(found, row, cpus))
+    prepared = prepare_experiment(_with_one_slot(read_experiment(store), row, cpus))
     check_data(prepared, result.tree["environment"], location)
     run = FixedRun(f"trial {number}", train, row["params"], seed, until_percent=until_percent)
     screen.say(f"replaying trial {number} of {store.location}")

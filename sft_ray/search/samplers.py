@@ -118,6 +118,8 @@ def _axis(where: str, path: str, domain: Any) -> list[dict[str, Any]]:
         return [{path: option} for option in domain.options]
     if isinstance(domain, Numeric) and domain.integer:
         return [{path: value} for value in range(int(domain.low), int(domain.high) + 1)]
+    if isinstance(domain, Numeric) and domain.low == domain.high:
+        return [{path: float(domain.low)}]
     if isinstance(domain, Numeric):
         raise ConfigError(
             f"{where}: a grid needs finitely many values, got {spaces.describe(domain)}; write "

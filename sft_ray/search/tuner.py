@@ -33,6 +33,7 @@ from sft_ray.run_store import (
     RESULTS,
     RunStore,
     delete_results,
+    experiment_text,
     kept_environment,
     put_winner,
     read_experiment,
@@ -86,8 +87,13 @@ def run_search(
     checked = check_experiment(experiment, capacity_here(address))
     store = RunStore(experiment.storage, experiment.name)
     warm = []
+    search = experiment.search
     needs_space = (
-        experiment.search.warm_start or experiment.search.enqueue or experiment.train.reinit_layers
+        search.warm_start
+        or search.enqueue
+        or search.sampler == "grid"
+        or search.pruner == "patient"
+        or experiment.train.reinit_layers
     )
     if store.is_there() or needs_space:  # and what does not go with it is told before Ray starts
         checked = with_default_space(checked)
@@ -159,10 +165,10 @@ def extended(experiment: Experiment, by: int) -> Experiment:
     A run that is not finished goes on with the trials it has: it may be this very extension.
     """
     store = RunStore(experiment.storage, experiment.name)
-    stored = read_experiment(store)
-    more = by if stored is None or store.exists(RESULTS) else 0
-    before = (stored or experiment).search.trials
-    search = experiment.search.model_copy(update={"trials": before + more})
+    is_new = experiment_text(store) is None
+    more = by if is_new or store.exists(RESULTS) else 0
+    before = experiment if is_new else read_experiment(store)
+    search = experiment.search.model_copy(update={"trials": before.search.trials + more})
     return experiment.model_copy(update={"search": search})
 
 

@@ -99,7 +99,7 @@ def _read(location: str) -> _Run:
         facts = store.read_json(ENVIRONMENT)
     except OSError as error:
         raise ConfigError(f"{location} cannot be read: {error}") from None
-    if experiment is None or facts is None:
+    if facts is None:
         raise ConfigError(f"{location} is no run folder; name one that a search has left")
     with reading(location):
         rows = list(_rows(store))

@@ -158,6 +158,8 @@ def _run_trial(
     keep = Keeper(assignment, loaded, uploads)
     every_minutes = loaded.experiment.checkpoint.every_minutes
     last = LastState(loaded.store, assignment["folder"], every_minutes, train, seed, uploads)
+    if assignment["micro_batch"] is not None:  # one did not fit; the state is of the trial as it is
+        train = train.model_copy(update={"micro_batch": assignment["micro_batch"]})
     pulse.enter(STORAGE)
     state = None
     if assignment["restarts"] or assignment["resumes"]:

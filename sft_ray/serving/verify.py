@@ -152,7 +152,7 @@ def _check_results(store: RunStore) -> Check:
 
 
 def _check_data(store: RunStore) -> Check:
-    experiment, environment = _experiment(store), _environment(store)
+    experiment, environment = read_experiment(store), _environment(store)
     with store.fetched_folder(BEST) as best:
         facts = read_facts(str(best))
         today = _fingerprint(experiment, best)
@@ -206,7 +206,7 @@ def _installed(package: str) -> str:
 
 
 def _check_score(store: RunStore) -> Check:
-    experiment, reported = _experiment(store), _results(store)["best"]["validation"]
+    experiment, reported = read_experiment(store), _results(store)["best"]["validation"]
     with store.fetched_folder(BEST) as best:
         if not best.is_dir():
             raise ConfigError(f"{store.path_of(BEST)} is missing; there is nothing to score")
@@ -272,12 +272,6 @@ def compared_scores(
         largest = max(differences, key=lambda name: differences[name])
         fine += f"; the largest difference is {differences[largest]:.2g}, in {largest}"
     return _verdict("score", problems, fine)
-
-
-def _experiment(store: RunStore) -> Experiment:
-    experiment = read_experiment(store)
-    assert experiment is not None  # open_run has seen it
-    return experiment
 
 
 def _results(store: RunStore) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 from sft_ray.search import mailbox as mailbox_module
 from sft_ray.search.mailbox import Mailbox
 
-WHOLE = {"halvings": 0}
+WHOLE = {"halvings": 0, "micro_batch": None}
 
 
 @pytest.fixture(autouse=True)
@@ -124,10 +124,10 @@ def test_a_trial_without_memory_comes_again_at_half_and_twice_at_most() -> None:
         for used in (32, 16, 8):
             answer = await box.next_assignment(0, 0)
             assert isinstance(answer, tuple)
-            handed_out.append(answer[1]["halvings"])
+            handed_out.append(answer[1]["micro_batch"])
             await box.out_of_memory(1, used)
             await box.register(0)
-        assert handed_out == [0, 1, 2]
+        assert handed_out == [None, 16, 8]
         message = await box.message(0)
         assert message == {
             "failed": "out of memory at micro-batch 8",
@@ -136,6 +136,28 @@ def test_a_trial_without_memory_comes_again_at_half_and_twice_at_most() -> None:
         }
         await box.assign({"number": 2})
         assert await box.next_assignment(0, 0) == (2, {"number": 2, "restarts": 0, **WHOLE})
+
+    asyncio.run(scenario())
+
+
+def test_workers_that_run_out_of_memory_in_one_step_halve_it_once() -> None:
+    async def scenario() -> None:
+        box = await ready_box()
+        await box.assign({"number": 1})
+        await box.advance(0)
+        for before, used in ((None, 32), (16, 16)):
+            for rank in (0, 1):
+                answer = await box.next_assignment(rank, 0)
+                assert isinstance(answer, tuple)
+                assert (answer[1]["micro_batch"], answer[1]["halvings"]) == (before, 0)
+            for rank in (0, 1):
+                await box.out_of_memory(1, used)
+            for rank in (0, 1):
+                await box.register(rank)
+        await box.killed_for_memory()  # nothing has begun
+        answer = await box.next_assignment(0, 0)
+        assert isinstance(answer, tuple)
+        assert (answer[1]["micro_batch"], answer[1]["halvings"]) == (8, 0)
 
     asyncio.run(scenario())
 

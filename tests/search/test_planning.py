@@ -17,7 +17,7 @@ from sft_ray import space as spaces
 from sft_ray.config import Experiment, Train
 from sft_ray.errors import ConfigError, SftError
 from sft_ray.recipes import default_recipe
-from sft_ray.run_store import RunStore, write_experiment
+from sft_ray.run_store import ENVIRONMENT, RunStore, write_experiment
 from sft_ray.search import planning
 from sft_ray.search import speed as speed_module
 from sft_ray.search.draws import DRAWS, drawn_trials
@@ -356,6 +356,21 @@ def test_a_run_folder_is_looked_at_and_left_alone(
     assert "holds this search already" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="holds another experiment: seed is 17 there and 3 here"):
         plan_of(experiment, {"default_recipe": True}, seed=3)
+
+
+@pytest.mark.usefixtures("known_speed")
+def test_a_run_folder_is_refused_as_a_search_would(experiment: Experiment) -> None:
+    store = RunStore(experiment.storage, experiment.name)
+    write_experiment(store, experiment)
+    data = {"data_fingerprint": prepare_experiment(experiment).dataset.fingerprint}
+    store.write_json(ENVIRONMENT, {"slots": 1, **data})
+    assert run_plan(experiment, quiet=True)
+    store.write_json(ENVIRONMENT, {"data_fingerprint": "another"})
+    with pytest.raises(ConfigError) as caught:
+        run_plan(experiment, quiet=True)
+    made_by, data_now = caught.value.problems
+    assert "was made by `sft-ray train`" in made_by
+    assert "was made from other data (fingerprint another, now " in data_now
 
 
 @pytest.mark.usefixtures("known_speed")

@@ -184,6 +184,47 @@ def test_patience_needs_something_to_be_patient_with(
         prepare_experiment(Experiment.from_tree(tree))
 
 
+def test_the_order_of_a_choice_is_nothing_to_a_patient_pruner(experiment: Experiment) -> None:
+    tree = experiment.to_tree()
+    space = {"train.epochs": {"choice": [12, 2]}}
+    tree["search"] |= {"pruner": "patient", "rungs": [33], "space": space}
+    assert prepare_experiment(Experiment.from_tree(tree))
+
+
+@pytest.mark.parametrize(
+    ("search", "line"),
+    [
+        ({"pruner": "patient", "rungs": [33]}, "patient needs 3 evaluations"),
+        ({"sampler": "grid"}, "a grid needs finitely many values"),
+    ],
+)
+def test_what_does_not_go_with_the_default_space_is_told_before_ray_starts(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, search: dict[str, Any], line: str
+) -> None:
+    monkeypatch.setattr("sft_ray.search.tuner.connected", lambda *_, **__: pytest.fail("started"))
+    tree = experiment.to_tree()
+    del tree["search"]["space"]
+    with pytest.raises(ConfigError, match=line):
+        run_search(Experiment.from_tree({**tree, "search": tree["search"] | search}), quiet=True)
+
+
+def test_a_constant_of_the_space_may_be_enqueued_with_its_value(experiment: Experiment) -> None:
+    tree = experiment.to_tree()
+    penalty = {"one_of": [{"kind": "l2", "strength": 1e-3}, {"kind": "none"}]}
+    space = {"train.epochs": {"int": [1, 3]}, "train.warmup": 0.1, "train.regularization": penalty}
+    wanted = {
+        "train.epochs": 2,
+        "train.warmup": 0.1,
+        "train.regularization.kind": "l2",
+        "train.regularization.l2.strength": 1e-3,
+    }
+    tree["search"] |= {"space": space, "enqueue": [wanted]}
+    assert prepare_experiment(Experiment.from_tree(tree))
+    tree["search"]["enqueue"] = [{**wanted, "train.warmup": 0.2}]
+    with pytest.raises(ConfigError, match=r"enqueue.0.train.warmup: the space has 0.1, got 0.2"):
+        prepare_experiment(Experiment.from_tree(tree))
+
+
 def test_a_study_is_there_with_all_that_is_first_in_line_or_not_at_all(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:

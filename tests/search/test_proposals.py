@@ -63,6 +63,7 @@ def answer(study: SearchStudy, planned: PlannedTrial) -> None:
         ({"train.epochs": {"int": [1, 3]}}, 3),
         ({"train.epochs": {"log_int": [2, 5]}}, 4),
         ({"train.epochs": 3}, 1),
+        ({**SMALL, "train.cooldown": {"uniform": [0.2, 0.2]}}, NUM_SMALL),
         (SMALL, NUM_SMALL),
         (finite(), 2 * 3 * (1 + 2 + 1)),
         ({**finite(), "train.warmup": {"uniform": [0, 0.1]}}, math.inf),
@@ -436,3 +437,43 @@ def test_nsga2_has_generations_in_a_finite_space_too() -> None:
     assert found == sorted(found)
     assert found[-1] >= 5
     assert len(set(trained(study))) == 40
+
+
+def test_what_an_enqueued_configuration_leaves_open_is_a_point_that_was_not_tried() -> None:
+    wanted = [{"train.learning_rate": 1e-5}] * (NUM_SMALL // 2 + 1)  # one more than there are
+    for seed in range(3):
+        exp = experiment(space=SMALL, trials=99, default_recipe=False, enqueue=wanted)
+        study = in_memory(exp.model_copy(update={"seed": seed}))
+        run_all(study)
+        assert len(set(trained(study))) == len(study.trials) == NUM_SMALL
+        roles = [t.user_attrs.get("role") for t in study.trials]
+        assert roles == ["enqueued"] * (NUM_SMALL // 2) + [None] * (NUM_SMALL // 2)
+
+
+def test_what_a_first_configuration_leaves_open_is_drawn() -> None:
+    space = {**SMALL, "train.epochs": {"int": [1, 40]}}
+    wanted = [{"train.learning_rate": 1e-5}] * 8
+    exp = experiment(space=space, trials=8, default_recipe=False, enqueue=wanted)
+    epochs = []
+    for seed in (1, 2):
+        study = in_memory(exp.model_copy(update={"seed": seed}))
+        run_all(study)
+        epochs.append([trial.params["train.epochs"] for trial in study.trials])
+    assert max(epochs[0]) > 8
+    assert epochs[0] != epochs[1]
+
+
+def test_an_enqueued_constant_is_left_out() -> None:
+    space = {**SMALL, "train.schedule": "cosine"}
+    wanted = {"train.epochs": 2, "train.learning_rate": 1e-5, "train.warmup": 0.0}
+    exp = experiment(
+        space=space,
+        trials=2,
+        default_recipe=False,
+        enqueue=[{**wanted, "train.schedule": "cosine"}],
+    )
+    study = in_memory(exp)
+    run_all(study)
+    assert study.trials[0].params == wanted
+    assert study.trials[0].user_attrs["train"]["schedule"] == "cosine"
+    assert len(set(trained(study))) == 2

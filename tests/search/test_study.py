@@ -555,6 +555,9 @@ def test_a_trial_that_starts_over_ends_with_the_budget_before_its_old_marks(
     monkeypatch.setattr(study, "wall_seconds", lambda: 601.0)
     assert study.next_trial() is not None
     assert study.mark(planned.number, 10, 0.5, 1.0) == "budget: wall time of 10 minutes"
+    end = Outcome(reason="budget: wall time of 10 minutes", score=0.5, schedule_percent=10)
+    study.finish(planned.number, TrialState.PRUNED, end)
+    assert study.row(planned.number)["curve"] == [[10, 0.5]]
 
 
 def test_models_of_trials_that_did_not_finish_are_few_too(tmp_path: Path) -> None:

@@ -103,7 +103,6 @@ class Run:
         """
         store, result = open_run(location), SearchResult.load(location)
         experiment = read_experiment(store)
-        assert experiment is not None  # open_run has seen it
         return cls(store, experiment, result)
 
     @property

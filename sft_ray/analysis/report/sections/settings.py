@@ -88,6 +88,8 @@ def _importance(measure: str, judged: facts.Judged) -> Block:
     note = f"Share of the variance of the {what} (fANOVA)."
     if not judged.is_reliable:
         note += f" Unreliable: n = {judged.trials}, under {RELIABLE_FROM} trials."
+    elif any(one.trials < RELIABLE_FROM for one in judged.parameters):
+        note += f" Unreliable where n is under {RELIABLE_FROM}."
     caption = f"Importance for the {what}, n = {judged.trials}"
     return Table(["hyperparameter", "importance", "n"], rows, caption=caption, note=note)
 
