@@ -110,7 +110,8 @@ def estimate(
         dollars=None
         if price_per_hour is None
         else Range(*(price_per_hour * some for some in hours)),
-        disk_bytes=_disk_bytes(prepared, layout, trials, longest),
+        disk_bytes=_disk_bytes(prepared, layout, trials, longest)
+        + _trunk_bytes(prepared, speed, drawn),
     )
 
 
@@ -151,6 +152,14 @@ def _slot_seconds_in_budget(experiment: Experiment, layout: Layout) -> float:
     if budget.worker_hours is not None:
         limit = min(limit, 3600 * budget.worker_hours / layout.workers_per_trial)
     return limit
+
+
+def _trunk_bytes(prepared: Prepared, speed: Speed, drawn: Sequence[DrawnTrial]) -> int:
+    """The outputs of frozen layers, of every depth that may be kept."""
+    budget = prepared.experiment.resources.trunk_cache_gb
+    depths = {trial.train.frozen_depth(prepared.model.num_layers) for trial in drawn} - {0}
+    wanted = len(depths) * speed.trunk_bytes
+    return wanted if budget == "auto" else min(wanted, int(budget * 1e9))
 
 
 def _disk_bytes(prepared: Prepared, layout: Layout, trials: int, longest_seconds: float) -> int:

@@ -194,11 +194,15 @@ def _trunks(plan: Plan, prepared: Prepared) -> str:
     speed, search = plan.speed, prepared.experiment.search
     if not speed.trunk_seconds:
         return "computed each time"
-    depth = max(speed.trunk_seconds)
+    depth = max(speed.trunk_seconds, key=lambda depth: (speed.trunk_seconds[depth] > 0, depth))
+    if speed.trunk_seconds[depth] == 0:
+        return "computed each time: to keep what frozen layers give does not pay, or has no room"
     share = speed.trunk_seconds[depth] / speed.train_seconds[depth]
+    few = [k for k, seconds in speed.trunk_seconds.items() if k and not seconds]
     return (
         f"computed once for about {_number(search.trials_per_depth)} trials, then read from disk; "
         f"{100 * share:.0f}% of a training step with {count(depth, 'layer')} frozen"
+        + (f"; computed each time with {count(max(few), 'layer')}" if few else "")
     )
 
 

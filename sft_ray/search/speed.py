@@ -21,7 +21,7 @@ from sft_ray.training.micro_batch import NothingFitsError
 from sft_ray.training.passes import trunk_output
 from sft_ray.training.preparation import Prepared
 from sft_ray.training.setup import Setup, load_setup
-from sft_ray.training.trunk_cache import CHUNK_TOKENS
+from sft_ray.training.trunk_cache import CHUNK_TOKENS, TrunkCache
 from sft_ray.training.world import World, resolve_precision
 
 EVAL_SHARE = 0.2  # of the time
@@ -39,7 +39,8 @@ class Speed:
             every optimiser step included.
         eval_seconds: per evaluated example of one worker.
         trunk_seconds: frozen layers -> of either for what these compute; spared where their output
-            is known.  Empty if it is not kept.
+            is known.  0 where keeping it does not pay, empty if nothing is ever kept.
+        trunk_bytes: that the output of one depth takes on disk, the most of those that are kept.
         gain_of_two: how many times as fast a worker with twice the CPUs trains, the most that two
             workers could do for a trial; None where it decides nothing.
     """
@@ -48,6 +49,7 @@ class Speed:
     train_seconds: dict[int, float]
     eval_seconds: float
     trunk_seconds: dict[int, float] = field(default_factory=dict)
+    trunk_bytes: int = 0
     gain_of_two: float | None = None
 
     def of_training(self, train: Train) -> float:
@@ -87,9 +89,11 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
     try:
         world = World(device=torch.device("cuda" if on_gpu else "cpu"))
         setup = load_setup(prepared.experiment, prepared.dataset_folder, world)
-        keeps_trunks = _keeps_trunks(setup)
+        cache = setup.trunk_cache
         setup = replace(setup, trunk_cache=None)  # nothing is written here
-        train_seconds, trunk_seconds, gain_of_two = {}, {}, None
+        train_seconds, trunk_seconds, trunk_bytes, gain_of_two = {}, {}, 0, None
+        dtype, _ = resolve_precision(prepared.experiment.train.precision, world.device)
+        epochs = sorted(train.epochs for train in trains)[len(trains) // 2]
         for depth in depths:
             fixed = {"batch_size": batch_size, "frozen_layers": depth, "reinit_layers": 0}
             # Either takes longer than all that is measured here.
@@ -102,9 +106,14 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
             if depth == depths[0] and not on_gpu and prepared.experiment.search.trials > 1:
                 # Where work is most.
                 gain_of_two = _gain_of_two(layout, step, train_seconds[depth], world, share)
-            if depth and keeps_trunks:
-                below = _trunk(setup, train, depth)
-                trunk_seconds[depth] = _seconds_per_example(below, world, share / 4)
+            if depth and cache is not None and _may_keep(cache):
+                trunk_seconds[depth] = 0.0
+                num_bytes = cache.num_bytes(depth, dtype)
+                has_room = cache.budget_bytes is None or num_bytes <= cache.budget_bytes
+                if has_room and cache.pays("train", depth, dtype, epochs):
+                    below = _trunk(setup, train, depth)
+                    trunk_seconds[depth] = _seconds_per_example(below, world, share / 4)
+                    trunk_bytes = max(trunk_bytes, num_bytes)
         look = _evaluation(setup, prepared.experiment.train.precision)
         eval_seconds = _seconds_per_example(look, world, seconds * EVAL_SHARE)
     finally:
@@ -112,13 +121,17 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
     if trunk_seconds:
         trunk_seconds[0] = 0.0
     return Speed(
-        "GPU" if on_gpu else "CPU", train_seconds, eval_seconds, trunk_seconds, gain_of_two
+        "GPU" if on_gpu else "CPU",
+        train_seconds,
+        eval_seconds,
+        trunk_seconds,
+        trunk_bytes,
+        gain_of_two,
     )
 
 
-def _keeps_trunks(setup: Setup) -> bool:
-    cache = setup.trunk_cache
-    return cache is not None and cache.budget_bytes != 0 and setup.pretrained.can_split
+def _may_keep(cache: TrunkCache) -> bool:
+    return cache.budget_bytes != 0 and cache.pretrained.can_split
 
 
 def _trunk(setup: Setup, train: Train, depth: int) -> Callable[[], int]:

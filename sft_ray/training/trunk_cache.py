@@ -132,6 +132,11 @@ class TrunkCache:
                 return False
             raise
 
+    def num_bytes(self, depth: int, dtype: torch.dtype) -> int:
+        """What the outputs of the first `depth` layers take on disk, of both splits."""
+        splits: tuple[Split, ...] = ("train", "validation")
+        return sum(_Build(self, split, depth, dtype).num_bytes for split in splits)
+
     def open(self, split: Split, depth: int, dtype: torch.dtype, beat: Beat) -> Trunk | None:
         """Outputs of the first `depth` layers, made now if they are missing.
 

@@ -307,7 +307,14 @@ def test_a_plan_measures_frozen_layers_and_leaves_no_cache(experiment: Experimen
     )
     assert list(plan.speed.trunk_seconds) == [1, 2, 0]
     assert all(0 < plan.speed.trunk_seconds[k] < plan.speed.train_seconds[k] for k in (1, 2))
+    assert plan.speed.trunk_bytes > 0
     assert not trunks_root().exists()
+    little = changed(
+        experiment, {"space": space, "trials": 12}, resources={"slots": 1, "trunk_cache_gb": 1e-6}
+    )
+    without = run_plan(little, probe_seconds=1, quiet=True)
+    assert without.speed.trunk_seconds == {0: 0, 1: 0, 2: 0}
+    assert 0 < plan.disk_bytes - without.disk_bytes <= 2 * plan.speed.trunk_bytes
     none = changed(experiment, {"space": space}, resources={"slots": 1, "trunk_cache_gb": 0})
     assert run_plan(none, probe_seconds=1, quiet=True).speed.trunk_seconds == {}
 
