@@ -43,7 +43,7 @@ from tests.search.test_study import RECIPE, experiment, run_all
 FIRST = ["state", "role", "reason", "value"]
 LAST = ["seed", "restarts", "schedule_percent", "epochs_run", "examples_per_second"]
 LAST += ["micro_batch", "padding_share", "trained_parameters", "memory_bytes"]
-LAST += ["train_seconds", "eval_seconds", "overhead_seconds"]
+LAST += ["train_seconds", "eval_seconds", "overhead_seconds", "trunk_seconds"]
 
 
 def search_run(storage: Path, direction: str = "maximize") -> tuple[RunStore, SearchStudy]:

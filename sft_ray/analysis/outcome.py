@@ -22,6 +22,9 @@ class Outcome:
         padding_share: of the positions that the first worker's layers computed in training.
         trained_parameters: how many numbers were trained.
         memory_bytes: most that the first worker's device held (see `training.backward`).
+        overhead_seconds: of the slot, neither training nor evaluation.
+        trunk_seconds: of these, making and opening the outputs of frozen layers, which other
+            trials use, too.
     """
 
     reason: str | None = None
@@ -41,6 +44,7 @@ class Outcome:
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     overhead_seconds: float = 0.0
+    trunk_seconds: float = 0.0
 
     @classmethod
     def from_message(
@@ -72,6 +76,7 @@ class Outcome:
             train_seconds=train,
             eval_seconds=evaluation,
             overhead_seconds=seconds - train - evaluation,
+            trunk_seconds=message.get("trunk_seconds", 0.0),
         )
 
     @property

@@ -47,6 +47,7 @@ COLUMNS = (
     "train_seconds",
     "eval_seconds",
     "overhead_seconds",
+    "trunk_seconds",
 )
 FRAME_TYPES = (".csv", ".parquet")
 
@@ -320,6 +321,7 @@ def trial_row(
         "train_seconds": outcome.train_seconds,
         "eval_seconds": outcome.eval_seconds,
         "overhead_seconds": outcome.overhead_seconds,
+        "trunk_seconds": outcome.trunk_seconds,
     }
 
 

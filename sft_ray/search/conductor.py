@@ -262,11 +262,13 @@ class Conductor:
         score = "" if outcome.score is None else f"{self.objective} {outcome.score:.4f}  "
         star = "  best so far" if is_best else ""
         why = f"({outcome.reason})  " if outcome.reason else ""
+        trunk = outcome.trunk_seconds
+        frozen = f", {trunk:.1f} s of it for frozen layers" if trunk >= 0.1 else ""
         if state == TrialState.FAIL:
             why = f"({outcome.reason}; see {self.store.path_of(ERROR_LOG)})  "
         self.screen.event(
             f"{planned.label:<9} {state.name:<8} {score}{why}"
-            f"{outcome.slot_seconds:.1f} s, {outcome.overhead_seconds:.2f} s overhead{star}"
+            f"{outcome.slot_seconds:.1f} s, {outcome.overhead_seconds:.2f} s overhead{frozen}{star}"
         )
 
     def _write_metrics(self, planned: PlannedTrial, message: dict[str, Any]) -> None:

@@ -181,7 +181,7 @@ class Trial:
         depth = self.train.frozen_depth(self.pretrained.num_layers)
         if cache is None or depth == 0:
             return {"train": None, "validation": None}
-        self.clock.enter("train")
+        self.clock.enter("trunk")
         share = len(self.dataset.train) / len(cache.dataset.train)
         passes: dict[Split, float] = {
             "train": self.train.epochs * share,
@@ -367,6 +367,7 @@ class Trial:
             examples_seen=self.examples_seen,
             train_seconds=self.clock.seconds["train"],
             eval_seconds=self.clock.seconds["eval"],
+            trunk_seconds=self.clock.seconds["trunk"],
             micro_batch=self.backward.most,
             padding_share=1 - self.tokens / max(self.positions, 1),
             trained_parameters=sum(parameter.numel() for parameter in self.trainable),
@@ -397,7 +398,7 @@ class Trial:
             "tokens": self.tokens,
             "positions": self.positions,
             "since_mark": {"loss_sum": float(self.loss_sum), "count": self.count},
-            "seconds": {name: self.clock.seconds[name] for name in ("train", "eval")},
+            "seconds": {name: self.clock.seconds[name] for name in ("train", "eval", "trunk")},
             "last": None if self.last is None else self.last.facts(),
             "best": best,
             "loss_scaler": self.scaler.state_dict(),
@@ -448,7 +449,7 @@ class _Clock:
     """Seconds spent per activity; entering one ends the other."""
 
     def __init__(self, world: World) -> None:
-        self.seconds = {"train": 0.0, "eval": 0.0, "other": 0.0}
+        self.seconds = {"train": 0.0, "eval": 0.0, "trunk": 0.0, "other": 0.0}
         self._world = world
         self._activity, self._since = "other", time.monotonic()
 

@@ -50,6 +50,7 @@ class Progress:
         penalty: lambda R(theta) at this mark.
         micro_batch: most examples that one worker puts through the model at once.
         padding_share: of what this worker's layers computed in training (`Layout.positions`).
+        trunk_seconds: making and opening the outputs of frozen layers (`TrunkCache`).
         trained_parameters: how many numbers are trained.
         memory_bytes: most that this worker's device has held so far (`Backward.memory_bytes`).
         fault: why the configuration cannot go on, if so.
@@ -68,6 +69,7 @@ class Progress:
     examples_seen: int = 0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
+    trunk_seconds: float = 0.0
     micro_batch: int = 0
     padding_share: float = 0.0
     trained_parameters: int = 0

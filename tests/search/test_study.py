@@ -298,6 +298,7 @@ FULL = {
     "train_seconds": 12.5,
     "eval_seconds": 1.25,
     "overhead_seconds": 0.125,
+    "trunk_seconds": 0.0625,
 }
 
 

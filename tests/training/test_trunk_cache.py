@@ -262,6 +262,23 @@ def test_a_torn_file_is_made_again(toy: Dataset, bert: Path, root: Path) -> None
     assert [m.metrics for m in again] == [m.metrics for m in whole]
 
 
+def test_making_a_trunk_is_no_training(
+    toy: Dataset, bert: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, wrote = trunk_cache._write, []
+
+    def slow(path: Path, hidden_TH: torch.Tensor) -> None:
+        time.sleep(0.5)
+        wrote.append(path)
+        honest(path, hidden_TH)
+
+    monkeypatch.setattr(trunk_cache, "_write", slow)
+    first, second = (run(setup_of(bert, toy), frozen_layers=2)[-1] for _ in range(2))
+    assert first.trunk_seconds > 0.5 * len(wrote)
+    assert second.trunk_seconds < 0.5
+    assert first.train_seconds - second.train_seconds < 0.5
+
+
 def test_a_torn_trunk_keeps_no_deeper_one_from_being_kept(
     toy: Dataset, bert: Path, root: Path
 ) -> None:
