@@ -23,7 +23,7 @@ from sft_ray.recipes import YARDSTICK
 from sft_ray.run_store import CONFIRMATION, RESULTS, TEST_ACCESS
 from sft_ray.search.ablate import ablation_seeds, run_ablations
 from sft_ray.search.confirm import fresh_seeds, run_confirm
-from sft_ray.search.replay import run_replay
+from sft_ray.search.replay import _with_one_slot, run_replay
 from sft_ray.search.tuner import run_search
 from sft_ray.serving.verify import run_verification
 from sft_ray.single_trial import run_training
@@ -309,3 +309,14 @@ def test_a_single_training_is_replayed_as_it_was_and_other_data_is_refused(
             again()
         assert len(caught.value.problems) == 1
     assert {**files_of(tmp_path), "toy.csv": ""} == {**before, "toy.csv": ""}
+
+
+def test_a_replay_has_as_many_cpus_as_the_workers_of_its_run(experiment: Experiment) -> None:
+    for chosen, replayed in (("auto", 3.0), (2.0, 2.0)):
+        resources = experiment.resources.model_copy(
+            update={"cpus_per_worker": chosen, "slots": "auto"}
+        )
+        found = _with_one_slot(
+            experiment.model_copy(update={"resources": resources}), {"role": "sampled"}, 3.0
+        ).resources
+        assert (found.slots, found.cpus_per_worker) == (1, replayed)
