@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 import shlex
 import sys
 import tempfile
@@ -15,13 +14,12 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from sft_ray.errors import SftError, TrialError, disk_problem
+from sft_ray.errors import SftError, TrialError, disk_problem, first_line, without_credentials
 
 if TYPE_CHECKING:
     from sft_ray.config import Experiment
 
 INTERRUPTED = 130
-USER_INFO = re.compile(r"://([^/\s@]*|[^/\s@]+:[^\s@]*)@")  # of a URI: `key:secret@`
 MOST_CHARACTERS = 680  # of a line of an error; how to mend it stands at its end
 
 
@@ -522,10 +520,9 @@ def main(arguments: list[str] | None = None) -> None:
             "w", prefix="sft-ray-error-", suffix=".log", delete=False, encoding="utf-8"
         ) as log:
             traceback.print_exc(file=log)
-        first_line = (str(error).splitlines() or [""])[0]
         _end(
             1,
-            f"internal error: {type(error).__name__}: {first_line}",
+            f"internal error: {type(error).__name__}: {first_line(error)}",
             f"the traceback is in {log.name}; what was finished is kept",
         )
     if code == INTERRUPTED:  # typer's answer to a KeyboardInterrupt
@@ -546,8 +543,7 @@ def _end(code: int, *lines: str) -> NoReturn:
 
 def _plain(line: str) -> str:
     """A line of bounded length, whatever it quotes: nothing in it moves the cursor or is secret."""
-    line = USER_INFO.sub("://…@", line)
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in without_credentials(line))
     if len(shown) <= MOST_CHARACTERS:
         return shown
     return f"{shown[: MOST_CHARACTERS - 200]} … {shown[-180:]}"

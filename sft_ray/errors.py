@@ -22,6 +22,8 @@ DISK_ERRORS = {
     errno.EIO: "look after the disk",
 }
 
+# Of a URI: `user@` or `key:secret@`; secrets hold slashes.
+USER_INFO = re.compile(r"://([^/\s@]*|[^/\s@]+:[^\s@]*)@")
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -58,6 +60,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = [str(candidate) for candidate in known]
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says; its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return without_credentials(lines[0]) if lines else type(error).__name__
+
+
+def without_credentials(text: str) -> str:
+    """A text whose URIs name no user and no password."""
+    return USER_INFO.sub("://…@", text)
 
 
 def disk_problem(error: BaseException) -> str | None:

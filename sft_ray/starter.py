@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sft_ray.config import Data, Experiment
-from sft_ray.errors import ConfigError, DataError
+from sft_ray.errors import ConfigError, DataError, first_line
 from sft_ray.guess import Guess, guess_task
 from sft_ray.training import labels, sources
 from sft_ray.training.data import with_classes
@@ -191,7 +191,7 @@ def _saved_dataset(place: str) -> tuple[dict[str, Any], dict[str, pa.Table]]:
     try:
         loaded = datasets.load_from_disk(place)
     except Exception as error:  # the library raises many kinds for a damaged folder
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(f"{place}: cannot be loaded as a save_to_disk folder: {reason}") from None
     parts = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     found = {

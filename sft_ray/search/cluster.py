@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sft_ray.errors import ConfigError, ResourceError
+from sft_ray.errors import ConfigError, ResourceError, first_line
 
 # Ray reads these when it is imported or started.
 RAY_ENVIRONMENT = {
@@ -72,7 +72,7 @@ def connected(address: str | None, beside: Callable[[], object] = lambda: None) 
                 logging_level="ERROR",
             )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ResourceError(f"no Ray at {where!r}: {reason}; {way_out}") from None
     logs = ray._private.worker._global_node.get_session_dir_path()
     is_our_error = False

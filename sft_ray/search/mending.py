@@ -41,6 +41,20 @@ def damage_found(store: RunStore) -> list[str]:
     return lines
 
 
+def records_back(store: RunStore) -> list[str]:
+    """Write the records of a finished run's trials anew from its results; a line for each damaged.
+
+    Those that are gone were cleared away.
+    """
+    tree, damaged = store.read_json(RESULTS), damaged_files(store)
+    there = set(store.files_below("trials"))
+    for row in tree["trials"]:
+        path = f"{trial_folder(row['number'])}/{TRIAL}"
+        if path in damaged:
+            store.write_json(path, row)
+    return [f"{path} was damaged and is written anew" for path in damaged if path in there]
+
+
 def winner_back(store: RunStore) -> list[str]:
     """Copy a finished run's winner back to its trial, if only best/ still has it; a line if so.
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from sft_ray import space as spaces
 from sft_ray.analysis.importance import RELIABLE_FROM
+from sft_ray.analysis.outcome import slot_seconds_of
 from sft_ray.analysis.results import SearchResult, why_no_gain
+from sft_ray.config import Budget, Experiment
 from sft_ray.run_store import CONFIRMATION, RunStore
 from sft_ray.screen import Screen, count, duration, short_params
 from sft_ray.search.layout import Layout
@@ -18,6 +20,8 @@ from sft_ray.training.preparation import Prepared
 
 if TYPE_CHECKING:
     from sft_ray.analysis.ablation import ArmSummary  # brings scipy.stats
+
+BUDGET, SPACE, TARGET = "search.budget.", "search.space", "search.budget.target"
 
 
 def say_truth(
@@ -95,6 +99,7 @@ def say_outcome(
             if gain is not None
             else f"unknown {over}, {why_no_gain(result.trials)}",
             "trials": f"{len(states)}: {counts}; {duration(result.tree['wall_seconds'])}",
+            **ended_line(result.tree.get("ended_by"), prepared.experiment.search.budget),
             **importance_lines(result.tree.get("importance", {})),
             "checkpoint": best["checkpoint"],
         }
@@ -106,11 +111,54 @@ def say_outcome(
     confirm = f"sft-ray confirm {shlex.quote(result.location)}"
     test = " and on test" if prepared.dataset.has_test else ""
     others = [f"{confirm}    # how good it is on fresh seeds{test}"]
-    if source is not None:
-        more = 2 * max(len(states), prepared.experiment.search.trials)  # a budget may have ended it
-        words = [word for word in shlex.split(source) if not word.startswith("search.trials=")]
-        others.append(f"sft-ray search {shlex.join(words)} search.trials={more}")
+    grown = grown_limits(result, prepared.experiment)
+    if source is not None and grown:
+        keys = tuple(f"{key}=" for key in grown)
+        words = [word for word in shlex.split(source) if not word.startswith(keys)]
+        words += [f"{key}{value}" for key, value in zip(keys, grown.values(), strict=True)]
+        others.append(f"sft-ray search {shlex.join(words)}")
     prepared.say_next(screen, best["checkpoint"], *others)
+
+
+def ended_line(ended_by: str | None, limits: Budget) -> dict[str, str]:
+    """What ended a search before its trials were used up."""
+    if ended_by == SPACE:
+        return {"ended by": "its space, all of whose configurations have run"}
+    name = (ended_by or "").removeprefix(BUDGET)
+    limit = getattr(limits, name, None)
+    return {} if limit is None else {"ended by": f"{ended_by}={limit:g}"}
+
+
+def how_to_go_on(ended_by: str, words: str) -> str:
+    """Why a search has ended, and what to change for it to go on."""
+    if ended_by == SPACE:
+        return f"{words}; a larger space needs another name=…"
+    raised = f"{'change' if ended_by == TARGET else 'raise'} {ended_by}"
+    return f"{words}; {raised}{', or set it to null' if ended_by.startswith(BUDGET) else ''}"
+
+
+def grown_limits(result: SearchResult, experiment: Experiment) -> dict[str, str]:
+    """What to give a search that has ended so that it goes on: key -> twice what was used up."""
+    search, tree, rows = experiment.search, result.tree, result.trials
+    ended_by = tree.get("ended_by")  # older runs do not say
+    if ended_by == SPACE:
+        return {}
+    is_used_up = ended_by is None or len(rows) >= search.trials
+    grown = {"search.trials": str((1 + is_used_up) * search.trials)}  # --extend is in no file
+    if ended_by == TARGET:
+        grown[TARGET] = "null"
+    elif ended_by is not None and ended_by.startswith(BUDGET):
+        name = ended_by.removeprefix(BUDGET)
+        used = {
+            "wall_minutes": tree["wall_seconds"] / 60,
+            "worker_hours": sum(map(slot_seconds_of, rows))
+            * experiment.resources.workers_per_trial
+            / 3600,
+            "patience": tree["environment"].get("slots", 1),  # trials that end behind it
+        }
+        limit = getattr(search.budget, name) or 0
+        grown[ended_by] = f"{2 * max(limit, used[name]):.3g}"
+    return grown
 
 
 def say_unconfirmed(store: RunStore, screen: Screen) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from sft_ray import space as spaces
 from sft_ray.config import Experiment, Resources, Train, apply_values
-from sft_ray.errors import SftError
+from sft_ray.errors import SftError, first_line
 from sft_ray.recipes import default_recipe
 from sft_ray.screen import Screen, count
 from sft_ray.search.cluster import capacity
@@ -199,8 +199,8 @@ def _decided(findings: Findings, experiment: Experiment, has: Mapping[str, float
 
 
 def _failed(error: BaseException) -> Sharing:
-    said = (str(error).strip().splitlines() or [""])[0]
-    return _alone(f"the measurement failed with {type(error).__name__}: {said[:200]}")
+    said = first_line(error)[:200]
+    return _alone(f"the measurement failed with {type(error).__name__}: {said}")
 
 
 def trains_of_search(prepared: Prepared) -> list[Train]:

@@ -126,6 +126,8 @@ class SearchStudy:
         # Trials that a lost head had begun behind the last copy of the journal: they get the same
         # numbers again, mostly with the same configurations.
         self.left_behind: frozenset[int] = frozenset()
+        # Ended trials without a model: their scores keep no other one from being kept.
+        self.without_model: frozenset[int] = frozenset()
         if not self.study.get_trials(deepcopy=False):
             for params, role in first_trials(experiment, self.finite, recipe, list(warm)):
                 self.study.enqueue_trial(params, user_attrs={"role": role})
@@ -161,7 +163,8 @@ class SearchStudy:
         trial.set_user_attr("params", params)
         trial.set_user_attr("train", train.model_dump(mode="json"))
         trial.set_user_attr("path", trial_folder(trial.number))
-        ranked = self._ranked()
+        finished = self._ranked()
+        ranked = [t for t in finished if t.number not in self.without_model]
         # With several objectives a low score may belong to the Pareto set.
         keep = len(ranked) + 1 if self.costs else self.experiment.checkpoint.keep
         return PlannedTrial(
@@ -173,7 +176,7 @@ class SearchStudy:
             params=params,
             seed=self.experiment.seed,
             save_above=self.sign * score_of(ranked[keep - 1]) if len(ranked) >= keep else None,
-            save_unfinished=not ranked,
+            save_unfinished=not finished,
             end_diverged=trial.user_attrs.get("role") != YARDSTICK,
             resumes=resumes or trial.number in self.left_behind,
         )
@@ -237,7 +240,7 @@ class SearchStudy:
         live.trial.set_user_attr("ended_as", sum(t.state.is_finished() for t in self.trials))
         if self.costs:
             live.trial.set_user_attr("curve", sorted(live.curve.items()))
-        self._note_wall_seconds()
+        self.note_wall_seconds()
         values = None
         if state == TrialState.COMPLETE:
             assert outcome.score is not None  # a finished trial was evaluated
@@ -252,26 +255,41 @@ class SearchStudy:
         """Take back a trial that has not ended; it is next in line."""
         del self._live[number]
         self._interrupted.append(number)
-        self._note_wall_seconds()
+        self.note_wall_seconds()
 
     def budget_used_up(self) -> str | None:
         """Which limit has been reached, in words."""
+        reached = self._limit_reached()
+        return None if reached is None else reached[1]
+
+    def ended_by(self) -> tuple[str, str] | None:
+        """What no other trial starts for: its key in the experiment, and in words."""
+        if (reached := self._limit_reached()) is not None:
+            return f"search.budget.{reached[0]}", reached[1]
+        if not self._nothing_left():
+            return None
+        if len(self.trials) >= self.experiment.search.trials:
+            return "search.trials", f"all of {len(self.trials)} trials have run"
+        return "search.space", f"all of its {len(self.trials)} configurations have run"
+
+    def _limit_reached(self) -> tuple[str, str] | None:
+        """The budget that is used up: its name, and in words."""
         budget, reserve = self.experiment.search.budget, self.reserved_seconds()
         if budget.wall_minutes is not None:
             limit = 60 * budget.wall_minutes
             if self.wall_seconds() >= limit - min(reserve / self.slots, limit / 2):
-                return f"wall time of {budget.wall_minutes:g} minutes"
+                return "wall_minutes", f"wall time of {budget.wall_minutes:g} minutes"
         if budget.worker_hours is not None:
             limit = budget.worker_hours
             workers = self.experiment.resources.workers_per_trial
             if self.worker_hours() >= limit - min(reserve * workers / 3600, limit / 2):
-                return f"{budget.worker_hours:g} worker hours"
+                return "worker_hours", f"{budget.worker_hours:g} worker hours"
         if budget.target is not None:
             best = self.best_score()
             if best is not None and self.sign * best >= self.sign * budget.target:
-                return f"target {budget.target:g} reached"
+                return "target", f"target {budget.target:g} reached"
         if budget.patience is not None and self._trials_since_best() >= budget.patience:
-            return f"no better trial among the last {budget.patience}"
+            return "patience", f"no better trial among the last {budget.patience}"
         return None
 
     def reserved_seconds(self) -> float:
@@ -305,7 +323,7 @@ class SearchStudy:
         """Of all sessions of this search."""
         return float(self._wall_seconds_before + time.monotonic() - self._started)
 
-    def _note_wall_seconds(self) -> None:
+    def note_wall_seconds(self) -> None:
         """For the next session; what a kill cuts off behind the last note is not counted."""
         self.study.set_user_attr("wall_seconds", self.wall_seconds())
 
@@ -369,7 +387,8 @@ class SearchStudy:
     def kept(self) -> set[int]:
         """Numbers of the trials whose model folders stay on disk."""
         ranked = self._ranked() or ranking(self.trials, self.sign)
-        kept = {t.number for t in ranked[: self.experiment.checkpoint.keep]}
+        there = [t.number for t in ranked if t.number not in self.without_model]
+        kept = set(there[: self.experiment.checkpoint.keep])
         return kept | self.pareto_set() | set(self._live) | set(self._interrupted)
 
     def pareto_set(self) -> set[int]:

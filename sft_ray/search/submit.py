@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import sft_ray
-from sft_ray.errors import ResourceError
+from sft_ray.errors import ResourceError, first_line
 from sft_ray.search.cluster import capacity, capacity_here, connected, runs_here
 
 # `ray submit` copies one file; the experiments stay with the installed checkout.
@@ -78,8 +78,7 @@ def follow_as_job(script: str, words: Sequence[str]) -> int | None:
     try:
         client = JobSubmissionClient()
     except (ConnectionError, RuntimeError) as error:
-        first_line = str(error).splitlines()[0]
-        print(f"not run as a Ray job: {first_line}", flush=True)  # noqa: T201
+        print(f"not run as a Ray job: {first_line(error)}", flush=True)  # noqa: T201
         return None
     command = shlex.join([sys.executable, str(Path(script).absolute()), *words])
     entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && exec {command}"

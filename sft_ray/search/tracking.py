@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import tempfile
 import warnings
@@ -24,14 +23,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from sft_ray.config import TrackingTool
-from sft_ray.errors import ConfigError
+from sft_ray.errors import ConfigError, first_line
 from sft_ray.run_store import RunStore
 from sft_ray.search.trials import PlannedTrial
 
 FOLDER = "tracking"  # below the run folder: event files, and what W&B keeps on disk
 TOLD = ("train_loss", "penalty", "epochs_run", "step", "examples_seen", "score")
 SECONDS = ("train_seconds", "eval_seconds", "slot_seconds")
-USER_INFO = re.compile(r"//[^/@\s]+@")
 
 
 @dataclass(eq=False)
@@ -230,9 +228,3 @@ def wandb(run: str) -> Any:
     actor = ray.remote(Logger).options(num_cpus=0, scheduling_strategy=here)
     callback._remote_logger_class = SimpleNamespace(remote=partial(actor.remote, settings))
     return callback
-
-
-def first_line(error: BaseException) -> str:
-    """What it says, without the user and password that an address may hold."""
-    lines = str(error).strip().splitlines()
-    return USER_INFO.sub("//", lines[0]) if lines else type(error).__name__

@@ -6,7 +6,8 @@ import time
 from contextlib import closing
 from typing import Any
 
-from optuna.storages import BaseStorage
+import optuna
+from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import FrozenTrial
 
 from sft_ray.analysis.importance import importances
@@ -16,6 +17,7 @@ from sft_ray.analysis.results import (
     SearchResult,
     best_row,
     gain_over_default,
+    load_study,
     pareto_rows,
     ranking,
     row_of,
@@ -23,7 +25,7 @@ from sft_ray.analysis.results import (
 from sft_ray.config import Experiment
 from sft_ray.environment import describe_environment
 from sft_ray.errors import ConfigError, TrialError
-from sft_ray.folder_rule import check_made_by, finished_results
+from sft_ray.folder_rule import check_folder_rule, check_made_by
 from sft_ray.recipes import default_recipe
 from sft_ray.run_store import (
     BEST,
@@ -32,11 +34,13 @@ from sft_ray.run_store import (
     JOURNAL,
     RESULTS,
     RunStore,
+    damaged_files,
     delete_results,
     experiment_text,
     kept_environment,
     put_winner,
     read_experiment,
+    read_results,
     trial_folder,
     write_experiment,
     write_results,
@@ -46,8 +50,8 @@ from sft_ray.search.cluster import capacity_here, connected
 from sft_ray.search.conductor import Conductor
 from sft_ray.search.everywhere import check_storage_everywhere
 from sft_ray.search.layout import Layout
-from sft_ray.search.mending import damage_found, mend, winner_back
-from sft_ray.search.narration import say_outcome, say_truth, say_unconfirmed
+from sft_ray.search.mending import damage_found, mend, records_back, winner_back
+from sft_ray.search.narration import how_to_go_on, say_outcome, say_truth, say_unconfirmed
 from sft_ray.search.preflight import check_experiment, with_default_space
 from sft_ray.search.sharing import shared_layout, trains_of_search
 from sft_ray.search.study import SearchStudy, open_storage
@@ -97,13 +101,13 @@ def run_search(
     )
     if store.is_there() or needs_space:  # and what does not go with it is told before Ray starts
         checked = with_default_space(checked)
+        tree = None
         if not fresh:
             check_made_by(store, "search")
-        tree = None if fresh else finished_results(store, checked.experiment)
-        if not fresh:
+            relation = check_folder_rule(store, checked.experiment)
             check_data(checked, kept_environment(store), store.location)
+            tree = _outcome(checked, store, screen, has_grown=relation == "extended")
         if tree is not None:
-            screen.say(f"{store.location} is finished; its outcome:")
             result = SearchResult(store.location, tree)
             say_outcome(screen, result, checked, source)
             return _confirmed(checked.experiment, store, result, address, quiet)
@@ -125,12 +129,15 @@ def run_search(
             if not store.exists(EXPERIMENT):  # before there is a study, which is of no other
                 write_experiment(store, prepared.experiment)
             study = _taken_up(prepared, store, layout.slots, warm, screen)
+            is_over = study.is_over()
+            if is_over:  # without a winner the outcome before stays
+                _best_with_model(store, study, Screen(quiet=True))
             if prepared.experiment.confirm is None:
                 say_unconfirmed(store, screen)
             environment = _write_what_runs(prepared, store, layout)
             say_truth(screen, prepared, layout, store.location, study)
             startup_seconds = None
-            if not study.is_over():
+            if not is_over:
                 conductor = _run(prepared, store, study, layout, screen, tracker)
                 startup_seconds = conductor.startup_seconds(started)
             result = _conclude(prepared, store, study, environment, startup_seconds, screen)
@@ -172,6 +179,44 @@ def extended(experiment: Experiment, by: int) -> Experiment:
     return experiment.model_copy(update={"search": search})
 
 
+def _outcome(checked: Prepared, store: RunStore, screen: Screen, *, has_grown: bool) -> Any:
+    """results.json of a run that has nothing left to run, and says so; else None.
+
+    None too if more than records of trials is damaged, so that it is made anew.
+    """
+    damaged = damaged_files(store)
+    if not store.exists(RESULTS) or any(not path.startswith("trials/") for path in damaged):
+        return None
+    said = f"{store.location} is finished; its outcome:"
+    if has_grown:
+        ended_by = _ended_by(checked, store)
+        if ended_by is None:
+            return None
+        said = f"{store.location}: nothing to run: {how_to_go_on(*ended_by)}; its outcome:"
+    if damaged:
+        with store.locked():
+            for note in records_back(store):
+                screen.say(note)
+    screen.say(said)
+    return read_results(store)
+
+
+def _ended_by(checked: Prepared, store: RunStore) -> tuple[str, str] | None:
+    """See `SearchStudy.ended_by`, of the stored study and the experiment's limits as they are."""
+    try:
+        stored = load_study(store)
+    except ConfigError:  # it is mended when it is taken up
+        return None
+    name, copy = stored.study_name, InMemoryStorage()
+    optuna.copy_study(
+        from_study_name=name, from_storage=stored._storage, to_storage=copy, to_study_name=name
+    )
+    environment = kept_environment(store)
+    slots = environment.get("slots", 1) if isinstance(environment, dict) else 1
+    study = _study(checked, copy, slots, [])
+    return study.ended_by() if study.is_over() else None
+
+
 def _taken_up(
     prepared: Prepared, store: RunStore, slots: int, warm: list[dict[str, Any]], screen: Screen
 ) -> SearchStudy:
@@ -181,6 +226,7 @@ def _taken_up(
         screen.say(note)
     study = _open_study(prepared, store, slots, warm)
     store.push_journal()  # what runs first is settled from here on
+    study.without_model = _without_model(store, study)
     study.left_behind = _forget_what_is_over(store, study)
     for note in mend(store, study):
         screen.say(note)
@@ -230,8 +276,16 @@ def _run(
             run_on_slots(conductor, prepared, layout)
     finally:
         if not store.is_taken_over:
+            study.note_wall_seconds()  # it may have ended between two trials
             store.push_journal()
     return conductor
+
+
+def _without_model(store: RunStore, study: SearchStudy) -> frozenset[int]:
+    """Numbers of the ended trials whose models are not there."""
+    there = store.folders_below("trials")
+    ended = (trial.number for trial in study.trials if trial.state.is_finished())
+    return frozenset(number for number in ended if f"{trial_folder(number)}/{BEST}" not in there)
 
 
 def _forget_what_is_over(store: RunStore, study: SearchStudy) -> frozenset[int]:
@@ -255,20 +309,10 @@ def _forget_what_is_over(store: RunStore, study: SearchStudy) -> frozenset[int]:
 def _open_study(
     prepared: Prepared, store: RunStore, slots: int, warm: list[dict[str, Any]]
 ) -> SearchStudy:
-    def over(storage: BaseStorage) -> SearchStudy:
-        return SearchStudy(
-            prepared.experiment,
-            storage,
-            recipe=default_recipe(prepared.model.layer_parameters),
-            direction=prepared.direction,
-            slots=slots,
-            warm=warm,
-        )
-
     if not store.journal.exists():  # with all that is first in line, or not at all
         begun = store.journal.with_name(f".{JOURNAL}.begun")
         begun.unlink(missing_ok=True)
-        over(open_storage(begun))
+        _study(prepared, open_storage(begun), slots, warm)
         begun.replace(store.journal)
     try:
         storage = open_storage(store.journal)
@@ -277,7 +321,20 @@ def _open_study(
             f"{store.path_of(JOURNAL)}: damaged: {type(error).__name__}: {error}; --fresh sets the "
             "run aside"
         ) from None
-    return over(storage)
+    return _study(prepared, storage, slots, warm)
+
+
+def _study(
+    prepared: Prepared, storage: BaseStorage, slots: int, warm: list[dict[str, Any]]
+) -> SearchStudy:
+    return SearchStudy(
+        prepared.experiment,
+        storage,
+        recipe=default_recipe(prepared.model.layer_parameters),
+        direction=prepared.direction,
+        slots=slots,
+        warm=warm,
+    )
 
 
 def _conclude(
@@ -289,6 +346,7 @@ def _conclude(
     screen: Screen,
 ) -> SearchResult:
     """Put the winner in best/ and write results.json last."""
+    ended_by = study.ended_by()
     store.tidy()  # of workers that were killed
     _forget_what_is_over(store, study)
     best = _best_with_model(store, study, screen)
@@ -299,6 +357,7 @@ def _conclude(
         "costs": list(study.costs),
         "wall_seconds": study.wall_seconds(),
         "startup_seconds": startup_seconds,
+        "ended_by": None if ended_by is None else ended_by[0],
         "best": best_row(
             row_of(best, prepared.experiment.seed),
             gain_over_default(study.trials, best, study.sign),
@@ -322,14 +381,14 @@ def _best_with_model(store: RunStore, study: SearchStudy, screen: Screen) -> Fro
         TrialError: there is none.
     """
     damaged = list[int]()
-    for trial in ranking(study.trials, study.sign):
+    for place, trial in enumerate(ranking(study.trials, study.sign)):
         folder = f"{trial_folder(trial.number)}/{BEST}"
         if store.is_intact(folder):
             if damaged:
                 screen.say(f"the winner is the best trial with a whole model, {trial.number}")
             return trial
         is_there = bool(store.files_below(folder))
-        if is_there or trial.number in study.kept():
+        if is_there or place < study.experiment.checkpoint.keep:  # others were not kept
             what = "damaged" if is_there else "gone"
             screen.say(f"{folder} is {what}; the model of trial {trial.number} is lost")
             damaged.append(trial.number)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 import transformers
 
-from sft_ray.errors import ConfigError, DataError
+from sft_ray.errors import ConfigError, DataError, first_line
 from sft_ray.run_store import winner_of
 from sft_ray.training.checkpoint import MODEL_FACTS
 from sft_ray.training.columns import check_fields
@@ -150,7 +150,7 @@ def load_predictor(
     except ConfigError:
         raise
     except Exception as error:  # the library raises many kinds for a bad id or folder
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ConfigError(
             f"model: {model!r} cannot be loaded: {reason}; give a model folder or a run folder"
         ) from None

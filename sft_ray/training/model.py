@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from sft_ray.errors import ConfigError
+from sft_ray.errors import ConfigError, first_line
 from sft_ray.training.compiled import CompiledLayers
 from sft_ray.training.cpu_dropout import hasten_dropout
 from sft_ray.training.cuda_graphs import RecordedPasses
@@ -351,7 +351,7 @@ def load_pretrained(
                 output_loading_info=True,
             )
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise ConfigError(
                 f"model: no weights can be loaded from {folder}: {reason}; "
                 "a model folder holds model.safetensors"

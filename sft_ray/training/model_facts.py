@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from sft_ray.errors import ConfigError
+from sft_ray.errors import ConfigError, first_line
 from sft_ray.training.families import FAMILIES
 from sft_ray.training.hub import is_missing_folder
 
@@ -145,7 +145,7 @@ def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
             folder, revision=revision, trust_remote_code=False
         )
     except Exception as error:  # the library raises many kinds for a bad id or folder
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ConfigError(
             f"model: no model configuration can be read from {model!r}: {reason}; "
             "give a hub id, a local folder or package:NAME/FOLDER"

@@ -25,7 +25,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from sft_ray.config import Data, Split, Splits
-from sft_ray.errors import DataError, did_you_mean
+from sft_ray.errors import DataError, did_you_mean, first_line
 from sft_ray.training.columns import (
     UNLABELLED,
     Fields,
@@ -215,7 +215,7 @@ def read_file(path: str, texts: Collection[str] = ()) -> pa.Table:
         table = _parse(path, suffix, texts)
         table.validate(full=True)  # texts that are no UTF-8, for one
     except READ_ERRORS as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         foreign = ("UTF8" in reason or "utf-8" in reason) and "surrogates" not in reason
         mend = "; save the file as UTF-8" if foreign else ""
         raise DataError(f"{path}: cannot be read as {suffix[1:]}: {reason[:300]}{mend}") from None
@@ -363,7 +363,7 @@ def _read_dataset(data: Data) -> tuple[dict[str, pa.Table], dict[str, tuple[str,
                 named = data.splits.model_dump(exclude_none=True)
                 parts = {split: load(split=spec) for split, spec in named.items()}
     except Exception as error:  # hub, network and parser errors have no common base
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         raise DataError(
             f"data.path: the data set {data.path!r} cannot be loaded: {type(error).__name__}: "
             f"{reason}; "

@@ -150,7 +150,7 @@ def test_workers_that_run_out_of_memory_in_one_step_halve_it_once() -> None:
                 answer = await box.next_assignment(rank, 0)
                 assert isinstance(answer, tuple)
                 assert (answer[1]["micro_batch"], answer[1]["halvings"]) == (before, 0)
-            for _ in (0, 1):
+            for _ in range(2):
                 await box.out_of_memory(1, used)
             for rank in (0, 1):
                 await box.register(rank)

@@ -1,5 +1,6 @@
 """A score and costs to keep small in one search: no Ray, no training."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -215,9 +216,10 @@ def test_what_did_not_finish_is_in_no_pareto_set() -> None:
     study = open_study(several(trials=3))
     run_ends(study, [(0.5, 10.0, 10)])
     for state, end in (
-        (TrialState.PRUNED, Outcome(reason="gradient not finite", fault=True, score=0.9)),
-        (TrialState.FAIL, Outcome(reason="disk full", score=0.99)),
+        (TrialState.PRUNED, Outcome("gradient not finite", fault=True, score=0.9)),
+        (TrialState.FAIL, Outcome("disk full", score=0.99)),
     ):
+        end = dataclasses.replace(end, schedule_percent=10)
         planned = study.next_trial()
         assert planned is not None
         study.mark(planned.number, 10, 0.9, 1.0)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from sft_ray.config import Experiment, Train
-from sft_ray.errors import ConfigError
+from sft_ray.errors import ConfigError, first_line
 from sft_ray.run_store import RunStore
-from sft_ray.search.tracking import Tool, Tracker, first_line
+from sft_ray.search.tracking import Tool, Tracker
 from sft_ray.search.trials import PlannedTrial
 from sft_ray.search.tuner import run_search
 
@@ -202,7 +202,9 @@ def test_a_server_that_is_away_is_one_line_without_the_password(
 
 
 def test_addresses_lose_their_passwords() -> None:
-    assert first_line(OSError("no http://me:secret@there/x\nmore")) == "no http://there/x"
+    assert first_line(OSError("no http://me:secret@there/x\nmore")) == "no http://…@there/x"
+    said = first_line(OSError("no https://user:sec/ret@there/x; more"))
+    assert said == "no https://…@there/x; more"
     assert first_line(OSError()) == "OSError"
 
 

@@ -1,0 +1,221 @@
+"""What an ended search does when its command is given again: no Ray, invented trials."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+
+from sft_ray.analysis.outcome import Outcome
+from sft_ray.analysis.results import SearchResult
+from sft_ray.config import Experiment
+from sft_ray.errors import TrialError
+from sft_ray.run_store import (
+    CONFIRMATION,
+    PREDICTIONS,
+    RESULTS,
+    RunStore,
+    damaged_files,
+    open_run,
+    write_results,
+)
+from sft_ray.search import tuner
+from sft_ray.search.layout import plan_layout
+from sft_ray.search.study import SearchStudy
+from sft_ray.search.trials import is_to_be_saved
+from sft_ray.search.tuner import run_search
+from sft_ray.training.preparation import Prepared
+
+CONFIRMED = {"top": 1, "seeds": [1]}
+FINITE = {"train.learning_rate": {"choice": [1e-4, 1e-3]}, "train.epochs": {"int": [1, 2]}}
+
+
+def invented(prepared: Prepared, store: RunStore, study: SearchStudy, *_: Any) -> Any:
+    """In place of slots: every trial is a little worse than the one before it."""
+    while (planned := study.next_trial()) is not None:
+        score = 0.9 - 0.01 * planned.number
+        study.mark(planned.number, 100, score, slot_seconds=1.0)
+        saves = is_to_be_saved(planned.assignment(), score, finished=True)
+        if saves:
+            with store.replacing_folder(f"{planned.folder}/best") as folder:
+                (folder / "model.safetensors").write_text(f"of trial {planned.number}")
+                (folder / PREDICTIONS).write_text("answers")
+        end = Outcome(
+            score=score,
+            metrics={"accuracy": score},
+            has_checkpoint=saves,
+            schedule_percent=100,
+            train_seconds=1.0,
+        )
+        study.finish(planned.number, TrialState.COMPLETE, end)
+        store.write_json(f"{planned.folder}/trial.json", study.row(planned.number))
+        for path in study.outdated():
+            store.delete_folder(f"{path}/best")
+    store.push_journal()
+    return SimpleNamespace(startup_seconds=lambda _: 0.0)
+
+
+@pytest.fixture(autouse=True)
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuner, "capacity_here", lambda _: {"CPU": 4.0})
+    monkeypatch.setattr(tuner, "connected", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(tuner, "check_storage_everywhere", lambda _: None)
+    monkeypatch.setattr(
+        tuner, "shared_layout", lambda prepared, *_: plan_layout(prepared.experiment, {"CPU": 4})
+    )
+    monkeypatch.setattr(tuner, "_run", invented)
+
+
+def starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuner, "connected", lambda *_, **__: pytest.fail("Ray started"))
+
+
+def searched(experiment: Experiment, **search: Any) -> tuple[Experiment, SearchResult, Path]:
+    tree = experiment.to_tree()
+    tree["search"] |= search
+    tree["checkpoint"] = {"keep": 2}
+    changed = Experiment.from_tree(tree)
+    result = run_search(changed, quiet=True)
+    return changed, result, Path(result.location)
+
+
+def confirm(run: Path) -> None:
+    """As if its winner, trained from another seed, were in best/."""
+    store = open_run(str(run))
+    with store.replacing_folder("best") as folder:
+        (folder / "model.safetensors").write_text("of a fresh seed")
+    store.write_json(CONFIRMATION, CONFIRMED)
+    write_results(store, store.read_json(RESULTS))
+
+
+def with_search(experiment: Experiment, **search: Any) -> Experiment:
+    tree = experiment.to_tree()
+    return Experiment.from_tree({**tree, "search": tree["search"] | search})
+
+
+def test_a_confirmed_run_whose_trials_were_cleared_keeps_its_outcome(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, result, run = searched(experiment)
+    confirm(run)
+    shutil.rmtree(run / "trials")
+    starts_nothing(monkeypatch)
+    again = run_search(experiment, quiet=True)
+    assert again.best == result.best
+    store = open_run(str(run))
+    assert store.read_json(CONFIRMATION) == CONFIRMED
+    assert (run / "best/model.safetensors").read_text() == "of a fresh seed"
+    assert damaged_files(store) == []
+    assert len(list((run / "trials").glob("*/trial.json"))) == 4
+
+
+def test_new_trials_of_a_run_whose_models_are_gone_keep_theirs(experiment: Experiment) -> None:
+    experiment, _, run = searched(experiment)
+    confirm(run)
+    shutil.rmtree(run / "trials")
+    result = run_search(experiment, quiet=True, extend=3)
+    assert result.best["trial"] == 4  # worse than the four whose models are gone
+    assert sorted(path.parent.name for path in run.glob("trials/*/best")) == ["4", "5"]
+    assert (run / "best/model.safetensors").read_text() == "of trial 4"
+    for _ in range(2):  # a later start counts the same models
+        (run / RESULTS).unlink()
+        assert run_search(experiment, quiet=True, extend=3).best["trial"] == 4
+        assert sorted(path.parent.name for path in run.glob("trials/*/best")) == ["4", "5"]
+
+
+def test_an_outcome_stays_where_no_other_can_be_made(experiment: Experiment) -> None:
+    experiment, _, run = searched(experiment)
+    confirm(run)
+    shutil.rmtree(run / "trials")
+    (run / "best/model.safetensors").write_text("damaged")
+    before = (run / RESULTS).read_text()
+    with pytest.raises(TrialError, match="none of 4 trials left a whole model"):
+        run_search(experiment, quiet=True)
+    assert (run / RESULTS).read_text() == before
+    assert (run / CONFIRMATION).exists()
+
+
+def test_a_damaged_record_costs_no_confirmation(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, result, run = searched(experiment)
+    confirm(run)
+    record = run / "trials/1/trial.json"
+    text = record.read_text()
+    record.write_text("{")
+    starts_nothing(monkeypatch)
+    assert run_search(experiment).best == result.best
+    assert "trials/1/trial.json was damaged and is written anew" in capsys.readouterr().out
+    assert record.read_text() == text
+    assert (run / CONFIRMATION).exists()
+
+
+@pytest.mark.parametrize(
+    ("budget", "key", "said"),
+    [
+        ({"patience": 2}, "patience", "no better trial among the last 2; raise"),
+        ({"worker_hours": 3 / 3600}, "worker_hours", "worker hours; raise"),
+        ({"target": 0.5}, "target", "target 0.5 reached; change"),
+    ],
+)
+def test_a_search_that_a_budget_ended_says_so_and_how_it_goes_on(
+    experiment: Experiment,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    budget: dict[str, Any],
+    key: str,
+    said: str,
+) -> None:
+    experiment, result, run = searched(experiment, trials=9, budget=budget)
+    ended = len(result.trials)
+    assert ended < 9
+    assert result.tree["ended_by"] == f"search.budget.{key}"
+    files = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with monkeypatch.context() as patch:
+        starts_nothing(patch)
+        again = run_search(experiment, extend=20, source="my.yaml")
+    lines = capsys.readouterr().out
+    assert "nothing to run: " in lines
+    assert f"{said} search.budget.{key}, or set it to null; its outcome:" in lines
+    assert f"ended by    search.budget.{key}={budget[key]:g}" in lines
+    assert again.tree == result.tree
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == files
+    [command] = [line for line in lines.splitlines() if "sft-ray search" in line]
+    values = dict(word.split("=") for word in shlex.split(command)[3:])
+    assert int(values.pop("search.trials")) == 29  # not used up
+    [(changed, value)] = values.items()
+    assert changed == f"search.budget.{key}"
+    limit = None if value == "null" else float(value)
+    grown = with_search(experiment, trials=29, budget={key: limit and type(budget[key])(limit)})
+    assert len(run_search(grown, quiet=True).trials) > ended
+
+
+def test_a_search_of_all_there_is_proposes_no_other(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, result, _ = searched(experiment, trials=9, space=FINITE, default_recipe=False)
+    assert (len(result.trials), result.tree["ended_by"]) == (4, "search.space")
+    starts_nothing(monkeypatch)
+    run_search(experiment, extend=5, source="my.yaml")
+    lines = capsys.readouterr().out
+    assert "nothing to run: all of its 4 configurations have run; a larger space" in lines
+    assert "ended by    its space" in lines
+    assert "sft-ray search" not in lines
+
+
+def test_a_search_whose_trials_are_used_up_grows(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, result, _ = searched(experiment)
+    assert result.tree["ended_by"] == "search.trials"
+    run_search(experiment, source="my.yaml search.trials=4")
+    lines = capsys.readouterr().out
+    assert "ended by" not in lines
+    assert "sft-ray search my.yaml search.trials=8" in lines
+    assert len(run_search(experiment, quiet=True, extend=4).trials) == 8
