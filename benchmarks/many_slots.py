@@ -49,6 +49,7 @@ class Slots:
             experiment,
             open_storage_in(store),
             recipe=default_recipe(22_000_000),
+            num_layers=6,
             direction="maximize",
             slots=slots,
         )

@@ -292,6 +292,7 @@ def replay(policy: Policy, pool: Pool, slots: int, seed: int) -> Repeat:
         experiment,
         optuna.storages.InMemoryStorage(),
         recipe=default_recipe(pool.layer_parameters),
+        num_layers=max(1, pool.num_layers),
         direction="maximize",
     )
     top1, top5 = pool.top(0.01), pool.top(0.05)

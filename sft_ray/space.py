@@ -34,8 +34,8 @@ class Prior:
     """Where good values are believed to lie: the middle, and one standard deviation around it.
 
     `spread` is a factor on a logarithmic domain (3 means 1/3 to 3 times the center) and a
-    difference on a linear one.  At the deepest frozen depth that is searched the center is
-    `frozen_factor` times as high, with nothing frozen as it stands, geometrically in between.
+    difference on a linear one.  With all of a model's layers frozen the center is `frozen_factor`
+    times as high, with nothing frozen as it stands, geometrically in between.
     """
 
     center: float

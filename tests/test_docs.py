@@ -112,6 +112,7 @@ def test_every_documented_search_resolves(tree, tmp_path, tiny_model) -> None:
         prepared.experiment,
         optuna.storages.InMemoryStorage(),
         recipe=default_recipe(prepared.model.layer_parameters),
+        num_layers=6,
         direction=prepared.direction,
     )
     first, second = study.next_trial(), study.next_trial()

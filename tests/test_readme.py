@@ -60,7 +60,7 @@ def test_the_python_of_the_readme_compiles_and_the_study_snippet_runs(
     storage = open_storage(tmp_path / "runs" / "quickstart" / "study.journal")
     experiment = Experiment.load(ROOT / "experiments" / "quickstart.yaml")
     recipe = default_recipe(22_000_000)
-    SearchStudy(experiment, storage, recipe=recipe, direction="maximize").next_trial()
+    SearchStudy(experiment, storage, recipe=recipe, num_layers=6, direction="maximize").next_trial()
     snippet = next(block for block in python if "load_study" in block)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

@@ -197,7 +197,9 @@ def test_an_unfinished_run_shows_its_best_so_far(tmp_path: Path) -> None:
 def test_a_running_trial_shows_its_curve(tmp_path: Path) -> None:
     store, exp = RunStore(str(tmp_path), "x"), experiment()
     store.pull_journal()
-    study = SearchStudy(exp, open_storage(store.journal), recipe=RECIPE, direction="maximize")
+    study = SearchStudy(
+        exp, open_storage(store.journal), recipe=RECIPE, num_layers=6, direction="maximize"
+    )
     planned = study.next_trial()
     assert planned is not None
     run_one(study, planned, stop_after=33)
@@ -217,6 +219,7 @@ def test_the_pareto_set_is_read_or_found(tmp_path: Path) -> None:
         exp,
         open_storage(store.journal),
         recipe=RECIPE,
+        num_layers=6,
         direction="maximize",
     )
     run_ends(study, [(0.9, 30.0, 1), (0.8, 40.0, 1), (0.7, 10.0, 1)])

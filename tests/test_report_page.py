@@ -200,7 +200,9 @@ def test_a_run_of_failures_alone_has_a_page(tmp_path: Path) -> None:
             store.write_text("study.journal", journal)
         empty = Page(render(Run.load(store.location)))
         assert "No trial has reached the end of its schedule." in empty.text
-    study = SearchStudy(exp, open_storage(store.journal), recipe=RECIPE, direction="maximize")
+    study = SearchStudy(
+        exp, open_storage(store.journal), recipe=RECIPE, num_layers=6, direction="maximize"
+    )
     while (planned := study.next_trial()) is not None:
         study.finish(planned.number, TrialState.FAIL, Outcome(reason="no space left"))
     for trial in study.trials:

@@ -51,7 +51,9 @@ def search_run(storage: Path, direction: str = "maximize") -> tuple[RunStore, Se
     store = RunStore(str(storage), "x")
     store.pull_journal()
     exp = experiment()
-    study = SearchStudy(exp, open_storage(store.journal), recipe=RECIPE, direction=direction)
+    study = SearchStudy(
+        exp, open_storage(store.journal), recipe=RECIPE, num_layers=6, direction=direction
+    )
     run_all(study)
     write_experiment(store, exp)
     store.write_json(ENVIRONMENT, {"python": "3"})
@@ -382,7 +384,7 @@ def test_a_study_of_a_costly_search_is_read_too(tmp_path: Path) -> None:
     store.pull_journal()
     exp = experiment(objective=["accuracy", "train_seconds"], trials=2)
     storage = open_storage(store.journal)
-    study = SearchStudy(exp, storage, recipe=RECIPE, direction="maximize")
+    study = SearchStudy(exp, storage, recipe=RECIPE, num_layers=6, direction="maximize")
     for _ in range(2):
         planned = study.next_trial()
         assert planned is not None

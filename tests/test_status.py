@@ -24,6 +24,7 @@ def begun(experiment: Experiment) -> tuple[RunStore, SearchStudy]:
         experiment,
         open_storage(store.journal),
         recipe=default_recipe(22_000_000),
+        num_layers=6,
         direction="maximize",
     )
     return store, study

@@ -34,7 +34,10 @@ class DrawnTrial:
 
 
 def drawn_trials(
-    experiment: Experiment, recipe: Mapping[str, Any], warm: Sequence[dict[str, Any]] = ()
+    experiment: Experiment,
+    recipe: Mapping[str, Any],
+    num_layers: int,
+    warm: Sequence[dict[str, Any]] = (),
 ) -> list[DrawnTrial]:
     """What runs first stands for itself; draws stand for the sampled trials.
 
@@ -43,6 +46,7 @@ def drawn_trials(
     Args:
         experiment: with its search space written out.
         recipe: values of the default recipe by dotted path.
+        num_layers: of the model.
         warm: flat parameters of other runs.
     """
     search, train, space = experiment.search, experiment.train, experiment.search.domains
@@ -68,8 +72,10 @@ def drawn_trials(
     if finite is None or not left:
         # The priors' share falls with the trial's number.
         numbers = [len(found) + i * left // DRAWS for i in range(DRAWS if left else 0)]
-        priors = (prior_draw(space, derived_seed(seed, i), n) for i, n in enumerate(numbers))
-        draws = [configured(params) for params in priors]
+        draws = [
+            configured(prior_draw(space, derived_seed(seed, i), number, train, num_layers))
+            for i, number in enumerate(numbers)
+        ]
     else:
         tried = {key_of(trial.train.model_dump()) for trial in found}
         untried = [point for key, point in finite.points.items() if key not in tried]

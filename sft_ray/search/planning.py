@@ -81,7 +81,8 @@ def run_plan(
     sharing = None
     if is_asked(experiment.resources):
         sharing, layout = _shared(screen, prepared, has, address)
-    drawn = drawn_trials(experiment, default_recipe(prepared.model.layer_parameters), warm)
+    model = prepared.model
+    drawn = drawn_trials(experiment, default_recipe(model.layer_parameters), model.num_layers, warm)
     screen.say(f"measuring training and evaluation, about {probe_seconds:g} s …")
     speed = measure(prepared, layout, [trial.train for trial in drawn], probe_seconds)
     plan = estimate(prepared, layout, speed, drawn, price_per_hour)

@@ -17,7 +17,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray import space as spaces
-from sft_ray.config import Experiment, Search, apply_values
+from sft_ray.config import Experiment, Search, Train, apply_values
 from sft_ray.recipes import YARDSTICK
 from sft_ray.search.finite_space import FiniteSpace, key_of, key_of_point
 from sft_ray.search.samplers import build_sampler
@@ -87,10 +87,16 @@ def first_trials(
             yield params, "warm start"
 
 
-def prior_draw(space: Space, seed: int, number: int) -> dict[str, Any]:
+def prior_draw(
+    space: Space, seed: int, number: int, train: Train, num_layers: int
+) -> dict[str, Any]:
     """With the share n0 / (n0 + n) of all draws, the priors' word where there are some.
 
     The other parameters are left to the sampler; empty where it has all the say.
+
+    Args:
+        train: what is not searched.
+        num_layers: of the model.
     """
     known = spaces.domains(space)
     priors = {
@@ -102,14 +108,18 @@ def prior_draw(space: Space, seed: int, number: int) -> dict[str, Any]:
     if rng.random() >= PRIOR_STRENGTH / (PRIOR_STRENGTH + number):
         return {}
     drawn: dict[str, Any] = {}
-    frozen_share, depth = 0.0, known.get(FROZEN_LAYERS)
-    if isinstance(depth, Numeric) and any(prior.frozen_factor != 1 for _, prior in priors.values()):
-        drawn[FROZEN_LAYERS] = (
-            int(rng.integers(int(depth.low), int(depth.high) + 1))
-            if depth.prior is None
-            else _draw_prior(depth, depth.prior, 0.0, rng)
-        )
-        frozen_share = drawn[FROZEN_LAYERS] / max(depth.high, 1)
+    frozen_share = 0.0
+    if any(prior.frozen_factor != 1 for _, prior in priors.values()):
+        depth = space.get(FROZEN_LAYERS, train.frozen_layers)
+        if isinstance(depth, Numeric):
+            depth = drawn[FROZEN_LAYERS] = (
+                int(rng.integers(int(depth.low), int(depth.high) + 1))
+                if depth.prior is None
+                else _draw_prior(depth, depth.prior, 0.0, rng)
+            )
+        elif isinstance(depth, Choice):
+            depth = drawn[FROZEN_LAYERS] = depth.options[int(rng.integers(len(depth.options)))]
+        frozen_share = 1.0 if depth == "all" else depth / num_layers
     for name, (domain, prior) in priors.items():
         if name not in drawn:
             drawn[name] = _draw_prior(domain, prior, frozen_share, rng)
@@ -122,7 +132,7 @@ def _draw_prior(
     """A normal draw around the prior's center (log-normal on a log scale), within the range.
 
     Args:
-        frozen_share: frozen depth of the configuration, of the deepest in its range.
+        frozen_share: of the model's layers.
     """
     if domain.low == domain.high:  # never hit by chance
         return domain.low
@@ -137,13 +147,14 @@ def _draw_prior(
 
 
 def propose_untried(
-    study: optuna.Study, finite: FiniteSpace, search: Search, seed: int, number: int
+    study: optuna.Study, finite: FiniteSpace, experiment: Experiment, number: int, num_layers: int
 ) -> dict[str, Any]:
     """A point that no trial has trained, the sampler's own if it finds one; empty at the end."""
+    search, seed = experiment.search, experiment.seed
     untried = finite.untried(study.get_trials(deepcopy=False))
     if not untried or search.sampler == "grid":
         return next(iter(untried.values()), {})
-    fixed = prior_draw(finite.space, seed, number)
+    fixed = prior_draw(finite.space, seed, number, experiment.train, num_layers)
     attempts = ATTEMPTS.get(search.sampler, 0)
     if attempts:
         seen = as_seen_now(trials_begun(study), search, study.directions[0])
@@ -159,9 +170,12 @@ def propose_untried(
     return left[int(rng.integers(len(left)))]
 
 
-def propose(study: optuna.Study, search: Search, seed: int, number: int) -> dict[str, Any]:
+def propose(
+    study: optuna.Study, experiment: Experiment, number: int, num_layers: int
+) -> dict[str, Any]:
     """What the sampler would not draw by itself; empty where it has all the say."""
-    fixed = prior_draw(search.domains, seed, number)
+    search, seed = experiment.search, experiment.seed
+    fixed = prior_draw(search.domains, seed, number, experiment.train, num_layers)
     begun = trials_begun(study)
     seen = as_seen_now(begun, search, study.directions[0])
     if seen == begun:

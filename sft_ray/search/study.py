@@ -91,6 +91,7 @@ class SearchStudy:
         experiment: with its search space written out.
         storage: where the study lives; an existing study goes on.
         recipe: values of the default recipe by dotted path.
+        num_layers: of the model.
         direction: of the objective.
         slots: trials that run at a time.
         warm: flat parameters to begin with, from other runs.
@@ -102,6 +103,7 @@ class SearchStudy:
         storage: BaseStorage,
         *,
         recipe: Mapping[str, Any],
+        num_layers: int,
         direction: Literal["maximize", "minimize"],
         slots: int = 1,
         warm: Sequence[dict[str, Any]] = (),
@@ -109,7 +111,7 @@ class SearchStudy:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         search = experiment.search
         self.experiment, self.recipe, self.costs = experiment, dict(recipe), tuple(search.costs)
-        self.space, self.slots = search.domains, slots
+        self.space, self.slots, self.num_layers = search.domains, slots, num_layers
         self.finite = FiniteSpace.of(search, experiment.train)
         self.sign = 1 if direction == "maximize" else -1
         self.pruner = build_pruner(search)
@@ -197,13 +199,13 @@ class SearchStudy:
         """Put a configuration in line that the sampler would not draw by itself, if one is due."""
         if self._waiting():
             return
-        search, seed = self.experiment.search, self.experiment.seed
+        experiment, layers = self.experiment, self.num_layers
         if self.finite is None:
-            proposed = propose(self.study, search, seed, number)
+            proposed = propose(self.study, experiment, number, layers)
         else:
-            proposed = propose_untried(self.study, self.finite, search, seed, number)
+            proposed = propose_untried(self.study, self.finite, experiment, number, layers)
         if proposed:
-            role = {"role": "grid"} if search.sampler == "grid" else None
+            role = {"role": "grid"} if experiment.search.sampler == "grid" else None
             self.study.enqueue_trial(proposed, user_attrs=role)
 
     def _waiting(self) -> list[FrozenTrial]:

@@ -331,6 +331,7 @@ def _study(
         prepared.experiment,
         storage,
         recipe=default_recipe(prepared.model.layer_parameters),
+        num_layers=prepared.model.num_layers,
         direction=prepared.direction,
         slots=slots,
         warm=warm,

@@ -20,6 +20,7 @@ def opened(experiment: Experiment, store: RunStore) -> SearchStudy:
         experiment,
         open_storage(store.journal),
         recipe=default_recipe(22_000_000),
+        num_layers=6,
         direction="maximize",
     )
 

@@ -140,6 +140,7 @@ def test_a_search_that_goes_on_shows_what_ended_before(tmp_path: Path) -> None:
         Experiment.from_tree(tree),
         open_storage(tmp_path / "journal"),
         recipe=default_recipe(22_000_000),
+        num_layers=6,
         direction="maximize",
     )
     for score in (0.5, 0.75):

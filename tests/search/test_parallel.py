@@ -57,7 +57,9 @@ def answer(study: SearchStudy, planned: PlannedTrial) -> None:
 
 
 def with_finished_trials(exp: Experiment, count: int) -> SearchStudy:
-    study = SearchStudy(exp, optuna.storages.InMemoryStorage(), recipe=RECIPE, direction="maximize")
+    study = SearchStudy(
+        exp, optuna.storages.InMemoryStorage(), recipe=RECIPE, num_layers=6, direction="maximize"
+    )
     for _ in range(count):
         planned = study.next_trial()
         assert planned is not None

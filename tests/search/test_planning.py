@@ -193,8 +193,8 @@ def test_a_finite_space_ends_the_search(experiment: Experiment, sampler: str) ->
 def test_what_is_drawn_lies_in_the_space_and_stands_for_all_trials(experiment: Experiment) -> None:
     prepared = prepare_experiment(experiment)
     recipe = default_recipe(prepared.model.layer_parameters)
-    drawn = drawn_trials(prepared.experiment, recipe)
-    assert drawn == drawn_trials(prepared.experiment, recipe)
+    drawn = drawn_trials(prepared.experiment, recipe, 2)
+    assert drawn == drawn_trials(prepared.experiment, recipe, 2)
     assert len(drawn) == DRAWS + 1
     assert sum(trial.weight for trial in drawn) == pytest.approx(4)
     assert [trial.prunable for trial in drawn[:2]] == [False, True]
@@ -214,6 +214,7 @@ def test_priors_have_their_say_in_the_draws(experiment: Experiment) -> None:
             for trial in drawn_trials(
                 changed(experiment, {"space": {"train.learning_rate": narrow}, "trials": trials}),
                 {},
+                2,
             )
         ]
         for trials in (4, 1000)

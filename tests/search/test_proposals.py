@@ -13,8 +13,9 @@ from sft_ray import space as spaces
 from sft_ray.analysis.outcome import Outcome
 from sft_ray.config import Experiment, Search, Train
 from sft_ray.errors import ConfigError
+from sft_ray.search import proposals
 from sft_ray.search.finite_space import MOST_POINTS, FiniteSpace, num_points
-from sft_ray.search.proposals import PRIOR_STRENGTH, prior_draw
+from sft_ray.search.proposals import PRIOR_STRENGTH
 from sft_ray.search.study import SearchStudy
 from sft_ray.search.trials import PlannedTrial
 from tests.search.test_study import RECIPE, experiment, finite, history, open_study, run_all
@@ -39,7 +40,7 @@ PRIORS = {
 
 def in_memory(exp: Experiment) -> SearchStudy:
     storage = optuna.storages.InMemoryStorage()
-    return SearchStudy(exp, storage, recipe=RECIPE, direction="maximize")
+    return SearchStudy(exp, storage, recipe=RECIPE, num_layers=6, direction="maximize")
 
 
 def configuration(train: dict[str, Any]) -> str:
@@ -204,6 +205,12 @@ def test_tpe_still_learns_in_a_finite_space() -> None:
     assert sum(distance[25:]) / 15 < 0.5 * sum(distance[:10]) / 10
 
 
+def prior_draw(
+    space: spaces.Space, seed: int, number: int, train: Train | None = None, num_layers: int = 6
+) -> dict[str, Any]:
+    return proposals.prior_draw(space, seed, number, train or Train(), num_layers)
+
+
 def test_prior_draws_name_the_parameters_with_priors_and_stay_in_range() -> None:
     space = spaces.parse_space(PRIORS)
     known = spaces.domains(space)
@@ -306,6 +313,30 @@ def test_a_prior_of_the_learning_rate_rises_with_the_frozen_depth() -> None:
         assert middle == pytest.approx(1e-4 * 3 ** (k / 6), rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("frozen_layers", "train", "factor"),
+    [
+        ({"int": [0, 3]}, Train(), 3**0.25),  # 0 to 3 of 6 layers: an eighth of 3 on average
+        ({"choice": [2]}, Train(), 3 ** (1 / 3)),
+        ({"choice": ["all"]}, Train(), 3),
+        (3, Train(), 3**0.5),
+        (None, Train(frozen_layers="all"), 3),
+        (None, Train(frozen_layers=3), 3**0.5),
+    ],
+)
+def test_the_frozen_depth_is_of_the_models_layers_wherever_it_is_set(
+    frozen_layers: Any, train: Train, factor: float
+) -> None:
+    prior = {"center": 1e-4, "spread": 1.5, "frozen_factor": 3.0}
+    raw: dict[str, Any] = {"train.learning_rate": {"log_uniform": [1e-7, 1e-1], "prior": prior}}
+    if frozen_layers is not None:
+        raw["train.frozen_layers"] = frozen_layers
+    space = spaces.parse_space(raw)
+    rates = [prior_draw(space, seed, 0, train)["train.learning_rate"] for seed in range(2000)]
+    middle = math.exp(sum(map(math.log, rates)) / len(rates))
+    assert middle == pytest.approx(1e-4 * factor, rel=0.05)
+
+
 def test_a_combination_that_cannot_be_trained_is_said_before_the_search() -> None:
     space = {"train.warmup": {"choice": [0.0, 0.5]}, "train.cooldown": {"choice": [0.2, 0.6]}}
     train = Train(schedule="constant_with_cooldown")
@@ -361,7 +392,9 @@ def test_a_warm_start_that_leaves_something_open_repeats_nothing(sampler: str) -
         exp = exp.model_copy(update={"seed": seed})
         warm = [{"train.batch_size": 16}, {"train.batch_size": 16, "train.epochs": 1}]
         storage = optuna.storages.InMemoryStorage()
-        study = SearchStudy(exp, storage, recipe=RECIPE, direction="maximize", warm=warm)
+        study = SearchStudy(
+            exp, storage, recipe=RECIPE, num_layers=6, direction="maximize", warm=warm
+        )
         run_all(study)
         assert len(trained(study)) == len(set(trained(study))) == 4
         assert study.trials[0].user_attrs["role"] == "warm start"

@@ -70,6 +70,7 @@ def test_five_hundred_trials_leave_as_many_models_as_are_kept(
         experiment,
         open_storage(store.journal),
         recipe=default_recipe(22_000_000),
+        num_layers=6,
         direction="maximize",
         slots=SLOTS,
     )

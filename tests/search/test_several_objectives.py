@@ -33,7 +33,7 @@ def open_study(
     storage = (
         open_storage(folder / "study.journal") if folder else optuna.storages.InMemoryStorage()
     )
-    return SearchStudy(exp, storage, recipe=RECIPE, direction=direction)
+    return SearchStudy(exp, storage, recipe=RECIPE, num_layers=6, direction=direction)
 
 
 def several(**search: Any) -> Experiment:

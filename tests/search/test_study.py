@@ -51,7 +51,7 @@ def experiment(**search: Any) -> Experiment:
 
 def open_study(folder: Path, exp: Experiment, direction: str = "maximize") -> SearchStudy:
     storage = open_storage(folder / "study.journal")
-    return SearchStudy(exp, storage, recipe=RECIPE, direction=direction)
+    return SearchStudy(exp, storage, recipe=RECIPE, num_layers=6, direction=direction)
 
 
 def quality(planned: PlannedTrial, percent: int) -> float:
@@ -612,9 +612,13 @@ def test_wall_minutes_keep_a_reserve_shared_out_over_the_slots(
 
     def reopened(seconds: float) -> SearchStudy:
         storage = open_storage(tmp_path / "study.journal")
-        study = SearchStudy(exp, storage, recipe=RECIPE, direction="maximize", slots=slots)
+        study = SearchStudy(
+            exp, storage, recipe=RECIPE, num_layers=6, direction="maximize", slots=slots
+        )
         study.study.set_user_attr("wall_seconds", seconds)
-        return SearchStudy(exp, storage, recipe=RECIPE, direction="maximize", slots=slots)
+        return SearchStudy(
+            exp, storage, recipe=RECIPE, num_layers=6, direction="maximize", slots=slots
+        )
 
     assert reopened(90.0).budget_used_up() is None  # nothing has finished: nothing is known
     study = reopened(0.0)

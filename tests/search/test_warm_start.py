@@ -302,7 +302,7 @@ def test_a_damaged_run_is_one_line_that_names_the_file(tmp_path: Path, name: str
 
 def warm_study(folder: Path, exp: Experiment, warm: list[dict[str, Any]]) -> SearchStudy:
     storage = open_storage(folder / "study.journal")
-    return SearchStudy(exp, storage, recipe=RECIPE, direction="maximize", warm=warm)
+    return SearchStudy(exp, storage, recipe=RECIPE, num_layers=6, direction="maximize", warm=warm)
 
 
 def test_warm_configurations_run_behind_the_recipe_and_what_was_enqueued(tmp_path: Path) -> None:
@@ -364,6 +364,7 @@ def test_what_a_finished_search_leaves_warms_another(tmp_path: Path) -> None:
         experiment(trials=1, default_recipe=False),
         optuna.storages.InMemoryStorage(),
         recipe=RECIPE,
+        num_layers=6,
         direction="maximize",
         warm=found,
     )
