@@ -23,6 +23,19 @@ INTERRUPTED = 130
 MOST_CHARACTERS = 680  # of a line of an error; how to mend it stands at its end
 
 
+# What several verbs take.
+ExperimentFile = Annotated[str, typer.Argument(help="YAML file of the experiment.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="dotted.path=value, for example search.trials=6")
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Set an existing run folder aside and begin again.")
+]
+Address = Annotated[str | None, typer.Option(help="Ray cluster, for example auto.")]
+Price = Annotated[float | None, typer.Option(min=0, help="Dollars per worker and hour.")]
+Model = Annotated[str, typer.Argument(help="Model folder, hub id, or run folder.")]
+
+
 def examples(*commands: str) -> str:
     """The end of a verb's help; \\b keeps its lines."""
     return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
@@ -117,14 +130,12 @@ def _preflight(address: str | None) -> Callable[[Experiment], object]:
     )
 )
 def plan(
-    experiment: Annotated[str, typer.Argument(help="YAML file of the experiment.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="dotted.path=value, for example search.trials=6")
-    ] = None,
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster whose slots are counted, for example auto.")
     ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Dollars per worker and hour.")] = None,
+    price: Price = None,
 ) -> None:
     """Say what a search would cost, from a short probe, and what would be refused."""
 
@@ -144,19 +155,15 @@ def plan(
     )
 )
 def search(
-    experiment: Annotated[str, typer.Argument(help="YAML file of the experiment.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="dotted.path=value, for example search.trials=6")
-    ] = None,
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
     address: Annotated[
         str | None,
         typer.Option(
             help="Ray cluster, for example auto.  Default: one running here, else a new one."
         ),
     ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Set an existing run folder aside and begin again.")
-    ] = False,
+    fresh: Fresh = False,
     extend: Annotated[
         int, typer.Option(min=0, help="Trials to add to those the run folder was made for.")
     ] = 0,
@@ -172,14 +179,12 @@ def search(
 
 @app.command(epilog=examples("sft-ray train my.yaml train.learning_rate=1e-4 train.epochs=4"))
 def train(
-    experiment: Annotated[str, typer.Argument(help="YAML file of the experiment.")],
+    experiment: ExperimentFile,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="dotted.path=value, for example train.learning_rate=1e-4"),
     ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Set an existing run folder aside and begin again.")
-    ] = False,
+    fresh: Fresh = False,
 ) -> None:
     """Train the experiment's one configuration, without Ray; ends with the best checkpoint."""
 
@@ -231,7 +236,7 @@ def evaluate(
     )
 )
 def predict(
-    model: Annotated[str, typer.Argument(help="Model folder, hub id, or run folder.")],
+    model: Model,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say how much each token spoke for the answer.")
     ] = False,
@@ -256,7 +261,7 @@ def predict(
     epilog=examples("sft-ray export runs/my --onnx", "sft-ray export my/model --onnx --out my-onnx")
 )
 def export(
-    model: Annotated[str, typer.Argument(help="Model folder, hub id, or run folder.")],
+    model: Model,
     onnx: Annotated[bool, typer.Option("--onnx", help="As an ONNX graph; the one format.")] = False,
     out: Annotated[
         str | None, typer.Option(help="Folder to write.  Default: onnx in the run folder.")
@@ -290,7 +295,7 @@ def export(
     )
 )
 def serve(
-    model: Annotated[str, typer.Argument(help="Model folder, hub id, or run folder.")],
+    model: Model,
     host: Annotated[
         str, typer.Option(help="Address to listen on; there is no authentication.")
     ] = "127.0.0.1",
@@ -350,7 +355,7 @@ def confirm(
     run: Annotated[str, typer.Argument(help="Folder of a finished search.")],
     top: Annotated[int, typer.Option(min=1, max=100, help="Configurations, by search score.")] = 3,
     seeds: Annotated[int, typer.Option(min=2, max=100, help="Fresh seeds for each.")] = 5,
-    address: Annotated[str | None, typer.Option(help="Ray cluster, for example auto.")] = None,
+    address: Address = None,
 ) -> None:
     """Train a search's best configurations on fresh seeds; score the test split once."""
     from sft_ray.config import Confirm
@@ -367,7 +372,7 @@ def ablate(
         list[str],
         typer.Argument(help="YAML files of ablations, and key=value, for example base=runs/mine"),
     ],
-    address: Annotated[str | None, typer.Option(help="Ray cluster, for example auto.")] = None,
+    address: Address = None,
 ) -> None:
     """Vary one thing around a base over shared seeds; leaves tables and figures."""
     from sft_ray.ablation_file import Ablation
@@ -398,7 +403,7 @@ def verify(run: Annotated[str, typer.Argument(help="Folder of a finished run.")]
 def replay(
     run: Annotated[str, typer.Argument(help="Folder of a run.")],
     trial: Annotated[int, typer.Option(min=0, help="Number of the trial.")],
-    address: Annotated[str | None, typer.Option(help="Ray cluster, for example auto.")] = None,
+    address: Address = None,
 ) -> None:
     """Train one trial again and compare its numbers."""
     from sft_ray.search.replay import run_replay
@@ -460,7 +465,7 @@ def report(
     out: Annotated[
         str | None, typer.Option(help="File to write.  Default: report.html in the run folder.")
     ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Dollars per worker and hour.")] = None,
+    price: Price = None,
     texts: Annotated[
         bool, typer.Option(help="Show the hardest examples, which are sentences of the data.")
     ] = True,
@@ -478,7 +483,7 @@ def report(
     )
 )
 def doctor(
-    address: Annotated[str | None, typer.Option(help="Ray cluster, for example auto.")] = None,
+    address: Address = None,
     storage: Annotated[
         str | None,
         typer.Option(help="Storage to try from every machine.", envvar="SFT_RAY_STORAGE"),
