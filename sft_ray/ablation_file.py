@@ -11,10 +11,10 @@ from sft_ray.config import Section, Train, apply_values
 from sft_ray.config_problems import explain
 from sft_ray.errors import ConfigError, did_you_mean
 from sft_ray.location import Location
+from sft_ray.space import FROZEN_LAYERS
 from sft_ray.yaml_text import read_tree
 
 SHARE = "data.train_share"  # of the training rows
-FROZEN_LAYERS = "train.frozen_layers"
 LEARNING_RATE, BATCH_SIZE = "train.learning_rate", "train.batch_size"
 MOST_ARMS = 200
 # How the learning rate follows the batch size: not, by its square root, or in proportion.

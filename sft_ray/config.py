@@ -26,7 +26,7 @@ from sft_ray.location import Location
 from sft_ray.yaml_text import read_tree
 
 # Fields of a trial's outcome that a search can keep small beside its score.
-COSTS = ("train_seconds", "trained_parameters", "memory_bytes")
+COSTS = ("train_seconds", "trained_parameters", "memory_bytes")  # of a trial, beside its score
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 # One column, or [start, end] columns of a span; null leaves an optional field out.

@@ -17,6 +17,7 @@ from sft_ray.recipes import RECIPES, Recipe, learning_rate_range, prior_of
 
 NUMERIC_KINDS = ("uniform", "log_uniform", "int", "log_int")
 KINDS = (*NUMERIC_KINDS, "choice", "one_of")
+FROZEN_LAYERS = "train.frozen_layers"
 PRIOR_KEYS = {"center", "spread", "frozen_factor"}
 # Where a regularisation kind is searched without a written range.  The scale follows the size of
 # the penalty's gradient: a sign for l1, a weight (about 0.04) for l2, a drift (about 0.001) for

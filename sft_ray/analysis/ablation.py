@@ -22,17 +22,17 @@ from sft_ray.analysis.statistics import (
     paired_difference,
     probability_of_improvement,
 )
+from sft_ray.config import COSTS
 
 BASE = "base"
 FEW = 5  # runs; below, a standard deviation is little more than a guess
 # Cost -> its heading, and what it is divided by there.
-COSTS = {
+COST_HEADINGS = {
     "train_seconds": ("training (s)", 1.0),
     "eval_seconds": ("evaluation (s)", 1.0),
     "trained_parameters": ("trained parameters (M)", 1e6),
     "memory_bytes": ("memory (MB)", 1e6),
 }
-SHOWN_COSTS = ("train_seconds", "trained_parameters", "memory_bytes")
 COLUMNS = (
     "arm",
     "changes",
@@ -51,7 +51,7 @@ COLUMNS = (
     "p_corrected",
     "probability_of_improvement",
     "detectable_difference",
-    *COSTS,
+    *COST_HEADINGS,
 )
 
 
@@ -159,7 +159,7 @@ def summarize(
                 )
                 if is_compared
                 else None,
-                **{cost: _mean_of(cost, finished[arm.name].values()) for cost in COSTS},
+                **{cost: _mean_of(cost, finished[arm.name].values()) for cost in COST_HEADINGS},
             )
         )
     return summaries
@@ -178,7 +178,7 @@ def to_tree(summaries: Sequence[ArmSummary]) -> dict[str, Any]:
             "versus_base": asdict(summary.versus_base) if summary.versus_base else None,
             "p_corrected": summary.p_corrected,
             "improvement": summary.improvement,
-            **{cost: getattr(summary, cost) for cost in COSTS},
+            **{cost: getattr(summary, cost) for cost in COST_HEADINGS},
         }
         for summary in summaries
     ]
@@ -204,7 +204,7 @@ def from_tree(tree: Mapping[str, Any]) -> list[ArmSummary]:
             versus_base=Paired(**row["versus_base"]) if row["versus_base"] else None,
             p_corrected=row["p_corrected"],
             improvement=row["improvement"],
-            **{cost: row[cost] for cost in COSTS},
+            **{cost: row[cost] for cost in COST_HEADINGS},
         )
         for row in tree["arms"]
     ]
@@ -225,7 +225,7 @@ def to_csv(summaries: Sequence[ArmSummary], metric: str) -> str:
             "failed": summary.failed,
             "p_corrected": summary.p_corrected,
             "probability_of_improvement": summary.improvement,
-            **{cost: getattr(summary, cost) for cost in COSTS},
+            **{cost: getattr(summary, cost) for cost in COST_HEADINGS},
         }
         if score:
             row |= {
@@ -325,7 +325,7 @@ def table(summaries: Sequence[ArmSummary], metric: str) -> list[list[str]]:
     decimals = _decimals(summaries)
     head = ["arm", f"{metric}, mean", "sd", "95 % interval", "difference to base", "95 % interval"]
     head += ["P(improvement)", "p, corrected", "n", "detectable"]
-    rows = [head + [COSTS[cost][0] for cost in SHOWN_COSTS]]
+    rows = [head + [COST_HEADINGS[cost][0] for cost in COSTS]]
 
     def number(value: float | None, sign: str = "") -> str:
         return "" if value is None else f"{value:{sign}.{decimals}f}"
@@ -350,9 +350,9 @@ def table(summaries: Sequence[ArmSummary], metric: str) -> list[list[str]]:
             _runs(summary),
             number(paired.detectable if paired else None),
         ]
-        for cost in SHOWN_COSTS:
+        for cost in COSTS:
             value = getattr(summary, cost)
-            cells.append("" if value is None else shown(value / COSTS[cost][1]))
+            cells.append("" if value is None else shown(value / COST_HEADINGS[cost][1]))
         rows.append(cells)
     return rows
 

@@ -18,7 +18,7 @@ from matplotlib.font_manager import fontManager
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.transforms import offset_copy
 
-from sft_ray.analysis.ablation import COSTS, ArmSummary
+from sft_ray.analysis.ablation import COST_HEADINGS, ArmSummary
 from sft_ray.analysis.report.axes import LOG_FROM
 
 DOTS_PER_INCH = 150  # of the PNG
@@ -56,7 +56,7 @@ def draw_ablation(
     costs: Sequence[str] = (),
     base_values: Mapping[str, Any] | None = None,
 ) -> Figure:
-    """Score with its intervals per arm, and one panel for each of `costs` (see `COSTS`).
+    """Score with its intervals per arm, and one panel for each of `costs` (see `COST_HEADINGS`).
 
     Arms that differ in one number only are a line over it, with the base as a band; all others
     are rows.
@@ -165,7 +165,7 @@ def _draw_rows(
     panel.set_ylim(len(summaries) - 0.4, -0.6)  # the first arm on top
     _legend(figure, panel)
     for cost, cost_panel in zip(costs, cost_panels, strict=True):
-        heading, unit = COSTS[cost]
+        heading, unit = COST_HEADINGS[cost]
         for row, summary in zip(rows, summaries, strict=True):
             value = getattr(summary, cost)
             if value is not None:
@@ -222,7 +222,7 @@ def _draw_line(
     panel.set_ylabel(metric)
     _legend(figure, panel)
     for cost, cost_panel in zip(costs, cost_panels, strict=True):
-        heading, unit = COSTS[cost]
+        heading, unit = COST_HEADINGS[cost]
         known = [(value, summary) for value, summary in arms if getattr(summary, cost) is not None]
         cost_panel.plot(
             [value for value, _ in known],

@@ -8,8 +8,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from sft_ray.analysis.outcome import curve_of, score_of
-from sft_ray.recipes import YARDSTICK
+from sft_ray.analysis.outcome import curve_of, is_yardstick, score_of
 
 RELIABLE_FROM = 30  # trials; the field's rule of thumb for a forest over a handful of dimensions
 FEWEST = 4
@@ -42,9 +41,9 @@ def _judge(
 ) -> dict[str, Any]:
     scored = [(t, value) for t in trials if (value := score(t)) is not None]
     # A default recipe outside the space lacks what all others have, which would not be judged.
-    others = [set(trial.params) for trial, _ in scored if not _is_yardstick(trial)]
+    others = [set(trial.params) for trial, _ in scored if not is_yardstick(trial)]
     always = set.intersection(*others) if others else set()
-    scored = [(t, v) for t, v in scored if not _is_yardstick(t) or always <= set(t.params)]
+    scored = [(t, v) for t, v in scored if not is_yardstick(t) or always <= set(t.params)]
     found = {name: _judged(share, len(scored)) for name, share in _shares(scored).items()}
     names = {name for trial, _ in scored for name in trial.params}
     for name in sorted(n for n in names if any(n not in trial.params for trial, _ in scored)):
@@ -62,10 +61,6 @@ def _judge(
 
 def _judged(share: float, among: int) -> dict[str, Any]:
     return {"importance": share, "trials": among, "reliable": among >= RELIABLE_FROM}
-
-
-def _is_yardstick(trial: FrozenTrial) -> bool:
-    return bool(trial.user_attrs.get("role") == YARDSTICK)
 
 
 def _shares(scored: Sequence[tuple[FrozenTrial, float]]) -> dict[str, float]:

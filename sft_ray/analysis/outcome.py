@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
-from optuna.trial import FrozenTrial
+from optuna.trial import BaseTrial, FrozenTrial
+
+from sft_ray.recipes import YARDSTICK
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,16 @@ class Outcome:
 def slot_seconds_of(row: Mapping[str, Any]) -> float:
     """What a trial of results.json took of its slot; a damaged or younger row says less."""
     return sum(row.get(f"{part}_seconds") or 0.0 for part in ("train", "eval", "overhead"))
+
+
+def role_of(trial: BaseTrial) -> str:
+    """Where its configuration comes from."""
+    return str(trial.user_attrs.get("role", "sampled"))
+
+
+def is_yardstick(trial: BaseTrial) -> bool:
+    """Whether it is the default recipe."""
+    return role_of(trial) == YARDSTICK
 
 
 def score_of(trial: FrozenTrial) -> float:

@@ -16,7 +16,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from sft_ray.analysis.outcome import Outcome, curve_of, score_of
+from sft_ray.analysis.outcome import Outcome, curve_of, is_yardstick, role_of, score_of
 from sft_ray.errors import ConfigError
 from sft_ray.recipes import YARDSTICK
 from sft_ray.run_store import (
@@ -335,7 +335,7 @@ def row_of(trial: FrozenTrial, seed: int) -> dict[str, Any]:
     return trial_row(
         number=trial.number,
         state=trial.state.name,
-        role=trial.user_attrs.get("role", "sampled"),
+        role=role_of(trial),
         params=trial.user_attrs["params"],
         train=trial.user_attrs["train"],
         outcome=outcome,
@@ -372,7 +372,7 @@ def why_no_gain(rows: Sequence[Mapping[str, Any]]) -> str:
 def gain_over_default(trials: Sequence[FrozenTrial], best: FrozenTrial, sign: int) -> float | None:
     """How much better the winner is than the default recipe; None if that did not finish."""
     for trial in trials:
-        is_default = trial.user_attrs.get("role") == YARDSTICK
+        is_default = is_yardstick(trial)
         if is_default and trial.state == TrialState.COMPLETE and best.state == TrialState.COMPLETE:
             return sign * (score_of(best) - score_of(trial))
     return None

@@ -17,11 +17,12 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray import space as spaces
+from sft_ray.analysis.outcome import is_yardstick
 from sft_ray.config import Experiment, Search, Train, apply_values
 from sft_ray.recipes import YARDSTICK
 from sft_ray.search.finite_space import FiniteSpace, key_of, key_of_point
 from sft_ray.search.samplers import build_sampler
-from sft_ray.space import Choice, Numeric, Prior, Space
+from sft_ray.space import FROZEN_LAYERS, Choice, Numeric, Prior, Space
 from sft_ray.training.seeds import derived_seed
 
 PRIOR_STRENGTH = 10  # n0: trials after which half of the draws come from the sampler
@@ -29,7 +30,6 @@ PRIOR_STRENGTH = 10  # n0: trials after which half of the draws come from the sa
 # qmc begin its sequence anew, so it takes any untried point.
 ATTEMPTS = {"tpe": 20, "nsga2": 20, "random": 20, "gp": 2}
 SAMPLERS_THAT_LOOK = ("tpe", "gp", "nsga2")  # at the trials before
-FROZEN_LAYERS = "train.frozen_layers"
 
 
 def first_trials(
@@ -209,9 +209,7 @@ def as_seen_now(
     if search.sampler not in SAMPLERS_THAT_LOOK:
         return trials
     always = spaces.always_drawn(search.domains)
-    trials = [
-        t for t in trials if t.user_attrs.get("role") != YARDSTICK or always <= t.params.keys()
-    ]
+    trials = [t for t in trials if not is_yardstick(t) or always <= t.params.keys()]
     if search.sampler == "tpe":
         return [_shown_so_far(trial) for trial in trials]
     if search.sampler == "gp":

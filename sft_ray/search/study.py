@@ -21,10 +21,9 @@ from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray import space as spaces
-from sft_ray.analysis.outcome import Outcome, score_of
+from sft_ray.analysis.outcome import Outcome, is_yardstick, score_of
 from sft_ray.analysis.results import ranking, row_of
 from sft_ray.config import Experiment, apply_values
-from sft_ray.recipes import YARDSTICK
 from sft_ray.run_store import trial_folder
 from sft_ray.screen import short_params
 from sft_ray.search.board import Board, EndedTrial
@@ -179,12 +178,12 @@ class SearchStudy:
             seed=self.experiment.seed,
             save_above=self.sign * score_of(ranked[keep - 1]) if len(ranked) >= keep else None,
             save_unfinished=not finished,
-            end_diverged=trial.user_attrs.get("role") != YARDSTICK,
+            end_diverged=not is_yardstick(trial),
             resumes=resumes or trial.number in self.left_behind,
         )
 
     def _values(self, trial: optuna.Trial) -> dict[str, Any]:
-        if trial.user_attrs.get("role") != YARDSTICK:
+        if not is_yardstick(trial):
             return spaces.draw(self.space, lambda name, domain: suggest(trial, name, domain))
         known = spaces.domains(self.space)
         for name, value in spaces.parameters(self.recipe).items():
@@ -224,8 +223,7 @@ class SearchStudy:
         if budget := self.budget_used_up():
             return f"budget: {budget}"
         search = self.experiment.search
-        is_yardstick = live.trial.user_attrs.get("role") == YARDSTICK
-        if is_settled or self.costs or percent not in search.rungs or is_yardstick:
+        if is_settled or self.costs or percent not in search.rungs or is_yardstick(live.trial):
             return None
         if prune_at(self.pruner, self.study, self._frozen(number), percent):
             return f"rung {percent}"

@@ -13,7 +13,6 @@ from sft_ray.analysis.report.run import PARTS, Run, Trial
 from sft_ray.analysis.results import pareto_rows, reading
 from sft_ray.recipes import YARDSTICK
 
-FROZEN_LAYERS = "train.frozen_layers"
 BANDS = 5  # shades of the score, from worst to best
 RARE = 1000  # characters of a reason that are worth showing
 

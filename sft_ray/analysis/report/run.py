@@ -9,9 +9,9 @@ from typing import Any, Self
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from sft_ray.analysis.outcome import curve_of
+from sft_ray.analysis.outcome import curve_of, role_of
 from sft_ray.analysis.results import SearchResult, check_row, reading
-from sft_ray.config import Experiment
+from sft_ray.config import COSTS, Experiment
 from sft_ray.run_store import ENVIRONMENT, TRIAL, RunStore, open_run, read_experiment
 
 PARTS = ("train_seconds", "eval_seconds", "overhead_seconds")
@@ -64,7 +64,6 @@ class Trial:
     @classmethod
     def of_row(cls, row: dict[str, Any], ended_seconds: float | None = None) -> Self:
         """From a row of results.json or a trial.json."""
-        costs = ("train_seconds", "trained_parameters", "memory_bytes")
         return cls(
             number=row["number"],
             state=row["state"],
@@ -81,7 +80,7 @@ class Trial:
             train_seconds=row.get("train_seconds") or 0.0,
             eval_seconds=row.get("eval_seconds") or 0.0,
             overhead_seconds=row.get("overhead_seconds") or 0.0,
-            costs={name: row.get(name) for name in costs},
+            costs={name: row.get(name) for name in COSTS},
             ended_seconds=ended_seconds,
         )
 
@@ -196,7 +195,7 @@ def _ends(trials: list[FrozenTrial]) -> dict[int, float]:
 
 def _running(trial: FrozenTrial) -> Trial:
     curve = sorted(curve_of(trial).items())
-    params, role = trial.user_attrs.get("params", {}), trial.user_attrs.get("role", "sampled")
+    params, role = trial.user_attrs.get("params", {}), role_of(trial)
     row = {"number": trial.number, "state": "RUNNING", "role": role, "params": params}
     percent = curve[-1][0] if curve else 0
     return Trial.of_row({**row, "metrics": {}, "curve": curve, "schedule_percent": percent})

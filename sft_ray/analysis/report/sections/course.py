@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from sft_ray.analysis import ablation
+from sft_ray.analysis.ablation import COST_HEADINGS
 from sft_ray.analysis.report import charts, facts
 from sft_ray.analysis.report.axes import NumberAxis, number_axis
 from sft_ray.analysis.report.blocks import Block, Drawing, Grid, Legend, Table, Text
@@ -88,7 +88,7 @@ def pareto(run: Run) -> list[Block]:
     members = {row["trial"] for row in rows}
     panels = []
     for cost in run.costs:
-        heading, unit = ablation.COSTS[cost]
+        heading, unit = COST_HEADINGS[cost]
         shown = [
             (trial, (trial.costs[cost] or 0.0) / unit, trial.value or 0.0)
             for trial in run.trials
@@ -108,13 +108,14 @@ def pareto(run: Run) -> list[Block]:
         }
         drawn = [charts.dots(frame, of_style, style) for style, of_style in marks.items()]
         panels.append(Drawing(frame.draw(*drawn, title=f"{run.metric} against {heading}")))
-    head = ["trial", run.metric, *(ablation.COSTS[cost][0] for cost in run.costs), "settings"]
+    headings = (COST_HEADINGS[cost][0] for cost in run.costs)
+    head = ["trial", run.metric, *headings, "settings"]
     settings = {trial.number: short_params(trial.params) for trial in run.trials}
     table = [
         [
             str(row["trial"]),
             f"{row['score']:.4f}",
-            *(ablation.shown(row[cost] / ablation.COSTS[cost][1]) for cost in run.costs),
+            *(shown(row[cost] / COST_HEADINGS[cost][1]) for cost in run.costs),
             settings.get(row["trial"], ""),
         ]
         for row in rows

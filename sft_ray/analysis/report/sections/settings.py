@@ -12,6 +12,7 @@ from sft_ray.analysis.report.charts import Frame, Mark, Strand
 from sft_ray.analysis.report.looks import LAYERS, MANY, Looks
 from sft_ray.analysis.report.run import Run, Trial
 from sft_ray.analysis.report.words import short_name, told
+from sft_ray.space import FROZEN_LAYERS
 
 MOST_SHOWN = 10  # hyperparameters
 SPREAD = 26  # pixels; dots of one value lie side by side where there are many
@@ -107,7 +108,7 @@ def _slice(
 
 def _frozen_depth(run: Run, scored: Sequence[Trial], looks: Looks) -> list[Block]:
     """Time against the frozen depth; its score is among the slices."""
-    depth = {t.number: v for t in scored if (v := t.params.get(facts.FROZEN_LAYERS)) is not None}
+    depth = {t.number: v for t in scored if (v := t.params.get(FROZEN_LAYERS)) is not None}
     seconds = {
         t.number: 1000 / t.examples_per_second
         for t in scored
@@ -115,7 +116,7 @@ def _frozen_depth(run: Run, scored: Sequence[Trial], looks: Looks) -> list[Block
     }
     if len(set(map(str, depth.values()))) < 2 or not seconds:
         return []
-    parameter = facts.Parameter(facts.FROZEN_LAYERS, depth)
+    parameter = facts.Parameter(FROZEN_LAYERS, depth)
     label = "seconds per 1,000 examples"
     found = _cloud(run, scored, parameter, seconds, label, looks)
     return [] if found is None else [found]
