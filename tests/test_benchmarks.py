@@ -13,8 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 
 from benchmarks import gpu, search_policies, trunk_cache
 from benchmarks.record_curves import configuration
@@ -175,7 +178,7 @@ def test_the_gpu_bench_refuses_in_one_line_without_a_gpu(tmp_path: Path) -> None
 
 def test_every_unit_of_the_gpu_bench_is_measured_once_per_repeat() -> None:
     units = gpu.all_units(["steps", "search", "trunk"], ["bert-base", "minilm"], repeats=2)
-    assert len({json.dumps(unit) for unit in units}) == len(units) == 2 * (8 + 12 + 8)
+    assert len({json.dumps(unit) for unit in units}) == len(units) == 2 * (8 + 16 + 8)
     assert [unit[-1] for unit in units] == sorted(unit[-1] for unit in units)
     assert json.loads(json.dumps(units)) == units  # as rows that resume have them
     trunks = gpu.all_units(["trunk"], ["minilm"], repeats=1)
@@ -207,6 +210,8 @@ def test_the_table_of_the_gpu_bench_has_wanted_values_beside_the_found_ones() ->
         {"unit": ["search", "minilm", 1, 0], **search(100.0, 1.0)},
         {"unit": ["search", "minilm", 4, 1], **search(600.0, 0.25)},
         {"unit": ["search", "bert-base", "auto", 0], **search(50.0, 0.5)},
+        {"unit": ["search", "minilm", "Trainer", 0], **search(125.0, 1.0)},
+        {"unit": ["search", "minilm", "Trainer compiled", 0], **search(80.0, 1.0)},
         {"unit": ["trunk", "minilm", 2, 0], **epochs},
         {"unit": ["steps", "bert-base", "full", 64, 0], **steps(1.0)},
         {"unit": ["steps", "bert-base", "full", 16, 0], **steps(1.0)},
@@ -215,13 +220,34 @@ def test_the_table_of_the_gpu_bench_has_wanted_values_beside_the_found_ones() ->
     assert "| bert-base | full | 64 | ours | 1,000 | 1.00 | 0.50 (0.45) |" in lines
     assert "| bert-base | full | 16 | ours | 1,000 | 1.00 | 0.50 |" in lines
     assert "| bert-base | full | 64 | dynamic | 250 | 4.00 | 0.12 |" in lines
-    assert "| minilm | 1 | 1 | 100 | 1.00 (5.0) |" in lines
-    assert "| minilm | 4 | 4 | 500 | 5.00 (5.0) |" in lines
-    assert "| bert-base | auto: 2 | 2 | 50 | – (2.0) |" in lines
+    assert "| minilm | 1 | 1 | 100 | 1.00 | 0.80 (5.0) |" in lines
+    assert "| minilm | 4 | 4 | 500 | 5.00 | 4.00 (5.0) |" in lines
+    assert "| minilm | Trainer | 1 | 125 | 1.25 | 1.00 |" in lines
+    assert "| bert-base | auto: 2 | 2 | 50 | – | – (2.0) |" in lines
     assert "| minilm | 2 | 3.00 | 1.50 | 2.00 |" in lines
-    assert lines.index("| minilm | 1 | 1 | 100 | 1.00 (5.0) |") < lines.index(
-        "| minilm | 4 | 4 | 500 | 5.00 (5.0) |"
+    assert lines.index("| minilm | 1 | 1 | 100 | 1.00 | 0.80 (5.0) |") < lines.index(
+        "| minilm | 4 | 4 | 500 | 5.00 | 4.00 (5.0) |"
     )
+
+
+def test_trainer_takes_the_same_trials_in_the_gpu_bench(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "validation"):
+        rows = {"text": ["the cat sat", "a dog"] * 16, "label": [0, 1] * 16}
+        pq.write_table(pa.table(rows), tmp_path / f"sst2-{split}.parquet")
+    steps: list[int] = []
+    honest = transformers.Trainer.training_step
+
+    def counted(trainer: Any, model: Any, inputs: Any, *args: Any) -> Any:
+        steps.append(len(inputs["labels"]))
+        return honest(trainer, model, inputs, *args)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", counted)
+    monkeypatch.setattr(gpu, "TRIAL_BATCH_SIZE", 8)
+    found = gpu.measure_trainer(tmp_path, str(tiny_model), compiled=False, device="cpu", trials=2)
+    assert steps == [8] * 4 * 3  # the first trial is not on the clock
+    assert found["trials_per_hour"] > 0
 
 
 def test_recorded_runs_may_be_of_other_shapes(tmp_path: Path) -> None:
