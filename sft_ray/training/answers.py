@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.special import expit, softmax
 
 from sft_ray.tags import with_prefixes
 from sft_ray.training.examples import Examples, LabelSet
@@ -19,6 +18,8 @@ MAX_ANSWER_TOKENS = 64
 
 
 def answer_classes(logits: Floats, examples: Examples, label_set: LabelSet) -> list[dict[str, Any]]:
+    from scipy.special import softmax
+
     probabilities = softmax(logits.astype(np.float64), axis=1)
     best = probabilities.argmax(axis=1)
     return [
@@ -28,6 +29,8 @@ def answer_classes(logits: Floats, examples: Examples, label_set: LabelSet) -> l
 
 
 def answer_labels(logits: Floats, examples: Examples, label_set: LabelSet) -> list[dict[str, Any]]:
+    from scipy.special import expit
+
     return [
         {
             "labels": [label_set.names[i] for i in np.flatnonzero(row > 0.5)],

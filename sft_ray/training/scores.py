@@ -7,7 +7,6 @@ token, with the tokens of all items end to end.
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import log_softmax, softmax
 
 from sft_ray.training import metrics
 from sft_ray.training.answers import answer_spans, predicted_tags
@@ -43,6 +42,8 @@ def score_classes(logits: Floats, examples: Examples, label_set: LabelSet) -> di
         "loss": metrics.log_loss(logits, truth),
     }
     if examples.has("group"):
+        from scipy.special import softmax
+
         groups, places = examples.column("group"), np.arange(logits.shape[1])
         scores = softmax(logits, axis=1) @ places
         gains = truth @ places if truth.ndim == 2 else truth.astype(float)
@@ -78,6 +79,8 @@ def score_tags(logits: Floats, examples: Examples, label_set: LabelSet) -> dict[
 
 def score_answers(logits: Floats, examples: Examples, label_set: LabelSet) -> dict[str, float]:
     """SQuAD's F1 and exact match, and the mean loss of a window."""
+    from scipy.special import log_softmax
+
     truths = [
         [text for text, _ in answer_pairs(value)] or [""] for value in examples.column("answers")
     ]
