@@ -396,10 +396,10 @@ def test_a_full_disk_under_the_driver_is_told_as_it_is_and_the_search_goes_on(
     experiment = with_search(experiment, trials=1)
     write_text = RunStore.write_text
 
-    def full(store: RunStore, path: str, text: str) -> None:
+    def full(store: RunStore, path: str, text: str, **how: bool) -> None:
         if path.endswith(METRICS):
             raise OSError(errno.ENOSPC, "No space left on device", path)
-        write_text(store, path, text)
+        write_text(store, path, text, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunStore, "write_text", full)
