@@ -95,6 +95,6 @@ def _with_one_slot(experiment: Experiment, row: dict[str, Any], cpus: float) -> 
         cpus = resources.cpus_per_worker
     resources = resources.model_copy(update={"slots": 1, "cpus_per_worker": cpus})
     if row["role"] == "single":  # `sft-ray train` is one process with all threads
-        alone = {"workers_per_trial": 1, "cpus_per_worker": torch.get_num_threads()}
+        alone = {"workers_per_trial": 1, "cpus_per_worker": float(torch.get_num_threads())}
         resources = resources.model_copy(update=alone)
     return experiment.model_copy(update={"resources": resources, "tracking": []})
