@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def main() -> None:
                 once(
                     arguments.out,
                     {"batch_size": batch_size, "turn": turn},
-                    lambda options=options, turn=turn: one_turn(turn, options),  # type: ignore[misc]
+                    partial(one_turn, turn, options),
                 )
                 for turn in range(arguments.turns)
             ]

@@ -12,6 +12,7 @@ trial.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -21,11 +22,13 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from benchmarks.rows import once
 from benchmarks.throughput import MODEL
 from sft_ray.config import Experiment
 
@@ -214,27 +217,25 @@ def main() -> None:
         system, depth = options.here
         print(json.dumps(peak(system, options.data, int(depth))))
         return
-    done = options.out.read_text().splitlines() if options.out.exists() else []
-    rows = [json.loads(line) for line in done]
+    date = {"date": datetime.now(UTC).date().isoformat()}
 
-    def note(row: dict[str, Any]) -> None:
-        rows.append({**row, "date": datetime.now(UTC).date().isoformat()})
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+    def in_a_process(system: str, k: int) -> dict[str, Any]:
+        command = [sys.executable, "-m", "benchmarks.memory", "--here", system, str(k)]
+        command += ["--data", str(options.data), "--out", str(options.out)]
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        time.sleep(1)
+        return {**json.loads(said.splitlines()[-1]), **date}
 
-    for repeat in range(options.repeats):
-        for k in DEPTHS:
-            for system in SYSTEMS:
-                run = {"system": system, "k": k, "repeat": repeat}
-                if not any(run.items() <= row.items() for row in rows):
-                    command = [sys.executable, "-m", "benchmarks.memory", "--here", system, str(k)]
-                    command += ["--data", str(options.data), "--out", str(options.out)]
-                    said = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-                    note({**run, **json.loads(said.splitlines()[-1])})
-                    time.sleep(1)
-    if not any(row["system"] == "slot" for row in rows):
-        note({"system": "slot", "bytes": slot(options.data)})
-    print(table(rows))
+    rows = [
+        once(
+            options.out,
+            {"system": system, "k": k, "repeat": repeat},
+            partial(in_a_process, system, k),
+        )
+        for repeat, k, system in itertools.product(range(options.repeats), DEPTHS, SYSTEMS)
+    ]
+    of_slot = once(options.out, {"system": "slot"}, lambda: {"bytes": slot(options.data), **date})
+    print(table([*rows, of_slot]))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,7 @@ def main() -> None:
         once(
             options.out,
             {"system": system, "repeat": repeat, "cold": options.cold},
-            lambda system=system: run(system, options.cold),  # type: ignore[misc]
+            partial(run, system, options.cold),
         )
         for repeat in range(options.repeats)
         for system in options.systems

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ def all_depths(setup: Setup, options: argparse.Namespace) -> None:
         row = once(
             options.out,
             {"what": "depths", **key(k, options)},
-            lambda k=k: measure(setup, k, options.batch_size),  # type: ignore[misc]
+            partial(measure, setup, k, options.batch_size),
         )
         rows.append(row)
         print(
@@ -272,7 +273,7 @@ def beside_loop(setup: Setup, options: argparse.Namespace) -> None:
         row = once(
             options.out,
             {"what": "loop", **key(k, options)},
-            lambda k=k: against_loop(setup, k, options.batch_size),  # type: ignore[misc]
+            partial(against_loop, setup, k, options.batch_size),
         )
         print(f"| {k} | {row['times_faster_than_loop']:.2f} ({WANTED.get(k, '–')}) |", flush=True)
 

@@ -26,7 +26,7 @@ from sft_ray.location import Location
 from sft_ray.yaml_text import read_tree
 
 # Fields of a trial's outcome that a search can keep small beside its score.
-COSTS = ("train_seconds", "trained_parameters", "memory_bytes")  # of a trial, beside its score
+COSTS = ("train_seconds", "trained_parameters", "memory_bytes")
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 # One column, or [start, end] columns of a span; null leaves an optional field out.
@@ -41,8 +41,8 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _as_name(label: Any) -> str:
-    """A label that YAML read as true, false or a number."""
+def label_name(label: Any) -> str:
+    """Of a label that was read as true, false or a number; as YAML and JSON write it."""
     return str(label).lower() if isinstance(label, bool) else str(label)
 
 
@@ -116,7 +116,7 @@ class Data(Section):
         """`[false, true]` names what csv, json and parquet call so."""
         if not isinstance(names, list):
             return names
-        return [_as_name(name) if isinstance(name, bool) else name for name in names]
+        return [label_name(name) if isinstance(name, bool) else name for name in names]
 
     @field_validator("label_names")
     @classmethod
@@ -199,7 +199,7 @@ class Train(Section):
         """YAML reads labels that are numbers as numbers."""
         if not isinstance(weights, dict):
             return weights
-        return {_as_name(label): weight for label, weight in weights.items()}
+        return {label_name(label): weight for label, weight in weights.items()}
 
     @field_validator("class_weights")
     @classmethod

@@ -8,7 +8,7 @@ a test all use the same walk.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -246,31 +246,24 @@ def parameters(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def domains(space: Space) -> dict[str, Numeric | Choice]:
     """Every parameter name that can occur in a space, with its domain."""
-    flat: dict[str, Numeric | Choice] = {}
-    for path, domain in space.items():
-        if isinstance(domain, OneOf):
-            flat[f"{path}.kind"] = Choice(tuple(domain.branches))
-            for kind, fields in domain.branches.items():
-                for name, sub in fields.items():
-                    if isinstance(sub, Numeric | Choice):
-                        flat[f"{path}.{kind}.{name}"] = sub
-        elif isinstance(domain, Numeric | Choice):
-            flat[path] = domain
-    return flat
+    return {name: part for name, part in _parts(space) if isinstance(part, Numeric | Choice)}
 
 
 def constants(space: Space) -> dict[str, Any]:
     """Every parameter name that a space does not draw, with its only value."""
-    flat: dict[str, Any] = {}
+    return {name: part for name, part in _parts(space) if not isinstance(part, Domain)}
+
+
+def _parts(space: Space) -> Iterator[tuple[str, Any]]:
+    """Every parameter name that can occur in a space, with its domain or only value."""
     for path, domain in space.items():
         if isinstance(domain, OneOf):
+            yield f"{path}.kind", Choice(tuple(domain.branches))
             for kind, fields in domain.branches.items():
                 for name, sub in fields.items():
-                    if not isinstance(sub, Domain):
-                        flat[f"{path}.{kind}.{name}"] = sub
-        elif not isinstance(domain, Domain):
-            flat[path] = domain
-    return flat
+                    yield f"{path}.{kind}.{name}", sub
+        else:
+            yield path, domain
 
 
 def always_drawn(space: Space) -> set[str]:

@@ -258,6 +258,12 @@ def test_a_search_says_how_many_trials_share_the_gpu(
     assert result.best["complete"]
 
 
+def with_resources(experiment: Experiment, resources: object, trials: int) -> Experiment:
+    tree = experiment.to_tree()
+    tree["resources"], tree["search"]["trials"] = resources, trials
+    return Experiment.from_tree(tree)
+
+
 @pytest.mark.parametrize(
     ("resources", "has", "expected"),
     [
@@ -278,9 +284,7 @@ def test_slots_follow_from_what_the_cluster_has(
     has: dict[str, float],
     expected: tuple[int, float],
 ) -> None:
-    tree = experiment.to_tree()
-    tree["resources"], tree["search"]["trials"] = resources, 100
-    layout = plan_layout(Experiment.from_tree(tree), has)
+    layout = plan_layout(with_resources(experiment, resources, trials=100), has)
     assert (layout.slots, layout.gpus_per_worker) == expected
 
 
@@ -302,9 +306,7 @@ def test_workers_without_a_gpu_share_all_cores(
     has: dict[str, float],
     expected: tuple[int, float],
 ) -> None:
-    tree = experiment.to_tree()
-    tree["resources"], tree["search"]["trials"] = resources, 4
-    found = Experiment.from_tree(tree)
+    found = with_resources(experiment, resources, trials=4)
     layout = plan_layout(found, has)
     assert (layout.slots, layout.cpus_per_worker) == expected
     assert layout.written_into(found).resources.cpus_per_worker == expected[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from sft_ray.errors import ConfigError
@@ -41,12 +42,15 @@ def damage_found(store: RunStore) -> list[str]:
     return lines
 
 
-def records_back(store: RunStore) -> list[str]:
+def records_back(store: RunStore, damaged: Sequence[str]) -> list[str]:
     """Write the records of a finished run's trials anew from its results; a line for each damaged.
 
     Those that are gone were cleared away.
+
+    Args:
+        damaged: files of the run.
     """
-    tree, damaged = store.read_json(RESULTS), damaged_files(store)
+    tree = store.read_json(RESULTS)
     there = set(store.files_below("trials"))
     for row in tree["trials"]:
         path = f"{trial_folder(row['number'])}/{TRIAL}"

@@ -12,6 +12,7 @@ from sft_ray.analysis.importance import RELIABLE_FROM
 from sft_ray.analysis.outcome import slot_seconds_of
 from sft_ray.analysis.results import SearchResult, why_no_gain
 from sft_ray.config import Budget, Experiment
+from sft_ray.folder_rule import TARGET
 from sft_ray.run_store import CONFIRMATION, RunStore
 from sft_ray.screen import Screen, count, duration, short_params
 from sft_ray.search.layout import Layout
@@ -21,7 +22,7 @@ from sft_ray.training.preparation import Prepared
 if TYPE_CHECKING:
     from sft_ray.analysis.ablation import ArmSummary  # brings scipy.stats
 
-BUDGET, SPACE, TARGET = "search.budget.", "search.space", "search.budget.target"
+BUDGET, SPACE = "search.budget.", "search.space"
 
 
 def say_truth(

@@ -195,7 +195,7 @@ def _outcome(checked: Prepared, store: RunStore, screen: Screen, *, has_grown: b
         said = f"{store.location}: nothing to run: {how_to_go_on(*ended_by)}; its outcome:"
     if damaged:
         with store.locked():
-            for note in records_back(store):
+            for note in records_back(store, damaged):
                 screen.say(note)
     screen.say(said)
     return read_results(store)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from sft_ray.config import label_name
 from sft_ray.errors import DataError
 from sft_ray.training.columns import answer_pairs, is_list, is_text
 from sft_ray.training.encoding import Encoded
@@ -52,17 +53,12 @@ def choose_classes(
         raise DataError(
             f"data: all {len(present)} labels in {column!r} differ; is it the column of the labels?"
         )
-    return known or tuple(_name(value) for value in present)
+    return known or tuple(label_name(value) for value in present)
 
 
 def are_nameless(train: pa.Table, field: str) -> bool:
     """Whether labels are tags in numbers, of which no order says which is O."""
     return field == "tags" and pa.types.is_integer(_one_by_one(train.column(field)).type)
-
-
-def _name(value: Any) -> str:
-    """Of a label; true and false as YAML and JSON write them."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def are_grades(classes: tuple[str, ...]) -> bool:
@@ -102,7 +98,7 @@ def with_names(table: pa.Table, field: str, known: tuple[str, ...] | None, where
 
     def name(value: Any) -> str:
         if known is None or not isinstance(value, int) or isinstance(value, bool):
-            return _name(value)
+            return label_name(value)
         if not 0 <= value < len(known):
             raise DataError(
                 f"{where}: the label {value} has no name among {len(known)} data.label_names; "

@@ -67,8 +67,11 @@ class ModelFacts:
 
         Vocabularies of many languages are larger than the layers above them.
         """
-        width = getattr(self.config, "embedding_size", self.config.hidden_size)
-        return self.num_parameters - int(self.config.vocab_size) * int(width)
+        return self.num_parameters - int(self.config.vocab_size) * _embedding_width(self.config)
+
+
+def _embedding_width(config: Any) -> int:
+    return int(getattr(config, "embedding_size", config.hidden_size))
 
 
 def _count_written(folder: Path, config: Any) -> int | None:
@@ -85,10 +88,9 @@ def _count_written(folder: Path, config: Any) -> int | None:
     prefix = words[0].removesuffix(WORD_EMBEDDINGS[0]).removesuffix(WORD_EMBEDDINGS[1])
     above = f"{prefix}{FAMILIES[config.model_type].layers}."
     layers = {name.removeprefix(above).split(".")[0] for name in shapes if name.startswith(above)}
-    width = getattr(config, "embedding_size", config.hidden_size)
     inner = getattr(config, "intermediate_size", None) or config.hidden_dim  # DistilBERT's word
     fits = (
-        shapes[words[0]] == [config.vocab_size, width]
+        shapes[words[0]] == [config.vocab_size, _embedding_width(config)]
         and len(layers) == config.num_hidden_layers
         and config.hidden_size % config.num_attention_heads == 0
         and any(inner in shape for shape in shapes.values())

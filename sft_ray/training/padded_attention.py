@@ -92,13 +92,9 @@ class _Projection:
     """Runs instead of the forward of a product of what comes in, of all tokens at once."""
 
     def __init__(self, module: Any) -> None:
-        self._real = own_forward(module)
+        self.of: Callable[[torch.Tensor], torch.Tensor] = own_forward(module)
         self._answer: tuple[torch.Tensor, torch.Tensor] | None = None
         module.forward = self
-
-    def of(self, packed_1TH: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self._real(packed_1TH)
-        return found
 
     def answer(self, tokens_BLH: torch.Tensor, found_BLH: torch.Tensor) -> None:
         """What to give, once, for a group's tokens."""
@@ -116,12 +112,9 @@ class _Output:
     """Runs instead of the forward of the product of what goes out; of all tokens at once, later."""
 
     def __init__(self, module: Any, layout: Callable[[], Layout | None]) -> None:
-        self._real, self._layout = own_forward(module), layout
+        self.of: Callable[[torch.Tensor], torch.Tensor] = own_forward(module)
+        self._layout = layout
         module.forward = self
-
-    def of(self, packed_1TH: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self._real(packed_1TH)
-        return found
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs if self._layout() is not None else self.of(inputs)

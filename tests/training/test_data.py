@@ -193,22 +193,22 @@ def test_numbers_of_a_regression_stay_numbers(tmp_path: Path, labels: list[str])
     assert tables["train"].column("label").to_pylist() == [float(label) for label in labels]
 
 
-def test_numbers_beside_labels_in_words_are_places_in_the_names(tmp_path: Path) -> None:
-    write_csv(tmp_path / "train.csv", [("cat", "no"), ("dog", "yes")])
-    write_csv(tmp_path / "dev.csv", [("cat", 1), ("dog", 0)])
+@pytest.mark.parametrize(
+    ("train", "validation", "names", "found"),
+    [
+        (["no", "yes"], [1, 0], ["no", "yes"], ["yes", "no"]),  # places in the names
+        (["01", "1"], [1, 1], ["1", "01"], ["1", "1"]),  # no places beside what is no number
+    ],
+)
+def test_numbers_beside_labels_in_words_are_places_in_the_names(
+    tmp_path: Path, train: list[str], validation: list[int], names: list[str], found: list[str]
+) -> None:
+    write_csv(tmp_path / "train.csv", list(zip(("cat", "dog"), train, strict=True)))
+    write_csv(tmp_path / "dev.csv", list(zip(("cat", "dog"), validation, strict=True)))
     files = {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "dev.csv")}
-    data = Data(**files, label_names=["no", "yes"])
+    data = Data(**files, label_names=names)
     tables, _ = with_classes(read_splits(data, TASK.fields, 17), data, TASK)
-    assert tables["validation"].column("label").to_pylist() == ["yes", "no"]
-
-
-def test_numbers_beside_labels_that_are_no_numbers_are_no_places(tmp_path: Path) -> None:
-    write_csv(tmp_path / "train.csv", [("cat", "01"), ("dog", "1")])
-    write_csv(tmp_path / "dev.csv", [("cat", 1), ("dog", 1)])
-    files = {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "dev.csv")}
-    data = Data(**files, label_names=["1", "01"])
-    tables, _ = with_classes(read_splits(data, TASK.fields, 17), data, TASK)
-    assert tables["validation"].column("label").to_pylist() == ["1", "1"]
+    assert tables["validation"].column("label").to_pylist() == found
 
 
 @pytest.mark.parametrize("spelling", ["true false", "TRUE FALSE"])
