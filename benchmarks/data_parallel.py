@@ -115,7 +115,7 @@ def main() -> None:
             turns = [
                 once(
                     arguments.out,
-                    {"batch_size": batch_size, "turn": turn},
+                    {"batch_size": batch_size, "turn": turn, "steps": arguments.steps},
                     partial(one_turn, turn, options),
                 )
                 for turn in range(arguments.turns)

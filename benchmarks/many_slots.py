@@ -130,6 +130,9 @@ def measure(slots: int, minutes: int, overrides: list[str]) -> dict[str, Any]:
                 spent["ask"][minute] += took
                 longest = max(longest, took)
                 counts["ask"] += 1
+                began = time.perf_counter()
+                search.conductor.settle()  # as Tune's loop does, many times a minute
+                spent["end"][minute] += time.perf_counter() - began
             heapq.heappush(line, (now + 60, tune_id, index + 1))
         ended = time.process_time()
         size = search.journal.stat().st_size

@@ -53,7 +53,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
             own_overhead(t) for t in later if t["state"] == "COMPLETE"
         ),
         "overhead_max": max(own_overhead(t) for t in later),
-        "share_of_slot_time_in_training_and_evaluation": 1
+        "share_of_slot_time_without_overhead": 1
         - sum(own_overhead(t) for t in tree["trials"])
         / sum(
             t["overhead_seconds"] + t["train_seconds"] + t["eval_seconds"] for t in tree["trials"]

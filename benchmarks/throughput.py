@@ -258,7 +258,8 @@ def main() -> None:
                 model = shaped(shape, Path(folder))
                 return measure(options.data, name, batch, turns, steps, model, others)
 
-        key = {"model": shape, "data": name, "batch_size": batch_size, "threads": options.threads}
+        key = {"model": shape, "data": name, "batch_size": batch_size}
+        key |= {name: getattr(options, name) for name in ("threads", "turns", "steps", "others")}
         row = once(options.out, key, measured)
         times = " | ".join(f"{times:.2f}" for times in row["times_faster"].values())
         print(

@@ -233,7 +233,7 @@ def all_depths(setup: Setup, options: argparse.Namespace) -> None:
     for k in range(setup.pretrained.num_layers + 1):
         row = once(
             options.out,
-            {"what": "depths", **key(k, options)},
+            {"what": "depths", "k": k, **key(options)},
             partial(measure, setup, k, options.batch_size),
         )
         rows.append(row)
@@ -246,7 +246,7 @@ def all_depths(setup: Setup, options: argparse.Namespace) -> None:
     order = np.random.default_rng(SEED).permutation(len(rows)).tolist()
     row = once(
         options.out,
-        {"what": "search", "order": order, "batch_size": options.batch_size},
+        {"what": "search", "order": order, **key(options)},
         lambda: search(setup, order, options.batch_size),
     )
     said = f"all depths once, in the order {order}, building included"
@@ -272,14 +272,14 @@ def beside_loop(setup: Setup, options: argparse.Namespace) -> None:
     for k in range(setup.pretrained.num_layers + 1):
         row = once(
             options.out,
-            {"what": "loop", **key(k, options)},
+            {"what": "loop", "k": k, **key(options)},
             partial(against_loop, setup, k, options.batch_size),
         )
         print(f"| {k} | {row['times_faster_than_loop']:.2f} ({WANTED.get(k, '–')}) |", flush=True)
 
 
-def key(k: int, options: argparse.Namespace) -> dict[str, Any]:
-    return {"k": k, "batch_size": options.batch_size, "threads": options.threads}
+def key(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("batch_size", "threads", "rows")}
 
 
 def main() -> None:

@@ -135,6 +135,7 @@ class _Run:
     def train(self, beat: Beat) -> Outcome:
         """Fit, from the last state if there is one; halve the micro-batch when memory runs out."""
         experiment = self.prepared.experiment
+        most_examples = None
         for halvings in range(TIMES_HALVED + 1):
             try:
                 paused = fit(
@@ -146,14 +147,14 @@ class _Run:
                     report=self.report,
                     beat=beat,
                     resume=self._take_up(),
-                    halvings=halvings,
+                    most_examples=most_examples,
                 )
                 break
             except StepOutOfMemoryError as error:
                 if error.micro_batch == 1 or halvings == TIMES_HALVED:
                     raise TrialError(f"{experiment.name}: {error}") from None
-                half = error.micro_batch // 2
-                self.screen.event(f"out of memory; going on with {half} examples per pass")
+                most_examples = error.micro_batch // 2
+                self.screen.event(f"out of memory; going on with {most_examples} examples per pass")
         if paused is not None:
             self._check_held()
             self.last.write(paused, messages=self.messages, seconds_before=self._seconds())

@@ -353,6 +353,7 @@ def run_fit(
     stop_after: int | None = None,
     resume: ResumeState | None = None,
     halvings: int = 0,
+    most_examples: int | None = None,
     end_diverged: bool = False,
     also: Callable[[Progress], Any] | None = None,
     beat: Callable[[str], bool] = lambda activity: False,
@@ -381,6 +382,7 @@ def run_fit(
         report=report,
         resume=resume,
         halvings=halvings,
+        most_examples=most_examples,
         end_diverged=end_diverged,
         beat=beat,
     )

@@ -21,6 +21,7 @@ import transformers
 
 from benchmarks import gpu, search_policies, trunk_cache
 from benchmarks.record_curves import configuration
+from benchmarks.rows import once
 from benchmarks.search_policies import POLICIES, marks_of, read_pool, replay, space_of
 from sft_ray.config import Train
 from sft_ray.recipes import RECIPES
@@ -174,6 +175,17 @@ def test_the_gpu_bench_refuses_in_one_line_without_a_gpu(tmp_path: Path) -> None
     assert done.stderr == f"{gpu.NO_GPU}\n"
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_is_measured_once_and_again_where_a_kill_has_torn_it(tmp_path: Path) -> None:
+    out, measured = tmp_path / "rows.jsonl", []
+
+    def row(k: int) -> Any:
+        return once(out, {"k": k}, lambda: measured.append(k) or {"n": len(measured)})
+
+    assert [row(1), row(2), row(1)] == [{"k": 1, "n": 1}, {"k": 2, "n": 2}, {"k": 1, "n": 1}]
+    out.write_text(out.read_text()[:-4])
+    assert [row(1), row(2), row(2)] == [{"k": 1, "n": 1}, {"k": 2, "n": 3}, {"k": 2, "n": 3}]
 
 
 def test_every_unit_of_the_gpu_bench_is_measured_once_per_repeat() -> None:

@@ -122,5 +122,10 @@ def score_of(trial: FrozenTrial) -> float:
 
 
 def curve_of(trial: FrozenTrial) -> dict[int, float]:
-    """Percent of the schedule -> score; with several objectives Optuna keeps none itself."""
-    return trial.intermediate_values or dict(trial.user_attrs.get("curve", []))
+    """Percent of the schedule -> score; with several objectives Optuna keeps none itself.
+
+    A trial that started over, and ended before marks of old, was there no more.
+    """
+    curve = trial.intermediate_values or dict(trial.user_attrs.get("curve", []))
+    last = trial.user_attrs.get("schedule_percent", 100)  # told at its end
+    return {percent: score for percent, score in curve.items() if percent <= last}

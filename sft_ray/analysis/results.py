@@ -165,6 +165,7 @@ def load_study(store: RunStore) -> optuna.Study:
     records = store.read_journal()
     if not records:
         raise ConfigError(f"{store.location} has no study; only a search keeps one")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # else every copy of it is announced
     try:
         storage = JournalStorage(_Records(records, store.location))
         [only] = storage.get_all_studies()
@@ -326,20 +327,15 @@ def trial_row(
 
 
 def row_of(trial: FrozenTrial, seed: int) -> dict[str, Any]:
-    """The row of a trial of a study.
-
-    One that started over, and ended before marks of old, was there no more.
-    """
-    outcome = Outcome.of(trial)
-    curve = {p: value for p, value in curve_of(trial).items() if p <= outcome.schedule_percent}
+    """The row of a trial of a study."""
     return trial_row(
         number=trial.number,
         state=trial.state.name,
         role=role_of(trial),
         params=trial.user_attrs["params"],
         train=trial.user_attrs["train"],
-        outcome=outcome,
-        curve=curve,
+        outcome=Outcome.of(trial),
+        curve=curve_of(trial),
         seed=seed,
     )
 

@@ -90,7 +90,7 @@ def _of_study(study: Study, store: RunStore, busy: bool | None) -> dict[str, str
         facts[name] = words
     if "wall_seconds" in study.user_attrs:
         facts["time"] = (
-            f"{duration(study.user_attrs['wall_seconds'])} until the last end of a trial"
+            f"{duration(study.user_attrs['wall_seconds'])} when a trial or a session last ended"
         )
     return facts
 

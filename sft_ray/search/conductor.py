@@ -191,7 +191,7 @@ class Conductor:
         """To be called now and then: store the study, then remove what it has no more use for.
 
         A driver that takes up an older copy finds the states and models that this one speaks of.
-        No slot waits for it.
+        No slot that trains waits for it.
         """
         if self._is_taken_over() or not self._store_study() or not self._ended:
             return

@@ -239,12 +239,14 @@ def run_fixed(
             from sft_ray.search.live_view import live_view
             from sft_ray.search.tune_run import run_on_slots  # brings Ray
 
-            # Slots are for these runs, however many trials the search had.
-            search = prepared.experiment.search.model_copy(update={"trials": pending})
+            # Slots are for these runs, however many trials the search had; workers have the CPUs
+            # that all of them had at first, for the same numbers.
+            search = prepared.experiment.search.model_copy(update={"trials": len(runs)})
             experiment = prepared.experiment.model_copy(update={"search": search})
             check_storage_everywhere(store.anchored()[0])
             trains = [run.train for run in runs]
             layout = shared_layout(replace(prepared, experiment=experiment), trains, screen)
+            layout = layout.with_trials(pending)
             tracker = Tracker(experiment.tracking, store, screen.event)
             conductor = Conductor(
                 trials, store, screen, prepared.objective, layout.slots, tracker=tracker

@@ -105,7 +105,7 @@ class Mailbox:
             **self._assignment,
             "restarts": self._restarts,
             "halvings": self._halvings,
-            "micro_batch": self._most,
+            "most_examples": self._most,
         }
 
     async def post(self, generation: int, index: int, message: dict[str, Any]) -> None:
@@ -130,10 +130,13 @@ class Mailbox:
         await self._end(generation, {"paused": True, "disk": problem})
 
     async def out_of_memory(self, generation: int, micro_batch: int) -> None:
-        """A step did not fit: hand the trial out again with half, or call it at fault.
+        """It did not fit: hand the trial out again with half, or call it at fault.
 
         Every rank may say so.  Half of what it was, and not of what new processes find to fit:
         where trials share a GPU, that changes.
+
+        Args:
+            micro_batch: that went through the model at once, or would have.
         """
         if generation != self._generation or self._assignment is None:
             return

@@ -157,8 +157,8 @@ def grown_limits(result: SearchResult, experiment: Experiment) -> dict[str, str]
             / 3600,
             "patience": tree["environment"].get("slots", 1),  # trials that end behind it
         }
-        limit = getattr(search.budget, name) or 0
-        grown[ended_by] = f"{2 * max(limit, used[name]):.3g}"
+        limit = 2 * max(getattr(search.budget, name), used[name])
+        grown[ended_by] = str(limit) if name == "patience" else f"{limit:.3g}"
     return grown
 
 

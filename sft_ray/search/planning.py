@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import torch
 
-from sft_ray.config import Experiment
+from sft_ray.config import Experiment, Resources
 from sft_ray.errors import ConfigError
 from sft_ray.folder_rule import check_folder_rule, check_made_by
 from sft_ray.recipes import default_recipe
@@ -138,7 +138,8 @@ def say_plan(
     sharing: str | None = None,
 ) -> None:
     """The plan, and what is worth knowing about it; `sharing` says how trials share GPUs."""
-    layout, speed = plan.layout, plan.speed
+    layout, speed, resources = plan.layout, plan.speed, prepared.experiment.resources
+    gain = speed.gain_of_two
     gpus = f" and {count(layout.gpus_per_worker, 'GPU')}" if layout.gpus_per_worker else ""
     confirm = f", then up to {plan.confirm_runs} runs to confirm the best"
     pruning = "; the more is pruned, the less" if len({*plan.wall_seconds}) > 1 else ""
@@ -152,7 +153,7 @@ def say_plan(
         "layout": f"{count(layout.slots, 'slot')} x "
         f"{count(layout.workers_per_trial, 'worker')} x "
         f"{count(layout.cpus_per_worker, 'CPU')}{gpus}",
-        **({"slots": _why_slots(layout, speed.gain_of_two)} if speed.gain_of_two else {}),
+        **({} if gain is None else {"slots": _why_slots(resources, layout, gain)}),
         **({} if sharing is None else {"sharing": sharing}),
         "search by": search_rules(prepared),
         "budget": budget(prepared),
@@ -175,15 +176,20 @@ def say_plan(
         screen.facts({"note": note})
 
 
-def _why_slots(layout: Layout, gain_of_two: float) -> str:
+def _why_slots(resources: Resources, layout: Layout, gain_of_two: float) -> str:
     """Many slots of few workers, or few of many: what was measured, and what it speaks for."""
     measured = f"a worker with twice the CPUs trains {gain_of_two:.1f} times as fast"
     if gain_of_two < 2:
         said = f"{measured}, two slots train 2 trials in that time: many slots finish more trials"
         if layout.slots > 1:
             return said
-        mend = "slots=2" if layout.workers_per_trial == 1 else "workers_per_trial=1"
-        return f"{said}; resources.{mend}"
+        if layout.workers_per_trial > 1:
+            return f"{said}; resources.workers_per_trial=1"
+        settings = [] if resources.slots == "auto" else ["resources.slots=2"]
+        if resources.cpus_per_worker != "auto" and layout.cpus_per_worker > 1:
+            half = max(1.0, layout.cpus_per_worker // 2)
+            settings.append(f"resources.cpus_per_worker={half:g}")
+        return f"{said}; {' '.join(settings)}" if settings else said
     if layout.slots == 1:
         return f"{measured}: one slot finishes as many trials as two, each of them sooner"
     twice = 2 * layout.workers_per_trial

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,8 @@ from sft_ray.analysis.results import SearchResult, reading
 from sft_ray.config import Experiment, Train
 from sft_ray.errors import ConfigError, TrialError
 from sft_ray.run_store import RunStore, open_run, read_experiment
-from sft_ray.screen import Screen
+from sft_ray.screen import Screen, count
+from sft_ray.search.cluster import capacity_here
 from sft_ray.search.fixed_runs import FixedRun, run_fixed
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.training.preparation import check_data
@@ -39,7 +42,8 @@ def run_replay(
     """Train one trial of a run again, up to the last mark it reached; changes nothing in the run.
 
     The same machine, versions, workers and threads give the same numbers on CPUs; other ones need
-    not, nor does a GPU, which adds up gradients in no fixed order.
+    not, nor does a GPU, which adds up gradients in no fixed order.  A machine with fewer CPUs than
+    the trial had trains it with those it has, and says so.
 
     Raises:
         SftError: no such run or trial, or it left no marks.
@@ -59,7 +63,9 @@ def run_replay(
         until_percent = int(last[0])
         cpus = float(result.tree["environment"].get("cpus_per_worker", 1))
     screen = Screen(quiet)
-    prepared = prepare_experiment(_with_one_slot(read_experiment(store), row, cpus))
+    experiment = _with_one_slot(read_experiment(store), row, cpus)
+    experiment = _within(experiment, capacity_here(address), screen)
+    prepared = prepare_experiment(experiment)
     check_data(prepared, result.tree["environment"], location)
     run = FixedRun(f"trial {number}", train, row["params"], seed, until_percent=until_percent)
     screen.say(f"replaying trial {number} of {store.location}")
@@ -98,3 +104,17 @@ def _with_one_slot(experiment: Experiment, row: dict[str, Any], cpus: float) -> 
         alone = {"workers_per_trial": 1, "cpus_per_worker": float(torch.get_num_threads())}
         resources = resources.model_copy(update=alone)
     return experiment.model_copy(update={"resources": resources, "tracking": []})
+
+
+def _within(experiment: Experiment, has: Mapping[str, float] | None, screen: Screen) -> Experiment:
+    """The experiment with no more CPUs for its workers than this machine has, if it is the one."""
+    resources = experiment.resources
+    most = float((has or {}).get("CPU", math.inf) // resources.workers_per_trial)
+    if not 1 <= most < resources.fewest_cpus:
+        return experiment
+    screen.say(
+        f"{count(most, 'CPU')} for each worker here, {resources.fewest_cpus:g} where it ran: "
+        "the numbers may differ"
+    )
+    resources = resources.model_copy(update={"cpus_per_worker": most})
+    return experiment.model_copy(update={"resources": resources})

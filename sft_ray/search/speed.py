@@ -88,7 +88,8 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
     torch.set_num_threads(max(1, int(layout.cpus_per_worker)))  # as a worker has
     try:
         world = World(device=torch.device("cuda" if on_gpu else "cpu"))
-        setup = load_setup(prepared.experiment, prepared.dataset_folder, world)
+        experiment, uses = prepared.experiment, prepared.experiment.search.trials_per_depth
+        setup = load_setup(experiment, prepared.dataset_folder, world, trunk_uses=uses)
         cache = setup.trunk_cache
         setup = replace(setup, trunk_cache=None)  # nothing is written here
         train_seconds, trunk_seconds, trunk_bytes, gain_of_two = {}, {}, 0, None

@@ -164,8 +164,7 @@ class SearchStudy:
         trial.set_user_attr("params", params)
         trial.set_user_attr("train", train.model_dump(mode="json"))
         trial.set_user_attr("path", trial_folder(trial.number))
-        finished = self._ranked()
-        ranked = [t for t in finished if t.number not in self.without_model]
+        ranked = self._with_model(self._ranked())
         # With several objectives a low score may belong to the Pareto set.
         keep = len(ranked) + 1 if self.costs else self.experiment.checkpoint.keep
         return PlannedTrial(
@@ -177,7 +176,7 @@ class SearchStudy:
             params=params,
             seed=self.experiment.seed,
             save_above=self.sign * score_of(ranked[keep - 1]) if len(ranked) >= keep else None,
-            save_unfinished=not finished,
+            save_unfinished=not ranked,
             end_diverged=not is_yardstick(trial),
             resumes=resumes or trial.number in self.left_behind,
         )
@@ -264,13 +263,13 @@ class SearchStudy:
 
     def ended_by(self) -> tuple[str, str] | None:
         """What no other trial starts for: its key in the experiment, and in words."""
+        if self._is_space_used_up():  # first: no budget or number of trials that grows would help
+            return "search.space", f"all of its {len(self.trials)} configurations have run"
         if (reached := self._limit_reached()) is not None:
             return f"search.budget.{reached[0]}", reached[1]
-        if not self._nothing_left():
-            return None
         if len(self.trials) >= self.experiment.search.trials:
             return "search.trials", f"all of {len(self.trials)} trials have run"
-        return "search.space", f"all of its {len(self.trials)} configurations have run"
+        return None
 
     def _limit_reached(self) -> tuple[str, str] | None:
         """The budget that is used up: its name, and in words."""
@@ -313,11 +312,13 @@ class SearchStudy:
 
     def _nothing_left(self) -> bool:
         """As many trials as wanted have started, or every point of a finite space has."""
-        if len(self.trials) >= self.experiment.search.trials:
-            return True
-        if self._waiting():
+        return len(self.trials) >= self.experiment.search.trials or self._is_space_used_up()
+
+    def _is_space_used_up(self) -> bool:
+        """Every point of a finite space has started, and what was first in line."""
+        if self._waiting() or self.finite is None:
             return False
-        return self.finite is not None and not self.finite.untried(self.trials)
+        return not self.finite.untried(self.trials)
 
     def wall_seconds(self) -> float:
         """Of all sessions of this search."""
@@ -386,9 +387,10 @@ class SearchStudy:
 
     def kept(self) -> set[int]:
         """Numbers of the trials whose model folders stay on disk."""
-        ranked = self._ranked() or ranking(self.trials, self.sign)
-        there = [t.number for t in ranked if t.number not in self.without_model]
-        kept = set(there[: self.experiment.checkpoint.keep])
+        there = self._with_model(self._ranked()) or self._with_model(
+            ranking(self.trials, self.sign)
+        )
+        kept = {t.number for t in there[: self.experiment.checkpoint.keep]}
         return kept | self.pareto_set() | set(self._live) | set(self._interrupted)
 
     def pareto_set(self) -> set[int]:
@@ -400,6 +402,9 @@ class SearchStudy:
         """The best score of the COMPLETE trials."""
         ranked = self._ranked()
         return score_of(ranked[0]) if ranked else None
+
+    def _with_model(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        return [t for t in trials if t.number not in self.without_model]
 
     def _ranked(self) -> list[Any]:
         """The COMPLETE trials, the best first; of equal ones, the one that began first."""

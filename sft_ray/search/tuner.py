@@ -129,18 +129,20 @@ def run_search(
             if not store.exists(EXPERIMENT):  # before there is a study, which is of no other
                 write_experiment(store, prepared.experiment)
             study = _taken_up(prepared, store, layout.slots, warm, screen)
-            is_over = study.is_over()
-            if is_over:  # without a winner the outcome before stays
-                _best_with_model(store, study, Screen(quiet=True))
+            # Without a winner the outcome before stays.
+            best = _best_with_model(store, study, screen) if study.is_over() else None
             if prepared.experiment.confirm is None:
                 say_unconfirmed(store, screen)
             environment = _write_what_runs(prepared, store, layout)
             say_truth(screen, prepared, layout, store.location, study)
             startup_seconds = None
-            if not is_over:
+            if best is None:
                 conductor = _run(prepared, store, study, layout, screen, tracker)
                 startup_seconds = conductor.startup_seconds(started)
-            result = _conclude(prepared, store, study, environment, startup_seconds, screen)
+                store.tidy()  # of workers that were killed
+                _forget_what_is_over(store, study)
+                best = _best_with_model(store, study, screen)
+            result = _conclude(prepared, store, study, best, environment, startup_seconds)
         say_outcome(screen, result, prepared, source)
         return _confirmed(experiment, store, result, address, quiet)
 
@@ -187,18 +189,19 @@ def _outcome(checked: Prepared, store: RunStore, screen: Screen, *, has_grown: b
     damaged = damaged_files(store)
     if not store.exists(RESULTS) or any(not path.startswith("trials/") for path in damaged):
         return None
-    said = f"{store.location} is finished; its outcome:"
+    said, now = f"{store.location} is finished; its outcome:", dict[str, str]()
     if has_grown:
         ended_by = _ended_by(checked, store)
         if ended_by is None:
             return None
+        now = {"ended_by": ended_by[0]}  # another limit than the one that was reached first
         said = f"{store.location}: nothing to run: {how_to_go_on(*ended_by)}; its outcome:"
     if damaged:
         with store.locked():
             for note in records_back(store, damaged):
                 screen.say(note)
     screen.say(said)
-    return read_results(store)
+    return read_results(store) | now
 
 
 def _ended_by(checked: Prepared, store: RunStore) -> tuple[str, str] | None:
@@ -342,15 +345,12 @@ def _conclude(
     prepared: Prepared,
     store: RunStore,
     study: SearchStudy,
+    best: FrozenTrial,
     environment: dict[str, Any],
     startup_seconds: float | None,
-    screen: Screen,
 ) -> SearchResult:
     """Put the winner in best/ and write results.json last."""
     ended_by = study.ended_by()
-    store.tidy()  # of workers that were killed
-    _forget_what_is_over(store, study)
-    best = _best_with_model(store, study, screen)
     tree = {
         "name": prepared.experiment.name,
         "metric": prepared.objective,
@@ -396,5 +396,5 @@ def _best_with_model(store: RunStore, study: SearchStudy, screen: Screen) -> Fro
     whole = "whole " if damaged else ""
     raise TrialError(
         f"none of {len(study.trials)} trials left a {whole}model; their reasons are in "
-        f"{store.path_of('trials')}"
+        f"{store.path_of('trials')}; a larger search.trials trains others"
     )

@@ -158,8 +158,6 @@ def _run_trial(
     keep = Keeper(assignment, loaded, uploads)
     every_minutes = loaded.experiment.checkpoint.every_minutes
     last = LastState(loaded.store, assignment["folder"], every_minutes, train, seed, uploads)
-    if assignment["micro_batch"] is not None:  # one did not fit; the state is of the trial as it is
-        train = train.model_copy(update={"micro_batch": assignment["micro_batch"]})
     pulse.enter(STORAGE)
     state = None
     if assignment["restarts"] or assignment["resumes"]:
@@ -208,6 +206,7 @@ def _run_trial(
             beat=pulse.enter,
             resume=state,
             halvings=assignment["halvings"],
+            most_examples=assignment["most_examples"],
             end_diverged=assignment["end_diverged"],
         )
     if paused is not None:

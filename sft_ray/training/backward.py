@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from sft_ray.training.encoding import IntArray
 from sft_ray.training.forward import forward_loss
 from sft_ray.training.losses import LossOptions
 from sft_ray.training.micro_batch import Probe
+from sft_ray.training.optim import num_states
 from sft_ray.training.setup import Setup
 
 
@@ -25,7 +27,7 @@ class Backward:
     """Forward and backward passes of a model that was reset for a trial.
 
     Args:
-        halvings: of the micro-batch, after running out of memory.
+        halvings, most_examples: of the micro-batch, see `sft_ray.training.fitting.fit`.
 
     Attributes:
         most: examples of a micro-batch.
@@ -35,6 +37,7 @@ class Backward:
 
     Raises:
         NothingFitsError: one example is too much for a worker's memory.
+        StepOutOfMemoryError: later than at the probe.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Backward:
         dtype: torch.dtype,
         options: LossOptions,
         halvings: int = 0,
+        most_examples: int | None = None,
     ) -> None:
         self._train, self._setup, self._dtype, self._options = train, setup, dtype, options
         self.world, self.pretrained = setup.world, setup.pretrained
@@ -54,10 +58,11 @@ class Backward:
         share = -(-train.batch_size // self.world.size)
         self._probe = self._probed(share)
         fits = self._probe.fits if train.micro_batch == "auto" else train.micro_batch
-        self.most = max(1, min(share, fits) >> halvings)
+        self.most = max(1, min(share, fits, most_examples or share) >> halvings)
         if self.world.device.type == "cuda":  # what the probe tried is not the trial's
             torch.cuda.reset_peak_memory_stats(self.world.device)
-        self.model = self.world.wrap(self.model)
+        with micro_batch.raised_as_out_of_memory(self.most):
+            self.model = self.world.wrap(self.model)
         if self.records:
             weights = options.class_weights
             values = None if weights is None else weights.tolist()
@@ -123,7 +128,7 @@ class Backward:
         batch_size = self._train.batch_size if on_gpu else 1
         longest = self._setup.dataset.train.longest
         how = (str(self._dtype), self.compiles, self.records)
-        key = (self._train.frozen_layers, batch_size, longest, *how)
+        key = (self._train.frozen_layers, batch_size, longest, num_states(self._train), *how)
         known = self._setup.micro_batches
         if key not in known:
             known[key] = self._find(share)
@@ -138,14 +143,19 @@ class Backward:
             return self._loss(self._collate(items, None, len(items) if is_fixed else None))
 
         def attempt(size: int) -> None:
-            # What comes up with the first step: two states of Adam, and where a step has several
-            # micro-batches, gradients that lie there while the next one passes.
-            copies = 2 if size == share else 3
-            trained = self.pretrained.trainable().values()
-            held = [torch.empty_like(weight) for weight in trained for _ in range(copies)]
-            loss_of(longest[:size]).backward()
-            self.model.zero_grad()
-            del held
+            # What comes up with the first step: the optimiser's states and, where a step has
+            # several micro-batches or workers, gradients that lie there while one passes.
+            trained = list(self.pretrained.trainable().values())
+            states = num_states(self._train)
+            held = [torch.empty_like(weight) for weight in trained for _ in range(states)]
+            try:
+                if size < share or self.world.size > 1:
+                    for weight in trained:
+                        weight.grad = torch.zeros_like(weight)
+                loss_of(longest[:size]).backward()
+            finally:
+                self.model.zero_grad()
+                del held
 
         def kept(size: int) -> int:
             like = np.repeat(longest[:1], size)
@@ -155,8 +165,10 @@ class Backward:
             if self.world.device.type == "cuda":
                 if not self.compiles:  # where another shape costs more than a pass
                     # First, so that libraries set themselves up while there is room.
-                    micro_batch.largest_that_fits(attempt, 1)
+                    with suppress(micro_batch.NothingFitsError):
+                        micro_batch.largest_that_fits(attempt, 1)
                 fits = micro_batch.largest_that_fits(attempt, share)
+                torch.cuda.empty_cache()  # neighbours, and who asks what is reserved
                 # A pass that is recorded keeps its memory while another warms up.
                 found = Probe(max(1, fits // 2) if self.records and fits < share else fits)
             else:

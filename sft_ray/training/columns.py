@@ -6,6 +6,7 @@ Every problem is one line that names the source, the column and the first row th
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 from sft_ray.errors import did_you_mean
 
 UNLABELLED = -1  # GLUE and others mark hidden labels so
+MIXED = b"sft_ray: mixed"  # of a table: its columns that are left out, for they have no one type
 SHOWN = 60  # characters of a wrong value that are worth showing
 
 
@@ -144,7 +146,10 @@ def _missing_columns(table: pa.Table, wanted: Mapping[str, str]) -> Iterator[str
             known = f"; {did_you_mean(column, table.column_names)}" if table.column_names else ""
             span = field.removesuffix("_start").removesuffix("_end")
             key = f"{span}: [start, end]" if f"{span}_start" in wanted else field
-            yield f"no column {column!r}{known}; set data.columns.{key}"
+            if column in json.loads((table.schema.metadata or {}).get(MIXED, "[]")):
+                yield f"column {column!r} is not of one type in all rows; mend it"
+            else:
+                yield f"no column {column!r}{known}; set data.columns.{key}"
 
 
 def is_unlabelled(table: pa.Table, target: str) -> bool:

@@ -71,9 +71,11 @@ def prepare(
         "tokenizer": _content_hash_text(encoder.tokenizer.backend_tokenizer.to_str()),
         "max_length": encoder.max_length,
         "doc_stride": encoder.doc_stride,
-        "told": [duplicates, source.num_left_out, test_is_unlabelled, has_test],
     }
-    key = _content_hash_text(json.dumps(recipe, sort_keys=True))
+    fingerprint = _content_hash_text(json.dumps(recipe, sort_keys=True))
+    # What is told of the data beside it, and decides no number.
+    told = [duplicates, source.num_left_out, test_is_unlabelled, has_test]
+    key = _content_hash_text(json.dumps([fingerprint, told], sort_keys=True))
 
     def build(folder: Path) -> None:
         truncated = {}
@@ -85,7 +87,7 @@ def prepare(
         meta = {
             "label_names": label_set.names,
             "negative": label_set.negative,
-            "fingerprint": key,
+            "fingerprint": fingerprint,
             "num_truncated": truncated,
             "max_length": encoder.max_length,
             "num_duplicates": duplicates,

@@ -53,6 +53,7 @@ def fit(
     beat: Beat = no_beat,
     resume: ResumeState | None = None,
     halvings: int = 0,
+    most_examples: int | None = None,
     end_diverged: bool = False,
 ) -> ResumeState | None:
     """Train `setup.pretrained` from its pristine weights, reporting at every mark.
@@ -71,7 +72,8 @@ def fit(
             `STEPS_PER_AGREEMENT` steps.
         resume: state of this very configuration; the trial goes on behind it, with the same
             numbers as if it had never stopped.
-        halvings: of the micro-batch, after running out of memory.
+        halvings: of the micro-batch, after a kill that left no word of its size.
+        most_examples: of a micro-batch, after one that did not fit.
         end_diverged: a trial whose training loss is no better at a third of its schedule than that
             of always answering the same is at fault too.
 
@@ -87,8 +89,9 @@ def fit(
         rungs, train.epochs, batches.steps_per_epoch(len(setup.dataset.train), train.batch_size)
     )
     share = -(-train.batch_size // setup.world.size)
+    asked = share if train.micro_batch == "auto" else train.micro_batch
     try:
-        with micro_batch.raised_as_out_of_memory(max(1, share >> halvings)):
+        with micro_batch.raised_as_out_of_memory(min(share, asked, most_examples or share)):
             trial = Trial(
                 train,
                 setup,
@@ -97,7 +100,9 @@ def fit(
                 end_diverged=end_diverged,
                 beat=beat,
                 halvings=halvings,
+                most_examples=most_examples,
             )
+        with micro_batch.raised_as_out_of_memory(trial.backward.most):
             first_mark = 0 if resume is None else trial.restore(resume)
     except micro_batch.NothingFitsError as error:
         report(Progress(fault=str(error)))  # of a trial that cannot take a single step
@@ -136,6 +141,7 @@ class Trial:
         end_diverged: bool = False,
         beat: Beat = no_beat,
         halvings: int = 0,
+        most_examples: int | None = None,
     ) -> None:
         self.beat = beat
         self.train, self.task, self.world = train, setup.task, setup.world
@@ -150,12 +156,15 @@ class Trial:
             reinit_layers=train.reinit_layers,
             seed=seed,
         )
-        self.backward = Backward(train, setup, self.dtype, self.loss_options, halvings)
+        self.backward = Backward(
+            train, setup, self.dtype, self.loss_options, halvings, most_examples
+        )
         self.trainable = list(self.pretrained.trainable().values())
-        self.penalty = bind_penalty(train.regularization, self.pretrained)
+        with micro_batch.raised_as_out_of_memory(self.backward.most):
+            self.penalty = bind_penalty(train.regularization, self.pretrained)
+            self.optimizer = build_optimizer(train, self.pretrained)
         self.steps_per_epoch = batches.steps_per_epoch(len(self.dataset.train), train.batch_size)
         self.num_steps = self.steps_per_epoch * train.epochs
-        self.optimizer = build_optimizer(train, self.pretrained)
         self.set_rates = build_schedule(train, self.optimizer, self.num_steps)
         self.scaler = torch.amp.GradScaler(
             self.world.device.type, enabled=self.dtype == torch.float16
@@ -426,7 +435,8 @@ class Trial:
         self.watch.restore(facts["watch"])
         self.loss_sum.fill_(facts["since_mark"]["loss_sum"] if is_first else 0.0)
         self.count = facts["since_mark"]["count"]
-        self.clock.seconds |= facts["seconds"]
+        for name, seconds in facts["seconds"].items():
+            self.clock.seconds[name] += seconds  # opening trunks has taken some already
         if facts["best"] is not None and is_first:
             outputs = state.tensors["best_outputs"].numpy()
             self.best = Best(**facts["best"], weights=state.part("best/"), outputs=outputs)

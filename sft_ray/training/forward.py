@@ -12,9 +12,11 @@ from sft_ray.config import Train
 from sft_ray.training import batches
 from sft_ray.training.batches import Batch, Trunk
 from sft_ray.training.beat import EVALUATION, Beat, no_beat
+from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import IGNORED, Examples
 from sft_ray.training.losses import LossOptions
 from sft_ray.training.metrics import Floats
+from sft_ray.training.micro_batch import in_parts
 from sft_ray.training.passes import passing
 from sft_ray.training.setup import Setup
 from sft_ray.training.tasks import Task
@@ -81,16 +83,15 @@ def evaluate(
     """Outputs of every item or token in order, [n or total, classes], for any number of workers.
 
     Args:
-        beat: called before every batch.
+        beat: called before every batch; one that does not fit into memory is halved.
         trunk: what the first layers make of the examples, if it is known.
     """
     model.eval()
     rows = len(examples.tokens) if task.per_token else len(examples)
     weight_dtype = next(model.parameters()).dtype
     outputs = torch.zeros((rows, model.config.num_labels), dtype=weight_dtype, device=world.device)
-    most = batches.EVAL_TOKENS_PER_BATCH[world.device.type]
-    for indices in batches.evaluation_shares(examples.lengths, world.rank, world.size, most):
-        beat(EVALUATION)
+
+    def put(indices: IntArray) -> None:
         batch = batches.collate(
             examples,
             indices,
@@ -106,5 +107,10 @@ def evaluate(
             found = found.flatten(0, 1)[batch.one_pass.layout.places]
             places = batches.token_positions(examples, indices)
         outputs[to_device(places, world.device)] = found.to(weight_dtype)
+
+    most = batches.EVAL_TOKENS_PER_BATCH[world.device.type]
+    for indices in batches.evaluation_shares(examples.lengths, world.rank, world.size, most):
+        beat(EVALUATION)
+        in_parts(put, indices)
     gathered: Floats = np.asarray(world.sum(outputs).cpu().numpy())
     return gathered

@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from sft_ray.training.encoding import IntArray
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 # How a lack of memory reads where it is no error of a kind of its own.
@@ -89,6 +92,21 @@ def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         size //= 2
+
+
+def in_parts(work: Callable[[IntArray], None], items: IntArray) -> None:
+    """Do what is to be done for all items at once, or for halves of them that fit into memory."""
+    try:
+        work(items)
+        return
+    except Exception as error:
+        if len(items) == 1 or not is_out_of_memory(error):
+            raise
+    # Behind the handler, which holds all that the attempt had in memory.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    for half in np.array_split(items, 2):
+        in_parts(work, half)
 
 
 def kept_bytes(forward: Callable[[], torch.Tensor], weights: Iterable[torch.Tensor]) -> int:

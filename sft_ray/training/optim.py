@@ -52,6 +52,13 @@ def build_optimizer(train: Train, pretrained: Pretrained) -> torch.optim.Optimiz
     return optimizer
 
 
+def num_states(train: Train) -> int:
+    """How many numbers the optimiser keeps for each that is trained."""
+    if train.optimizer in ("adamw", "adam"):
+        return 2
+    return 1 if train.momentum else 0
+
+
 def clip_gradients(trained: Sequence[torch.nn.Parameter], norm: torch.Tensor, most: float) -> None:
     """Shorten gradients of this norm to `most`, if they are longer."""
     # A GPU is not asked whether they are: it would have to be waited for.

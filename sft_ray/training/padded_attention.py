@@ -67,9 +67,13 @@ class PaddedAttention:
         for index, group in enumerate(layout.tight_groups):
             # Only its shape is looked at, where products are asked for.
             tokens_BLH = packed_1TH.new_zeros(()).expand(*group.shape, packed_1TH.shape[-1])
-            for own, tokens in zip(self._projections, projected, strict=True):
-                own.answer(tokens_BLH, group.spread(tokens[index]))
-            parts.append(group.gather(self._of_group(tokens_BLH, cut(named, group))))
+            try:
+                for own, tokens in zip(self._projections, projected, strict=True):
+                    own.answer(tokens_BLH, group.spread(tokens[index]))
+                parts.append(group.gather(self._of_group(tokens_BLH, cut(named, group))))
+            finally:  # out of memory, it would hold what all layers below keep
+                for own in self._projections:
+                    own.forget()
         return layout.join(parts).unsqueeze(0)
 
     def _of_group(self, tokens_BLH: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
@@ -99,6 +103,10 @@ class _Projection:
     def answer(self, tokens_BLH: torch.Tensor, found_BLH: torch.Tensor) -> None:
         """What to give, once, for a group's tokens."""
         self._answer = tokens_BLH, found_BLH
+
+    def forget(self) -> None:
+        """An answer that was not asked for."""
+        self._answer = None
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         # DeBERTa's distances may go through the same weights.

@@ -27,7 +27,7 @@ class Setup:
 
     Attributes:
         micro_batches: what the probe found for (frozen layers, batch size if on a GPU, longest
-            text, number format, compiled, recorded).
+            text, states of the optimiser, number format, compiled, recorded).
         constant_losses: label smoothing and class weights -> loss of the best constant answer.
         trunk_cache: outputs of frozen trunks; None computes them each time.
     """
@@ -37,9 +37,7 @@ class Setup:
     pretrained: Pretrained
     tokenizer: Any
     world: World
-    micro_batches: dict[tuple[int | str, int, int, str, bool, bool], Probe] = field(
-        default_factory=dict
-    )
+    micro_batches: dict[tuple[int | str | bool, ...], Probe] = field(default_factory=dict)
     constant_losses: dict[str, float | None] = field(default_factory=dict)
     trunk_cache: TrunkCache | None = None
 

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from sft_ray.config import Data, Split, Splits
 from sft_ray.errors import DataError, did_you_mean, first_line
 from sft_ray.training.columns import (
+    MIXED,
     UNLABELLED,
     Fields,
     is_name,
@@ -153,6 +154,9 @@ def _read_files(data: Data, fields: Fields) -> dict[str, pa.Table]:
         for text in as_text.to_pylist()
     }
     are_scores = len(decimals) > MOST_DECIMALS and not (target in texts or data.label_names)
+    # Where decimals are names, so are whole numbers beside them.
+    if are_renamed := are_renamed or bool(decimals and not are_scores):
+        _check_no_places(tables.keys() - written.keys(), tables, str(target), data)
 
     def may_stay(kind: pa.DataType) -> bool:
         if pa.types.is_integer(kind):
@@ -171,6 +175,25 @@ def _read_files(data: Data, fields: Fields) -> dict[str, pa.Table]:
             place = tables[split].column_names.index(name)
             tables[split] = tables[split].set_column(place, name, as_text)
     return tables
+
+
+def _check_no_places(
+    splits: Collection[str], tables: dict[str, pa.Table], target: str, data: Data
+) -> None:
+    """Where labels are what is written in one file, numbers in another would be something else.
+
+    Raises:
+        DataError: a file of another kind has whole numbers.
+    """
+    for split in sorted(splits):
+        table = tables[split]
+        if target not in table.column_names or is_unlabelled(table, target):
+            continue
+        if pa.types.is_integer(table.column(target).type):
+            raise DataError(
+                f"data.{split} ({getattr(data, split)}): the labels in {target!r} are whole "
+                "numbers, and texts (as 01 or 1.5) in the other files; write them as texts here"
+            )
 
 
 def _as_written(table: pa.Table, file: str, names: Collection[str | None]) -> dict[str, Any]:
@@ -245,7 +268,10 @@ def _parse(path: str, suffix: str, texts: Collection[str]) -> pa.Table:
         if not rows or not all(isinstance(row, dict) for row in rows):
             raise ValueError("it must hold a list of at least one {column: value} object")
         names = dict.fromkeys(name for row in rows for name in row)
-        return pa.table({n: values for n in names if (values := _values(rows, n)) is not None})
+        columns = {name: _values(rows, name) for name in names}
+        mixed = json.dumps([name for name, values in columns.items() if values is None])
+        found = {name: values for name, values in columns.items() if values is not None}
+        return pa.table(found, metadata={MIXED: mixed})
     return pyarrow.json.read_json(
         path,
         read_options=pyarrow.json.ReadOptions(block_size=_block_size(path)),

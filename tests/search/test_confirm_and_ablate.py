@@ -21,9 +21,10 @@ from sft_ray.config import Confirm, Experiment
 from sft_ray.errors import DataError
 from sft_ray.recipes import YARDSTICK
 from sft_ray.run_store import CONFIRMATION, RESULTS, TEST_ACCESS
+from sft_ray.screen import Screen
 from sft_ray.search.ablate import ablation_seeds, run_ablations
 from sft_ray.search.confirm import fresh_seeds, run_confirm
-from sft_ray.search.replay import _with_one_slot, run_replay
+from sft_ray.search.replay import _with_one_slot, _within, run_replay
 from sft_ray.search.tuner import run_search
 from sft_ray.serving.verify import run_verification
 from sft_ray.single_trial import run_training
@@ -309,6 +310,17 @@ def test_a_single_training_is_replayed_as_it_was_and_other_data_is_refused(
             again()
         assert len(caught.value.problems) == 1
     assert {**files_of(tmp_path), "toy.csv": ""} == {**before, "toy.csv": ""}
+
+
+def test_a_replay_has_no_more_cpus_than_there_are(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = _with_one_slot(experiment, {"role": "sampled"}, 4.0)
+    one.resources.cpus_per_worker = 4.0
+    assert one.resources.workers_per_trial == 2
+    for has, cpus in (({"CPU": 4.0}, 2.0), ({"CPU": 16.0}, 4.0), (None, 4.0)):
+        assert _within(one, has, Screen()).resources.cpus_per_worker == cpus
+    assert "2 CPUs for each worker here, 4 where it ran" in capsys.readouterr().out
 
 
 def test_a_replay_has_as_many_cpus_as_the_workers_of_its_run(experiment: Experiment) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from sft_ray.run_store import (
 )
 from sft_ray.search import tuner
 from sft_ray.search.layout import plan_layout
+from sft_ray.search.narration import grown_limits
 from sft_ray.search.study import SearchStudy
 from sft_ray.search.trials import is_to_be_saved
 from sft_ray.search.tuner import run_search
@@ -36,12 +38,14 @@ CONFIRMED = {"top": 1, "seeds": [1]}
 FINITE = {"train.learning_rate": {"choice": [1e-4, 1e-3]}, "train.epochs": {"int": [1, 2]}}
 
 
-def invented(prepared: Prepared, store: RunStore, study: SearchStudy, *_: Any) -> Any:
+def invented(
+    prepared: Prepared, store: RunStore, study: SearchStudy, *_: Any, pruned_from: int = 99
+) -> Any:
     """In place of slots: every trial is a little worse than the one before it."""
     while (planned := study.next_trial()) is not None:
-        score = 0.9 - 0.01 * planned.number
-        study.mark(planned.number, 100, score, slot_seconds=1.0)
-        saves = is_to_be_saved(planned.assignment(), score, finished=True)
+        score, is_pruned = 0.9 - 0.01 * planned.number, planned.number >= pruned_from
+        study.mark(planned.number, 33 if is_pruned else 100, score, slot_seconds=1.0)
+        saves = is_to_be_saved(planned.assignment(), score, finished=not is_pruned)
         if saves:
             with store.replacing_folder(f"{planned.folder}/best") as folder:
                 (folder / "model.safetensors").write_text(f"of trial {planned.number}")
@@ -50,10 +54,11 @@ def invented(prepared: Prepared, store: RunStore, study: SearchStudy, *_: Any) -
             score=score,
             metrics={"accuracy": score},
             has_checkpoint=saves,
-            schedule_percent=100,
+            schedule_percent=33 if is_pruned else 100,
             train_seconds=1.0,
         )
-        study.finish(planned.number, TrialState.COMPLETE, end)
+        state = TrialState.PRUNED if is_pruned else TrialState.COMPLETE
+        study.finish(planned.number, state, end)
         store.write_json(f"{planned.folder}/trial.json", study.row(planned.number))
         for path in study.outdated():
             store.delete_folder(f"{path}/best")
@@ -129,14 +134,33 @@ def test_new_trials_of_a_run_whose_models_are_gone_keep_theirs(experiment: Exper
         assert sorted(path.parent.name for path in run.glob("trials/*/best")) == ["4", "5"]
 
 
-def test_an_outcome_stays_where_no_other_can_be_made(experiment: Experiment) -> None:
+def test_new_trials_that_do_not_finish_keep_theirs_where_no_other_is_left(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, _, run = searched(experiment)
+    confirm(run)
+    shutil.rmtree(run / "trials")
+    monkeypatch.setattr(tuner, "_run", partial(invented, pruned_from=4))
+    result = run_search(experiment, quiet=True, extend=2)
+    assert (result.best["trial"], result.best["complete"]) == (4, False)
+    assert (run / "best/model.safetensors").read_text() == "of trial 4"
+    (run / RESULTS).unlink()
+    assert run_search(experiment, quiet=True, extend=2).best["trial"] == 4
+    assert len(run_search(experiment, quiet=True, extend=2).trials) == 8
+
+
+def test_an_outcome_stays_where_no_other_can_be_made(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
     experiment, _, run = searched(experiment)
     confirm(run)
     shutil.rmtree(run / "trials")
     (run / "best/model.safetensors").write_text("damaged")
     before = (run / RESULTS).read_text()
     with pytest.raises(TrialError, match="none of 4 trials left a whole model"):
-        run_search(experiment, quiet=True)
+        run_search(experiment)
+    lines = capsys.readouterr().out
+    assert "trials/0/best is gone; the model of trial 0 is lost" in lines
     assert (run / RESULTS).read_text() == before
     assert (run / CONFIRMATION).exists()
 
@@ -207,6 +231,35 @@ def test_a_search_of_all_there_is_proposes_no_other(
     assert "nothing to run: all of its 4 configurations have run; a larger space" in lines
     assert "ended by    its space" in lines
     assert "sft-ray search" not in lines
+
+
+def test_a_space_that_is_used_up_is_said_before_a_budget_that_is(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budget = {"patience": 3}
+    _, result, _ = searched(experiment, trials=9, space=FINITE, default_recipe=False, budget=budget)
+    assert (len(result.trials), result.tree["ended_by"]) == (4, "search.space")
+
+
+def test_what_is_proposed_is_of_the_limit_that_is_reached_now(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, result, _ = searched(experiment, trials=3, budget={"patience": 2})
+    assert result.tree["ended_by"] == "search.budget.patience"
+    capsys.readouterr()
+    without = with_search(experiment, budget={})
+    run_search(without, source="my.yaml search.budget.patience=null")
+    lines = capsys.readouterr().out
+    assert "nothing to run: all of 3 trials have run; raise search.trials; its outcome:" in lines
+    assert "ended by" not in lines
+    assert "sft-ray search my.yaml search.budget.patience=null search.trials=6\n" in lines
+
+
+def test_a_large_patience_is_proposed_as_a_whole_number(experiment: Experiment) -> None:
+    experiment = with_search(experiment, budget={"patience": 512})
+    tree = {"ended_by": "search.budget.patience", "wall_seconds": 1.0, "trials": [{}]}
+    grown = grown_limits(SearchResult("run", tree | {"environment": {}}), experiment)
+    assert grown["search.budget.patience"] == "1024"
 
 
 def test_a_search_whose_trials_are_used_up_grows(

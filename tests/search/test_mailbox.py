@@ -6,7 +6,7 @@ import pytest
 from sft_ray.search import mailbox as mailbox_module
 from sft_ray.search.mailbox import Mailbox
 
-WHOLE = {"halvings": 0, "micro_batch": None}
+WHOLE = {"halvings": 0, "most_examples": None}
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def test_a_trial_without_memory_comes_again_at_half_and_twice_at_most() -> None:
         for used in (32, 16, 8):
             answer = await box.next_assignment(0, 0)
             assert isinstance(answer, tuple)
-            handed_out.append(answer[1]["micro_batch"])
+            handed_out.append(answer[1]["most_examples"])
             await box.out_of_memory(1, used)
             await box.register(0)
         assert handed_out == [None, 16, 8]
@@ -149,7 +149,7 @@ def test_workers_that_run_out_of_memory_in_one_step_halve_it_once() -> None:
             for rank in (0, 1):
                 answer = await box.next_assignment(rank, 0)
                 assert isinstance(answer, tuple)
-                assert (answer[1]["micro_batch"], answer[1]["halvings"]) == (before, 0)
+                assert (answer[1]["most_examples"], answer[1]["halvings"]) == (before, 0)
             for _ in range(2):
                 await box.out_of_memory(1, used)
             for rank in (0, 1):
@@ -157,7 +157,7 @@ def test_workers_that_run_out_of_memory_in_one_step_halve_it_once() -> None:
         await box.killed_for_memory()  # nothing has begun
         answer = await box.next_assignment(0, 0)
         assert isinstance(answer, tuple)
-        assert (answer[1]["micro_batch"], answer[1]["halvings"]) == (8, 0)
+        assert (answer[1]["most_examples"], answer[1]["halvings"]) == (8, 0)
 
     asyncio.run(scenario())
 

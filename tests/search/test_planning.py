@@ -22,7 +22,8 @@ from sft_ray.search import planning
 from sft_ray.search import speed as speed_module
 from sft_ray.search.draws import DRAWS, drawn_trials
 from sft_ray.search.estimate import STARTUP_SECONDS, Plan
-from sft_ray.search.planning import run_plan
+from sft_ray.search.layout import plan_layout
+from sft_ray.search.planning import _why_slots, run_plan
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.speed import Speed
 from sft_ray.single_trial import run_training
@@ -307,7 +308,7 @@ def test_a_plan_measures_frozen_layers_and_leaves_no_cache(experiment: Experimen
         changed(experiment, {"space": space, "trials": 12}), probe_seconds=1, quiet=True
     )
     assert list(plan.speed.trunk_seconds) == [1, 2, 0]
-    assert all(0 < plan.speed.trunk_seconds[k] < plan.speed.train_seconds[k] for k in (1, 2))
+    assert all(plan.speed.trunk_seconds[k] > 0 for k in (1, 2))
     assert plan.speed.trunk_bytes > 0
     assert not trunks_root().exists()
     little = changed(
@@ -318,6 +319,19 @@ def test_a_plan_measures_frozen_layers_and_leaves_no_cache(experiment: Experimen
     assert 0 < plan.disk_bytes - without.disk_bytes <= 2 * plan.speed.trunk_bytes
     none = changed(experiment, {"space": space}, resources={"slots": 1, "trunk_cache_gb": 0})
     assert run_plan(none, probe_seconds=1, quiet=True).speed.trunk_seconds == {}
+
+
+def test_trunks_of_single_epochs_pay_where_many_trials_ask_for_them(
+    experiment: Experiment,
+) -> None:
+    space = {"train.epochs": 1, "train.frozen_layers": {"int": [0, 2]}}
+    few, many = (
+        run_plan(
+            changed(experiment, {"space": space, "trials": trials}), probe_seconds=1, quiet=True
+        ).speed.trunk_seconds[2]
+        for trials in (2, 40)
+    )
+    assert few == 0 < many
 
 
 def test_what_is_predicted_is_what_training_takes(
@@ -478,6 +492,27 @@ def test_twice_the_cpus_are_measured_whatever_the_slots(experiment: Experiment, 
     assert plan.speed.gain_of_two is not None
     assert plan.speed.gain_of_two > 0
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("resources", "proposed"),
+    [
+        ({"cpus_per_worker": 2}, {"cpus_per_worker": 1}),
+        ({"slots": 1}, {"slots": 2}),
+        ({"slots": 1, "cpus_per_worker": 2}, {"slots": 2, "cpus_per_worker": 1}),
+    ],
+)
+def test_what_a_plan_proposes_for_more_slots_fits(
+    experiment: Experiment, resources: dict[str, Any], proposed: dict[str, Any]
+) -> None:
+    resources = {"workers_per_trial": 1, "slots": "auto", **resources}
+    alone = changed(experiment, resources=resources)
+    layout = plan_layout(alone, {"CPU": 2.0})
+    assert layout.slots == 1
+    words = " ".join(f"resources.{key}={value}" for key, value in proposed.items())
+    assert _why_slots(alone.resources, layout, 1.4).endswith(f"more trials; {words}")
+    grown = changed(experiment, resources=resources | proposed)
+    assert plan_layout(grown, {"CPU": 2.0}).slots == 2
 
 
 def test_one_trial_needs_no_word_on_slots(experiment: Experiment) -> None:

@@ -121,6 +121,9 @@ def test_a_list_of_rows_may_have_a_column_of_no_one_type_that_its_first_row_lack
     path, rows = tmp_path / "a.json", [{"text": "a"}, {"text": "b", "x": 1}, {"text": "c", "x": []}]
     path.write_text(json.dumps(rows))
     assert read_file(str(path)).to_pylist() == [{"text": text} for text in "abc"]
+    data = Data(train=str(path), validation=str(path), columns={"label": "x"})
+    with pytest.raises(DataError, match="column 'x' is not of one type in all rows"):
+        read_splits(data, TASK.fields, 17)
     path.write_text(json.dumps(rows[1:]))
     with pytest.raises(DataError, match="cannot be read as json"):
         read_file(str(path))
@@ -198,6 +201,7 @@ def test_numbers_of_a_regression_stay_numbers(tmp_path: Path, labels: list[str])
     [
         (["no", "yes"], [1, 0], ["no", "yes"], ["yes", "no"]),  # places in the names
         (["01", "1"], [1, 1], ["1", "01"], ["1", "1"]),  # no places beside what is no number
+        (["1.5", "2"], [2, 2], ["1", "1.5", "2"], ["2", "2"]),
     ],
 )
 def test_numbers_beside_labels_in_words_are_places_in_the_names(
@@ -209,6 +213,37 @@ def test_numbers_beside_labels_in_words_are_places_in_the_names(
     data = Data(**files, label_names=names)
     tables, _ = with_classes(read_splits(data, TASK.fields, 17), data, TASK)
     assert tables["validation"].column("label").to_pylist() == found
+
+
+@pytest.mark.parametrize("train", [["01", "1"], ["1.5", "2"]])
+def test_numbers_of_json_beside_labels_that_are_what_is_written_are_refused(
+    tmp_path: Path, train: list[str]
+) -> None:
+    write_csv(tmp_path / "train.csv", list(zip(("cat", "dog"), train, strict=True)))
+    (tmp_path / "dev.jsonl").write_text('{"text": "cat", "label": 1}\n')
+    files = {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "dev.jsonl")}
+    with pytest.raises(DataError, match="'label' are whole numbers, and texts"):
+        read_splits(Data(**files), TASK.fields, 17)
+
+
+def test_a_test_split_changes_no_fingerprint(tmp_path: Path, tiny_bert: Path) -> None:
+    for split in ("train", "dev", "test"):
+        write_csv(tmp_path / f"{split}.csv", [(f"{split} cat", "x"), (f"{split} dog", "y")])
+    files = {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "dev.csv")}
+    without, with_test = (
+        prepare_training(
+            Experiment.from_tree(
+                {
+                    "name": "t",
+                    "model": str(tiny_bert),
+                    "data": {**files, "max_length": 16, **more},
+                }
+            )
+        ).dataset
+        for more in ({}, {"test": str(tmp_path / "test.csv")})
+    )
+    assert (without.has_test, with_test.has_test) == (False, True)
+    assert without.fingerprint == with_test.fingerprint
 
 
 @pytest.mark.parametrize("spelling", ["true false", "TRUE FALSE"])

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from sft_ray.config import Train
-from sft_ray.training import fitting, micro_batch, trunk_cache
+from sft_ray.training import fitting, forward, micro_batch, trunk_cache
 from sft_ray.training.backward import Backward
 from sft_ray.training.beat import no_beat
 from sft_ray.training.examples import Dataset
@@ -211,6 +212,13 @@ def test_it_is_halved_after_running_out_of_memory(tiny_bert, toy: Dataset, confi
     assert report.micro_batch == 1
 
 
+@pytest.mark.parametrize("configured", ["auto", 4, 20])
+def test_no_more_are_taken_than_may_fit(tiny_bert, toy: Dataset, configured) -> None:
+    pretrained = load_tiny(tiny_bert, toy)
+    (report,) = run_fit(pretrained, toy, **SETTINGS, micro_batch=configured, most_examples=8)
+    assert report.micro_batch == (4 if configured == 4 else 8)
+
+
 @pytest.mark.parametrize("name", ["mpnet", "bert"])
 def test_little_is_computed_on_padding(tmp_path, toy: Dataset, name: str) -> None:
     pretrained = load_tiny(tiny_model_folder(tmp_path, name), toy)
@@ -262,13 +270,14 @@ def test_what_a_pass_keeps_grows_by_examples_and_not_by_casts(tmp_path, toy, pre
     assert 31 * 10_000 < many - few < 31 * weights
 
 
+@pytest.mark.parametrize(("optimizer", "states"), [("adamw", 2), ("sgd", 1)])
 def test_the_probe_of_a_gpu_holds_what_comes_up_with_the_first_step(
-    tiny_bert, toy: Dataset, monkeypatch
+    tiny_bert, toy: Dataset, monkeypatch, optimizer: str, states: int
 ) -> None:
     pretrained = load_tiny(tiny_bert, toy)
     setup = Setup(TASK, toy, pretrained, SimpleNamespace(pad_token_id=PAD), World())
     pretrained.reset(0)
-    train = Train(precision="fp32", batch_size=8)
+    train = Train(precision="fp32", batch_size=8, optimizer=optimizer)
     backward = Backward(train, setup, torch.float32, LossOptions(0.0))
     collate = backward._collate
     on_a_gpu = World(device=SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
@@ -279,7 +288,8 @@ def test_the_probe_of_a_gpu_holds_what_comes_up_with_the_first_step(
         return empty_like(weight)
 
     def on_the_cpu(items, trunk, fill_to):
-        passes.append((len(items), sum(held)))
+        lying = sum(p.grad.numel() for p in pretrained.trainable().values() if p.grad is not None)
+        passes.append((len(items), sum(held), lying))
         held.clear()
         if len(items) == 8:
             raise torch.OutOfMemoryError("full")
@@ -293,7 +303,31 @@ def test_the_probe_of_a_gpu_holds_what_comes_up_with_the_first_step(
     backward.world = on_a_gpu
     assert backward._find(8).fits == 4
     weights = sum(p.numel() for p in pretrained.trainable().values())
-    assert passes == [(1, 3 * weights), (8, 2 * weights), (4, 3 * weights)]
+    kept = states * weights
+    assert passes == [(1, kept, weights), (8, kept, 0), (4, kept, weights)]
+    assert all(p.grad is None for p in pretrained.trainable().values())
+
+
+def test_an_evaluation_that_does_not_fit_is_done_in_parts(
+    tiny_bert, toy: Dataset, monkeypatch
+) -> None:
+    pretrained = load_tiny(tiny_bert, toy)
+    (whole,) = run_fit(pretrained, toy, **SETTINGS)
+    honest, sizes = forward.model_outputs, []
+
+    def few(model, batch):
+        size = len(batch.inputs["attention_mask"])
+        if not model.training:
+            sizes.append(size)
+            if size > 10:
+                raise torch.OutOfMemoryError("full")
+        return honest(model, batch)
+
+    monkeypatch.setattr(forward, "model_outputs", few)
+    (parts,) = run_fit(pretrained, toy, **SETTINGS)
+    assert max(sizes) > 10
+    assert sum(size for size in sizes if size <= 10) == len(toy.validation)
+    np.testing.assert_allclose(parts.best.outputs, whole.best.outputs, atol=1e-5)
 
 
 def full(*args: object, **kwargs: object) -> None:
@@ -308,6 +342,17 @@ def test_a_lack_of_memory_beside_the_steps_is_handled_like_one_in_them(
     monkeypatch.setattr(fitting, place, full)
     with pytest.raises(StepOutOfMemoryError, match="out of memory at micro-batch 16"):
         run_fit(pretrained, toy, epochs=1, halvings=1)
+
+
+@pytest.mark.parametrize("configured", ["auto", 4])
+def test_a_lack_of_memory_before_the_steps_tells_what_they_would_have_had(
+    tiny_bert, toy: Dataset, monkeypatch, configured
+) -> None:
+    pretrained = load_tiny(tiny_bert, toy)
+    monkeypatch.setattr(World, "wrap", full)
+    size = 4 if configured == 4 else 8
+    with pytest.raises(StepOutOfMemoryError, match=f"out of memory at micro-batch {size}"):
+        run_fit(pretrained, toy, epochs=1, micro_batch=configured, most_examples=8)
 
 
 def test_a_trunk_that_does_not_fit_into_memory_is_computed_each_time(

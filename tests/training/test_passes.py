@@ -16,9 +16,9 @@ from sft_ray.training.examples import Dataset
 from sft_ray.training.families import FAMILIES
 from sft_ray.training.forward import model_outputs
 from sft_ray.training.model import Pretrained
-from sft_ray.training.padded_attention import PaddedAttention
+from sft_ray.training.padded_attention import PaddedAttention, _Projection
 from sft_ray.training.passes import Pass, passing, trunk_output
-from sft_ray.training.unpadded import CPU_TOKEN_STEPS, Layout
+from sft_ray.training.unpadded import CPU_TOKEN_STEPS, Group, Layout
 from tests.models import CPU, PAD, load_tiny, tiny_model_folder, toy_dataset
 
 LAYERS = 3
@@ -184,6 +184,33 @@ def test_attention_of_its_own_sees_neighbours_of_like_length_and_its_products_no
     every = multiplied.count(torch.Size((1, layout.positions)))
     assert every == len(pretrained.family.own_attention.projections) + 3  # type: ignore[union-attr]
     assert not set(multiplied) & {torch.Size(shape) for shape in shapes}
+
+
+@pytest.mark.parametrize("name", ["deberta-v2", "mpnet"])
+def test_what_ran_out_of_memory_in_attention_holds_nothing(
+    name: str, few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that was never asked for would keep the graph of all layers below."""
+    pretrained = load_tiny(tiny_model_folder(tmp_path / name, name, 1), few)
+    batch = ragged_batch(few)
+    spread, calls = Group.spread, []
+
+    def full(group: Group, tokens: torch.Tensor) -> torch.Tensor:
+        calls.append(tokens)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("full")
+        return spread(group, tokens)
+
+    monkeypatch.setattr(Group, "spread", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        model_outputs(pretrained.model, batch)
+    held = [
+        module.forward._answer
+        for module in pretrained.model.modules()
+        if isinstance(module.__dict__.get("forward"), _Projection)
+    ]
+    assert held == [None] * len(held)
+    assert held
 
 
 @pytest.mark.parametrize("lengths", [[6, 6], [2, 6, 4]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -19,7 +20,7 @@ from sft_ray.training.beat import no_beat
 from sft_ray.training.compiled import CompiledLayers
 from sft_ray.training.examples import Dataset
 from sft_ray.training.families import FAMILIES
-from sft_ray.training.fitting import fit
+from sft_ray.training.fitting import Trial, fit
 from sft_ray.training.forward import evaluate
 from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup
@@ -274,9 +275,24 @@ def test_making_a_trunk_is_no_training(
 
     monkeypatch.setattr(trunk_cache, "_write", slow)
     first, second = (run(setup_of(bert, toy), frozen_layers=2)[-1] for _ in range(2))
-    assert first.trunk_seconds > 0.5 * len(wrote)
-    assert second.trunk_seconds < 0.5
-    assert first.train_seconds - second.train_seconds < 0.5
+    assert wrote
+    assert first.trunk_seconds > 0.5 * len(wrote) > 4 * second.trunk_seconds
+    assert first.train_seconds - second.train_seconds < 0.5 * len(wrote)
+
+
+def test_a_trial_that_goes_on_adds_what_opening_trunks_takes(
+    toy: Dataset, bert: Path, root: Path
+) -> None:
+    train, setup = Train(precision="fp32", frozen_layers=2, epochs=3), setup_of(bert, toy)
+    first = Trial(train, setup, "accuracy", 3)
+    before, state = first.clock.seconds["trunk"], first.state()
+    assert kept(root) == {"train-2", "validation-2"}
+    shutil.rmtree(root)
+    again = Trial(train, setup, "accuracy", 3)
+    anew = again.clock.seconds["trunk"]
+    again.restore(state)
+    assert again.clock.seconds["trunk"] == before + anew
+    assert min(before, anew) > 0
 
 
 def test_a_torn_trunk_keeps_no_deeper_one_from_being_kept(
