@@ -13,14 +13,15 @@ from optuna.trial import TrialState
 
 from sft_ray.analysis.outcome import Outcome, slot_seconds_of
 from sft_ray.analysis.results import check_row, trial_row
-from sft_ray.config import Train
+from sft_ray.config import Experiment, Train
 from sft_ray.errors import ConfigError
 from sft_ray.run_store import TRIAL, RunStore
 from sft_ray.screen import Screen
 from sft_ray.search.board import Board, EndedTrial
-from sft_ray.search.cluster import connected
+from sft_ray.search.cluster import capacity, connected
 from sft_ray.search.conductor import Conductor
 from sft_ray.search.everywhere import check_storage_everywhere
+from sft_ray.search.layout import plan_layout, with_room
 from sft_ray.search.sharing import shared_layout
 from sft_ray.search.tracking import Tracker
 from sft_ray.search.trials import PlannedTrial
@@ -239,14 +240,14 @@ def run_fixed(
             from sft_ray.search.live_view import live_view
             from sft_ray.search.tune_run import run_on_slots  # brings Ray
 
-            # Slots are for these runs, however many trials the search had; workers have the CPUs
-            # that all of them had at first, for the same numbers.
-            search = prepared.experiment.search.model_copy(update={"trials": len(runs)})
-            experiment = prepared.experiment.model_copy(update={"search": search})
+            experiment = _of_runs(prepared.experiment, pending)
             check_storage_everywhere(store.anchored()[0])
             trains = [run.train for run in runs]
             layout = shared_layout(replace(prepared, experiment=experiment), trains, screen)
-            layout = layout.with_trials(pending)
+            if not layout.gpus_per_worker:  # as many CPUs as at the first start: the same numbers
+                begun = plan_layout(_of_runs(experiment, before + pending), capacity())
+                cpus = with_room(begun, experiment.resources).cpus_per_worker
+                layout = replace(layout, cpus_per_worker=cpus)
             tracker = Tracker(experiment.tracking, store, screen.event)
             conductor = Conductor(
                 trials, store, screen, prepared.objective, layout.slots, tracker=tracker
@@ -258,3 +259,9 @@ def run_fixed(
         for state in ended & store.folders_below(folder):
             store.delete_folder(state)
     return trials.finished_rows
+
+
+def _of_runs(experiment: Experiment, number: int) -> Experiment:
+    """The experiment with slots for so many runs, however many trials the search had."""
+    search = experiment.search.model_copy(update={"trials": number})
+    return experiment.model_copy(update={"search": search})

@@ -30,11 +30,6 @@ class Layout:
         resources = {"CPU": self.cpus_per_worker}
         return resources | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
 
-    def with_trials(self, trials: int) -> Layout:
-        """The same workers, in no more slots than there are trials."""
-        most = min(self.most_slots, trials)
-        return replace(self, slots=min(self.slots, most), most_slots=most)
-
     def written_into(self, experiment: Experiment) -> Experiment:
         """The experiment for its workers, who have to know how many threads are theirs."""
         cpus = {"cpus_per_worker": self.cpus_per_worker}

@@ -183,10 +183,10 @@ def _why_slots(resources: Resources, layout: Layout, gain_of_two: float) -> str:
         said = f"{measured}, two slots train 2 trials in that time: many slots finish more trials"
         if layout.slots > 1:
             return said
-        if layout.workers_per_trial > 1:
-            return f"{said}; resources.workers_per_trial=1"
         settings = [] if resources.slots == "auto" else ["resources.slots=2"]
-        if resources.cpus_per_worker != "auto" and layout.cpus_per_worker > 1:
+        if layout.workers_per_trial > 1:
+            settings.append("resources.workers_per_trial=1")
+        elif resources.cpus_per_worker != "auto" and layout.cpus_per_worker > 1:
             half = max(1.0, layout.cpus_per_worker // 2)
             settings.append(f"resources.cpus_per_worker={half:g}")
         return f"{said}; {' '.join(settings)}" if settings else said

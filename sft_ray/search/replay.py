@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +41,8 @@ def run_replay(
     """Train one trial of a run again, up to the last mark it reached; changes nothing in the run.
 
     The same machine, versions, workers and threads give the same numbers on CPUs; other ones need
-    not, nor does a GPU, which adds up gradients in no fixed order.  A machine with fewer CPUs than
-    the trial had trains it with those it has, and says so.
+    not, nor does a GPU, which adds up gradients in no fixed order.  Where no Ray runs, a machine
+    with fewer CPUs than the trial had trains it with those it has, and says so.
 
     Raises:
         SftError: no such run or trial, or it left no marks.
@@ -107,9 +106,9 @@ def _with_one_slot(experiment: Experiment, row: dict[str, Any], cpus: float) -> 
 
 
 def _within(experiment: Experiment, has: Mapping[str, float] | None, screen: Screen) -> Experiment:
-    """The experiment with no more CPUs for its workers than this machine has, if it is the one."""
+    """The experiment with no more CPUs for its workers than a Ray of our own will have."""
     resources = experiment.resources
-    most = float((has or {}).get("CPU", math.inf) // resources.workers_per_trial)
+    most = 0.0 if has is None else has["CPU"] // resources.workers_per_trial
     if not 1 <= most < resources.fewest_cpus:
         return experiment
     screen.say(

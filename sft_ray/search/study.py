@@ -164,7 +164,8 @@ class SearchStudy:
         trial.set_user_attr("params", params)
         trial.set_user_attr("train", train.model_dump(mode="json"))
         trial.set_user_attr("path", trial_folder(trial.number))
-        ranked = self._with_model(self._ranked())
+        finished = self._ranked()
+        ranked = [t for t in finished if t.number not in self.without_model]
         # With several objectives a low score may belong to the Pareto set.
         keep = len(ranked) + 1 if self.costs else self.experiment.checkpoint.keep
         return PlannedTrial(
@@ -176,7 +177,7 @@ class SearchStudy:
             params=params,
             seed=self.experiment.seed,
             save_above=self.sign * score_of(ranked[keep - 1]) if len(ranked) >= keep else None,
-            save_unfinished=not ranked,
+            save_unfinished=not finished,
             end_diverged=not is_yardstick(trial),
             resumes=resumes or trial.number in self.left_behind,
         )
@@ -387,10 +388,9 @@ class SearchStudy:
 
     def kept(self) -> set[int]:
         """Numbers of the trials whose model folders stay on disk."""
-        there = self._with_model(self._ranked()) or self._with_model(
-            ranking(self.trials, self.sign)
-        )
-        kept = {t.number for t in there[: self.experiment.checkpoint.keep]}
+        ranked = self._ranked() or ranking(self.trials, self.sign)
+        there = [t.number for t in ranked if t.number not in self.without_model]
+        kept = set(there[: self.experiment.checkpoint.keep])
         return kept | self.pareto_set() | set(self._live) | set(self._interrupted)
 
     def pareto_set(self) -> set[int]:
@@ -402,9 +402,6 @@ class SearchStudy:
         """The best score of the COMPLETE trials."""
         ranked = self._ranked()
         return score_of(ranked[0]) if ranked else None
-
-    def _with_model(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
-        return [t for t in trials if t.number not in self.without_model]
 
     def _ranked(self) -> list[Any]:
         """The COMPLETE trials, the best first; of equal ones, the one that began first."""

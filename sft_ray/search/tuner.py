@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
@@ -29,6 +30,7 @@ from sft_ray.folder_rule import check_folder_rule, check_made_by
 from sft_ray.recipes import default_recipe
 from sft_ray.run_store import (
     BEST,
+    CONFIRMATION,
     ENVIRONMENT,
     EXPERIMENT,
     JOURNAL,
@@ -129,8 +131,9 @@ def run_search(
             if not store.exists(EXPERIMENT):  # before there is a study, which is of no other
                 write_experiment(store, prepared.experiment)
             study = _taken_up(prepared, store, layout.slots, warm, screen)
-            # Without a winner the outcome before stays.
+            # Without another winner that of before stays.
             best = _best_with_model(store, study, screen) if study.is_over() else None
+            before = _winner_before(store)
             if prepared.experiment.confirm is None:
                 say_unconfirmed(store, screen)
             environment = _write_what_runs(prepared, store, layout)
@@ -141,8 +144,13 @@ def run_search(
                 startup_seconds = conductor.startup_seconds(started)
                 store.tidy()  # of workers that were killed
                 _forget_what_is_over(store, study)
-                best = _best_with_model(store, study, screen)
-            result = _conclude(prepared, store, study, best, environment, startup_seconds)
+                try:
+                    best = _best_with_model(store, study, screen)
+                except TrialError:
+                    if before is None:
+                        raise
+                    screen.say("no trial since has left a model, so the winner of before stays")
+            result = _conclude(prepared, store, study, best, before, environment, startup_seconds)
         say_outcome(screen, result, prepared, source)
         return _confirmed(experiment, store, result, address, quiet)
 
@@ -187,7 +195,7 @@ def _outcome(checked: Prepared, store: RunStore, screen: Screen, *, has_grown: b
     None too if more than records of trials is damaged, so that it is made anew.
     """
     damaged = damaged_files(store)
-    if not store.exists(RESULTS) or any(not path.startswith("trials/") for path in damaged):
+    if not store.exists(RESULTS) or _is_damaged(damaged):
         return None
     said, now = f"{store.location} is finished; its outcome:", dict[str, str]()
     if has_grown:
@@ -202,6 +210,11 @@ def _outcome(checked: Prepared, store: RunStore, screen: Screen, *, has_grown: b
                 screen.say(note)
     screen.say(said)
     return read_results(store) | now
+
+
+def _is_damaged(files: Sequence[str]) -> bool:
+    """Whether more than records of trials, which the results have too, is among them."""
+    return any(not path.startswith("trials/") for path in files)
 
 
 def _ended_by(checked: Prepared, store: RunStore) -> tuple[str, str] | None:
@@ -251,6 +264,13 @@ def _write_what_runs(prepared: Prepared, store: RunStore, layout: Layout) -> dic
     )
     store.write_json(ENVIRONMENT, environment)
     return environment
+
+
+def _winner_before(store: RunStore) -> dict[str, Any] | None:
+    """The best trial of a finished run, and its confirmation; None if they are not whole."""
+    if not store.exists(RESULTS) or _is_damaged(damaged_files(store)):
+        return None
+    return {"best": store.read_json(RESULTS)["best"], CONFIRMATION: store.read_json(CONFIRMATION)}
 
 
 def _run(
@@ -345,11 +365,16 @@ def _conclude(
     prepared: Prepared,
     store: RunStore,
     study: SearchStudy,
-    best: FrozenTrial,
+    best: FrozenTrial | None,
+    before: dict[str, Any] | None,
     environment: dict[str, Any],
     startup_seconds: float | None,
 ) -> SearchResult:
-    """Put the winner in best/ and write results.json last."""
+    """Put the winner in best/ and write results.json last.
+
+    Args:
+        best: the best trial; None where what `_winner_before` has found stays.
+    """
     ended_by = study.ended_by()
     tree = {
         "name": prepared.experiment.name,
@@ -359,18 +384,19 @@ def _conclude(
         "wall_seconds": study.wall_seconds(),
         "startup_seconds": startup_seconds,
         "ended_by": None if ended_by is None else ended_by[0],
-        "best": best_row(
-            row_of(best, prepared.experiment.seed),
-            gain_over_default(study.trials, best, study.sign),
-            store.path_of(BEST),
-        ),
+        "best": before and before["best"],
         "pareto": pareto_rows(study.trials, study.pareto_set(), study.costs),
         "importance": importances(study.trials, prepared.experiment.search.rungs),
         "trials": [row_of(trial, prepared.experiment.seed) for trial in study.trials],
         "environment": environment,
     }
-    card = model_card(tree, prepared.experiment.to_tree(), prepared.dataset.label_names)
-    put_winner(store, f"{trial_folder(best.number)}/best", card)
+    if best is not None:
+        gain = gain_over_default(study.trials, best, study.sign)
+        tree["best"] = best_row(row_of(best, prepared.experiment.seed), gain, store.path_of(BEST))
+        card = model_card(tree, prepared.experiment.to_tree(), prepared.dataset.label_names)
+        put_winner(store, f"{trial_folder(best.number)}/best", card)
+    elif before is not None and before[CONFIRMATION] is not None:
+        store.write_json(CONFIRMATION, before[CONFIRMATION])
     write_results(store, tree)
     return SearchResult(store.location, tree)
 
@@ -394,7 +420,9 @@ def _best_with_model(store: RunStore, study: SearchStudy, screen: Screen) -> Fro
             screen.say(f"{folder} is {what}; the model of trial {trial.number} is lost")
             damaged.append(trial.number)
     whole = "whole " if damaged else ""
+    ended_by = study.ended_by()
+    how = "" if ended_by is None else f"; {how_to_go_on(*ended_by)}"
     raise TrialError(
         f"none of {len(study.trials)} trials left a {whole}model; their reasons are in "
-        f"{store.path_of('trials')}; a larger search.trials trains others"
+        f"{store.path_of('trials')}{how}"
     )

@@ -56,7 +56,7 @@ class Backward:
         self.records = is_recorded(train.cuda_graphs, self.world, pads)
         self.model: nn.Module = self.pretrained.model
         share = -(-train.batch_size // self.world.size)
-        self._probe = self._probed(share)
+        self._probe = self._probed(share, most_examples)
         fits = self._probe.fits if train.micro_batch == "auto" else train.micro_batch
         self.most = max(1, min(share, fits, most_examples or share) >> halvings)
         if self.world.device.type == "cuda":  # what the probe tried is not the trial's
@@ -119,16 +119,19 @@ class Backward:
         (loss * factor).backward()
         return loss.detach()
 
-    def _probed(self, share: int) -> Probe:
+    def _probed(self, share: int, most_examples: int | None) -> Probe:
         """What was found of the micro-batch, once per kind of trial."""
         on_gpu = self.world.device.type == "cuda"
         if on_gpu and self._train.micro_batch != "auto":
             return Probe(self._train.micro_batch)
+        if on_gpu and most_examples is not None:  # neighbours may have the memory at present
+            return Probe(most_examples)
         # What an example keeps on a CPU does not depend on how many there are.
         batch_size = self._train.batch_size if on_gpu else 1
         longest = self._setup.dataset.train.longest
         how = (str(self._dtype), self.compiles, self.records)
-        key = (self._train.frozen_layers, batch_size, longest, num_states(self._train), *how)
+        states = num_states(self._train) if on_gpu else 0
+        key = (self._train.frozen_layers, batch_size, longest, states, *how)
         known = self._setup.micro_batches
         if key not in known:
             known[key] = self._find(share)
@@ -144,12 +147,14 @@ class Backward:
 
         def attempt(size: int) -> None:
             # What comes up with the first step: the optimiser's states and, where a step has
-            # several micro-batches or workers, gradients that lie there while one passes.
+            # several micro-batches or workers, gradients that lie there while one passes; twice
+            # where workers sum them in buckets, and while a pass is recorded.
             trained = list(self.pretrained.trainable().values())
-            states = num_states(self._train)
-            held = [torch.empty_like(weight) for weight in trained for _ in range(states)]
+            is_part, is_alone = size < share, self.world.size == 1
+            copies = num_states(self._train) + (self.records or (is_part and not is_alone))
+            held = [torch.empty_like(weight) for weight in trained for _ in range(copies)]
             try:
-                if size < share or self.world.size > 1:
+                if is_part or self.records or not is_alone:
                     for weight in trained:
                         weight.grad = torch.zeros_like(weight)
                 loss_of(longest[:size]).backward()

@@ -90,8 +90,9 @@ def fit(
     )
     share = -(-train.batch_size // setup.world.size)
     asked = share if train.micro_batch == "auto" else train.micro_batch
+    most = max(1, min(share, asked, most_examples or share) >> halvings)
     try:
-        with micro_batch.raised_as_out_of_memory(min(share, asked, most_examples or share)):
+        with micro_batch.raised_as_out_of_memory(most):
             trial = Trial(
                 train,
                 setup,
@@ -163,6 +164,7 @@ class Trial:
         with micro_batch.raised_as_out_of_memory(self.backward.most):
             self.penalty = bind_penalty(train.regularization, self.pretrained)
             self.optimizer = build_optimizer(train, self.pretrained)
+            self.trunks = self.open_trunks(setup.trunk_cache)
         self.steps_per_epoch = batches.steps_per_epoch(len(self.dataset.train), train.batch_size)
         self.num_steps = self.steps_per_epoch * train.epochs
         self.set_rates = build_schedule(train, self.optimizer, self.num_steps)
@@ -183,7 +185,6 @@ class Trial:
         waits = self.world.device.type == "cpu" or self.scaler.is_enabled()
         self.gradients = GradientWatch(self.world.device, waits)
         self.watch = DivergenceWatch(limit, self.num_steps, self.world)
-        self.trunks = self.open_trunks(setup.trunk_cache)
 
     def open_trunks(self, cache: TrunkCache | None) -> dict[Split, Trunk | None]:
         """Outputs of the frozen layers, as far as they are cached."""

@@ -147,6 +147,7 @@ def _read_files(data: Data, fields: Fields) -> dict[str, pa.Table]:
         if target in columns
     ]
     are_renamed = any(_is_renamed(values, as_text) for values, as_text in labels)
+    are_decimals = any(_are_decimals(values) for values, _ in labels)
     decimals = {
         text
         for values, as_text in labels
@@ -154,8 +155,9 @@ def _read_files(data: Data, fields: Fields) -> dict[str, pa.Table]:
         for text in as_text.to_pylist()
     }
     are_scores = len(decimals) > MOST_DECIMALS and not (target in texts or data.label_names)
-    # Where decimals are names, so are whole numbers beside them.
-    if are_renamed := are_renamed or bool(decimals and not are_scores):
+    if data.label_names:  # where decimals are names, whole numbers beside them are no places
+        are_renamed |= are_decimals
+    if are_renamed:
         _check_no_places(tables.keys() - written.keys(), tables, str(target), data)
 
     def may_stay(kind: pa.DataType) -> bool:
@@ -214,6 +216,13 @@ def _is_renamed(values: pa.ChunkedArray, written: pa.ChunkedArray) -> bool:
     return pa.types.is_integer(values.type) and any(
         value is not None and str(value) != text.strip() for value, text in pairs
     )
+
+
+def _are_decimals(values: pa.ChunkedArray) -> bool:
+    """Whether some have digits behind the point; 1.0 is how some programs write 1."""
+    if not pa.types.is_floating(values.type):
+        return False
+    return bool(pc.any(pc.not_equal(values, pc.floor(values))).as_py())
 
 
 def read_file(path: str, texts: Collection[str] = ()) -> pa.Table:

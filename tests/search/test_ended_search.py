@@ -134,19 +134,22 @@ def test_new_trials_of_a_run_whose_models_are_gone_keep_theirs(experiment: Exper
         assert sorted(path.parent.name for path in run.glob("trials/*/best")) == ["4", "5"]
 
 
-def test_new_trials_that_do_not_finish_keep_theirs_where_no_other_is_left(
-    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+def test_the_winner_stays_where_no_trial_since_has_left_a_model(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    experiment, _, run = searched(experiment)
+    experiment, before, run = searched(experiment)
     confirm(run)
     shutil.rmtree(run / "trials")
     monkeypatch.setattr(tuner, "_run", partial(invented, pruned_from=4))
-    result = run_search(experiment, quiet=True, extend=2)
-    assert (result.best["trial"], result.best["complete"]) == (4, False)
-    assert (run / "best/model.safetensors").read_text() == "of trial 4"
-    (run / RESULTS).unlink()
-    assert run_search(experiment, quiet=True, extend=2).best["trial"] == 4
-    assert len(run_search(experiment, quiet=True, extend=2).trials) == 8
+    for trials in (6, 8):
+        result = run_search(experiment, extend=2)
+        assert "no trial since has left a model" in capsys.readouterr().out
+        assert result.best == before.best
+        assert [row["state"] for row in result.trials[4:]] == ["PRUNED"] * (trials - 4)
+        store = open_run(str(run))
+        assert damaged_files(store) == []
+        assert store.read_json(CONFIRMATION) == CONFIRMED
+        assert (run / "best/model.safetensors").read_text() == "of a fresh seed"
 
 
 def test_an_outcome_stays_where_no_other_can_be_made(

@@ -463,7 +463,7 @@ def test_a_plan_reads_as_a_page_that_ends_with_the_command(
         (1.4, {}, "finish more trials"),
         (2.1, {}, "=2 may finish"),
         (1.4, {"slots": 1}, "finish more trials; resources.slots=2"),
-        (1.4, {"slots": 1, "workers_per_trial": 2}, "trials; resources.workers_per_trial=1"),
+        (1.4, {"slots": 1, "workers_per_trial": 2}, "resources.workers_per_trial=1"),
         (2.1, {"slots": 1}, "one slot finishes as many trials as two"),
     ],
 )

@@ -215,15 +215,36 @@ def test_numbers_beside_labels_in_words_are_places_in_the_names(
     assert tables["validation"].column("label").to_pylist() == found
 
 
-@pytest.mark.parametrize("train", [["01", "1"], ["1.5", "2"]])
+@pytest.mark.parametrize(
+    ("train", "names"), [(["01", "1"], None), (["1.5", "2"], ["1", "1.5", "2"])]
+)
 def test_numbers_of_json_beside_labels_that_are_what_is_written_are_refused(
-    tmp_path: Path, train: list[str]
+    tmp_path: Path, train: list[str], names: list[str] | None
 ) -> None:
     write_csv(tmp_path / "train.csv", list(zip(("cat", "dog"), train, strict=True)))
     (tmp_path / "dev.jsonl").write_text('{"text": "cat", "label": 1}\n')
     files = {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "dev.jsonl")}
     with pytest.raises(DataError, match="'label' are whole numbers, and texts"):
-        read_splits(Data(**files), TASK.fields, 17)
+        read_splits(Data(**files, label_names=names), TASK.fields, 17)
+
+
+def test_numbers_of_json_beside_decimals_have_their_names(tmp_path: Path) -> None:
+    write_csv(tmp_path / "train.csv", [("cat", "1"), ("dog", "1.5"), ("oak", "2")])
+    (tmp_path / "dev.jsonl").write_text('{"text": "cat", "label": 1}\n')
+    files = {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "dev.jsonl")}
+    data = Data(**files)
+    tables, labels = with_classes(read_splits(data, TASK.fields, 17), data, TASK)
+    assert labels.names == ("1", "1.5", "2")
+    assert tables["validation"].column("label").to_pylist() == ["1"]
+
+
+def test_the_file_whose_labels_have_no_place_is_named(tmp_path: Path) -> None:
+    write_csv(tmp_path / "train.csv", [("cat", "0"), ("dog", "1")])
+    write_csv(tmp_path / "dev.csv", [("cat", "0.0"), ("dog", "1.0")])
+    files = {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "dev.csv")}
+    data = Data(**files, label_names=["neg", "pos"])
+    with pytest.raises(DataError, match=r"dev.csv\): the label '0.0'"):
+        with_classes(read_splits(data, TASK.fields, 17), data, TASK)
 
 
 def test_a_test_split_changes_no_fingerprint(tmp_path: Path, tiny_bert: Path) -> None:

@@ -276,7 +276,7 @@ def test_making_a_trunk_is_no_training(
     monkeypatch.setattr(trunk_cache, "_write", slow)
     first, second = (run(setup_of(bert, toy), frozen_layers=2)[-1] for _ in range(2))
     assert wrote
-    assert first.trunk_seconds > 0.5 * len(wrote) > 4 * second.trunk_seconds
+    assert first.trunk_seconds > 0.5 * len(wrote) > second.trunk_seconds
     assert first.train_seconds - second.train_seconds < 0.5 * len(wrote)
 
 
