@@ -30,7 +30,7 @@ from sft_ray.run_store import (
 from sft_ray.screen import count
 from sft_ray.serving.evaluate import examples_of
 from sft_ray.serving.predict import Predictor, load_predictor, read_facts
-from sft_ray.training.data import prepare
+from sft_ray.training.data import open_dataset, prepare
 from sft_ray.training.examples import IGNORED, Examples
 from sft_ray.training.metrics import Floats
 from sft_ray.training.model_facts import resolve_model
@@ -175,11 +175,12 @@ def _fingerprint(experiment: Experiment, best: Path) -> str:
     data, task, seed = experiment.data, find_task(experiment.task), experiment.seed
     try:
         model = resolve_model(experiment.model)
-        return prepare(data, task, model, experiment.revision, seed).name
+        folder = prepare(data, task, model, experiment.revision, seed)
     except SftError as error:
         if not all(problem.startswith("model:") for problem in error.problems):
             raise
-    return prepare(data, task, str(best), None, seed).name
+        folder = prepare(data, task, str(best), None, seed)
+    return open_dataset(folder).fingerprint
 
 
 def _check_versions(store: RunStore) -> Check:

@@ -316,7 +316,8 @@ def test_a_replay_has_no_more_cpus_than_there_are(
     experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = _with_one_slot(experiment, {"role": "sampled"}, 4.0)
-    one.resources.cpus_per_worker = 4.0
+    resources = one.resources.model_copy(update={"cpus_per_worker": 4.0})
+    one = one.model_copy(update={"resources": resources})
     assert one.resources.workers_per_trial == 2
     for has, cpus in (({"CPU": 4.0}, 2.0), ({"CPU": 16.0}, 4.0), (None, 4.0)):
         assert _within(one, has, Screen()).resources.cpus_per_worker == cpus
