@@ -243,7 +243,7 @@ def test_a_test_split_changes_no_fingerprint(tmp_path: Path, tiny_bert: Path) ->
         ).dataset
         for more in ({}, {"test": str(tmp_path / "test.csv")})
     )
-    assert (without.has_test, with_test.has_test) == (False, True)
+    assert (without.test_split, with_test.test_split) == ("none", "labelled")
     assert without.fingerprint == with_test.fingerprint
 
 
