@@ -40,7 +40,7 @@ audit:
 	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/slot_overhead.py
+	$(BIN)/python -m benchmarks.slot_overhead
 
 # The pages of docs/ as a site in site/.
 docs: $(INSTALLED)

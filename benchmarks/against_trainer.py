@@ -13,7 +13,6 @@ weights.  One JSON line per run goes to --out; runs whose line exists are not re
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ import scipy.stats
 import torch
 import transformers
 
+from benchmarks.rows import finished, once
 from sft_ray.config import Column, Data, Limit, Train
 from sft_ray.training import batches
 from sft_ray.training.data import (
@@ -469,9 +470,6 @@ def pairs(
     only: Sequence[str] = (),
 ) -> None:
     """Run what has no line in `out` yet; who goes first alternates from seed to seed."""
-    runs = {"ours": run_ours, "trainer": run_trainer}
-    packages = {name: version(name) for name in ("torch", "transformers", "accelerate")}
-    done = {_key(row) for row in _rows(out)}
     for case in [case for case in CASES if not only or case.name in only]:
         settings = {
             "train_limit": case.train_rows,
@@ -481,45 +479,34 @@ def pairs(
             "epochs": case.epochs,
         }
         for seed in range(num_seeds):
-            order = SYSTEMS if seed % 2 == 0 else SYSTEMS[::-1]
-            runs_of = {
-                system: {"dataset": case.name, "seed": seed, "system": system, **settings}
-                for system in order
-            }
-            missing = [system for system in order if _key(runs_of[system]) not in done]
-            if not missing:
-                continue
-            pair = load_pair(case, folder, seed, case.train_rows, test_limit)
-            for system in missing:
-                model, seconds = runs[system](pair, case.train)
-                scores = pair.score(model)
-                row = {
-                    **runs_of[system],
-                    "metric": case.metric,
-                    "score": scores[case.metric],
-                    "train_seconds": seconds.wall,
-                    "cpu_seconds": seconds.cpu,
-                    "scores": scores,
-                    "train_items": len(pair.dataset.train),
-                    "test_rows": int(pair.test.rows[-1]) + 1,
-                    "threads": torch.get_num_threads(),
-                    "packages": packages,
-                    "date": datetime.now(UTC).date().isoformat(),
-                }
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(
-                    f"{datetime.now(UTC):%H:%M:%S} {case.name} seed {seed} {system}: "
-                    f"{case.metric} {row['score']:.4f}, trained {seconds.wall:.1f} s, "
-                    f"{seconds.cpu:.1f} s of CPU",
-                    flush=True,
-                )
+            for system in SYSTEMS if seed % 2 == 0 else SYSTEMS[::-1]:
+                key = {"dataset": case.name, "seed": seed, "system": system, **settings}
+                once(out, key, partial(run_one, case, folder, seed, system, test_limit))
 
 
-def _rows(out: Path) -> list[dict[str, Any]]:
-    if not out.exists():
-        return []
-    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+def run_one(case: Case, folder: Path, seed: int, system: str, test_limit: int) -> dict[str, Any]:
+    """What a row says of one run, beside its settings."""
+    pair = load_pair(case, folder, seed, case.train_rows, test_limit)
+    model, seconds = {"ours": run_ours, "trainer": run_trainer}[system](pair, case.train)
+    scores = pair.score(model)
+    print(
+        f"{datetime.now(UTC):%H:%M:%S} {case.name} seed {seed} {system}: "
+        f"{case.metric} {scores[case.metric]:.4f}, trained {seconds.wall:.1f} s, "
+        f"{seconds.cpu:.1f} s of CPU",
+        flush=True,
+    )
+    return {
+        "metric": case.metric,
+        "score": scores[case.metric],
+        "train_seconds": seconds.wall,
+        "cpu_seconds": seconds.cpu,
+        "scores": scores,
+        "train_items": len(pair.dataset.train),
+        "test_rows": int(pair.test.rows[-1]) + 1,
+        "threads": torch.get_num_threads(),
+        "packages": {name: version(name) for name in ("torch", "transformers", "accelerate")},
+        "date": datetime.now(UTC).date().isoformat(),
+    }
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -631,7 +618,7 @@ def main() -> None:
             arguments.test_limit,
             arguments.only,
         )
-    print(report_pairs(_rows(arguments.out)))
+    print(report_pairs(finished(arguments.out)))
 
 
 if __name__ == "__main__":

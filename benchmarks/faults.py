@@ -40,6 +40,7 @@ from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
 from benchmarks.planting import PLANTER
+from benchmarks.rows import finished
 from sft_ray.analysis.results import SearchResult
 from sft_ray.run_store import JOURNAL, METRICS, RESULTS, RunStore
 from sft_ray.serving.verify import run_verification
@@ -632,9 +633,7 @@ def main() -> None:
             raise SystemExit(f"the undisturbed search ended with {code}: {options.folder}/calm.log")
     undisturbed = RunStore(str(calm), NAME)
     expected, marks = trials_of(undisturbed), marks_so_far(undisturbed)
-    rows = []
-    if options.out.exists():
-        rows = [json.loads(line) for line in options.out.read_text().splitlines()]
+    rows = finished(options.out)
     done = {(r["fault"], r["seed"]) for r in rows if r.get("workers", 2) == options.workers}
     wanted = [(chosen[i % len(chosen)], i // len(chosen)) for i in range(options.n)]
     strikes = [drawn(f, seed, marks) for f, seed in wanted if (f.name, seed) not in done]

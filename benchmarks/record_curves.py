@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.rows import finished
 from sft_ray.config import Experiment, Train, apply_values
 from sft_ray.space import DEFAULT_STRENGTH, Choice, Numeric, draw, parse_space
 from sft_ray.training.preparation import Prepared, prepare_training
@@ -133,8 +134,7 @@ def main() -> None:
         sys.exit(
             f"a replay takes higher scores as better, got {prepared.objective}; choose another"
         )
-    lines = options.out.read_text().splitlines() if options.out.exists() else []
-    done = {json.loads(line)["iteration"] for line in lines}
+    done = {row["iteration"] for row in finished(options.out)}
     todo = [i for i in range(options.runs) if i not in done]
     with ProcessPoolExecutor(options.processes) as workers, options.out.open("a") as out:
         for future in as_completed([workers.submit(record, i, tree) for i in todo]):

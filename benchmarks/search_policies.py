@@ -381,7 +381,7 @@ def summarize(repeats: list[Repeat], all_epochs: float) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("top1", "top5"):
         hits = [getattr(repeat, name) for repeat in repeats]
-        epochs = np.array([all_epochs if hit is None else hit for hit in hits])
+        epochs = epochs_of(hits, all_epochs)
         success = np.array([hit is not None and hit <= WITHIN_EPOCHS for hit in hits], dtype=float)
         found[name] = {
             "epochs": float(epochs.mean()),
@@ -397,6 +397,10 @@ def summarize(repeats: list[Repeat], all_epochs: float) -> dict[str, Any]:
             "interval": half_width(regret),
         }
     return found
+
+
+def epochs_of(hits: list[float | None], all_epochs: float) -> Floats:
+    return np.array([all_epochs if hit is None else hit for hit in hits])
 
 
 def half_width(values: Floats) -> float:
@@ -429,6 +433,25 @@ def run_job(job: tuple[str, int, int, str]) -> Repeat:
         return replay(policy, read_pool(Path(path)), slots, seed)
 
 
+def print_paired(options: argparse.Namespace) -> None:
+    """Epochs to the top 1 % minus those of the default on the same seeds, a line per policy."""
+    all_epochs = float(read_pool(options.curves).epochs.sum())
+    with ProcessPoolExecutor(options.processes) as workers:
+        for slots in options.slots:
+            epochs = {}
+            for name in ("default", *options.paired):
+                jobs = [(name, slots, seed, str(options.curves)) for seed in range(options.repeats)]
+                hits = [repeat.top1 for repeat in workers.map(run_job, jobs, chunksize=4)]
+                epochs[name] = epochs_of(hits, all_epochs)
+            for name in options.paired:
+                apart = epochs[name] - epochs["default"]
+                print(
+                    f"{name:16} {slots:>2} slots  top 1 %: {apart.mean():+.1f} ± "
+                    f"{half_width(apart):.1f} of {epochs['default'].mean():.1f} epochs",
+                    flush=True,
+                )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--curves", type=Path, required=True, metavar="FILE.jsonl")
@@ -437,7 +460,17 @@ def main() -> None:
     parser.add_argument("--policies", nargs="*", default=list(POLICIES), choices=list(POLICIES))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--paired",
+        nargs="+",
+        choices=list(POLICIES),
+        metavar="POLICY",
+        help="only how far these are from the default on the same seeds, with a 95 %% interval",
+    )
     options = parser.parse_args()
+    if options.paired:
+        print_paired(options)
+        return
     cells = [
         (name, slots)
         for name in dict.fromkeys(["random_hf", *options.policies])

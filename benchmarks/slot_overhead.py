@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.startup import own_overhead
 from sft_ray.config import Experiment
 from sft_ray.search.tuner import run_search
 
@@ -62,11 +63,6 @@ def measure(overrides: list[str]) -> dict[str, Any]:
         "gain_over_default": tree["best"]["gain_over_default"],
         "points_over_majority": 100 * (accuracy - label_share),
     }
-
-
-def own_overhead(trial: dict[str, Any]) -> float:
-    """Seconds between training and evaluation; what other trials use, too, counts apart."""
-    return float(trial["overhead_seconds"] - trial["trunk_seconds"])
 
 
 def _majority_share(experiment: Experiment) -> float:

@@ -84,14 +84,18 @@ def run(system: str, is_cold: bool) -> dict[str, Any]:
             tree = json.loads(results.read_text())
             later = tree["trials"][tree["environment"]["slots"] :]
             row["slots_ready"] = tree["startup_seconds"]
-            # What frozen layers give is made once, for other trials too.
-            took = [(t["state"], t["overhead_seconds"] - t["trunk_seconds"]) for t in later]
+            took = [(trial["state"], own_overhead(trial)) for trial in later]
             row["turnarounds_all"] = [seconds for _, seconds in took]
             row["turnarounds_complete"] = [s for state, s in took if state == "COMPLETE"]
     return row
 
 
 ENDS = ("end", "begin")
+
+
+def own_overhead(trial: dict[str, Any]) -> float:
+    """Seconds between training and evaluation; what other trials use, too, counts apart."""
+    return float(trial["overhead_seconds"] - trial["trunk_seconds"])
 
 
 def _search(folder: str, workers: int) -> list[str]:

@@ -16,7 +16,6 @@ One JSON line per depth goes to --out; what has its line there is not measured a
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import shutil
 import statistics
@@ -111,8 +110,7 @@ def measure(setup: Setup, k: int, batch_size: int) -> dict[str, Any]:
     """Trials with an empty cache, a full one and none; ratios of their seconds."""
     plain = replace(setup, trunk_cache=None)
     if (cache := setup.trunk_cache) is not None:
-        fields = {field.name: getattr(cache, field.name) for field in dataclasses.fields(cache)}
-        setup = replace(setup, trunk_cache=Kept(**fields))
+        setup = replace(setup, trunk_cache=Kept(**vars(cache)))
     runs: dict[str, list[Progress]] = {"plain": [], "filling": [], "full": []}
     for order in (("plain", "filling", "full"), ("full", "plain")):
         for how in order:

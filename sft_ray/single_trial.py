@@ -293,6 +293,6 @@ def _say_outcome(screen: Screen, result: SearchResult, prepared: Prepared) -> No
     )
     screen.say()
     others = list[str]()
-    if prepared.dataset.has_test:
+    if prepared.dataset.test_split == "labelled":
         others.append(f"sft-ray evaluate {shlex.quote(result.location)} --split test")
     prepared.say_next(screen, best["checkpoint"], *others)

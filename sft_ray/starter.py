@@ -20,6 +20,7 @@ from sft_ray.errors import ConfigError, DataError, first_line
 from sft_ray.guess import Guess, guess_task
 from sft_ray.training import labels, sources
 from sft_ray.training.data import with_classes
+from sft_ray.training.files import FILE_TYPES, read_file
 from sft_ray.training.tasks import find_task
 from sft_ray.yaml_text import parse_yaml
 
@@ -161,7 +162,7 @@ def _read(place: str) -> tuple[dict[str, Any], dict[str, pa.Table]]:
     if not folder.exists():
         raise DataError(f"{place}: no such file or folder")
     if not folder.is_dir():
-        return {"train": place, "split": True}, {"train": sources.read_file(place)}
+        return {"train": place, "split": True}, {"train": read_file(place)}
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _saved_dataset(place)
     files = {
@@ -171,18 +172,18 @@ def _read(place: str) -> tuple[dict[str, Any], dict[str, pa.Table]]:
     if not files["train"]:
         raise DataError(
             f"{place}: neither a save_to_disk folder nor one with a file called train "
-            f"({', '.join(sources.FILE_TYPES)}); give a file"
+            f"({', '.join(FILE_TYPES)}); give a file"
         )
     if doubled := next((found for found in files.values() if len(found) > 1), None):
         names = " and ".join(f.name for f in doubled)
         raise DataError(f"{place}: {names} are one split twice; give one of the files")
     chosen = {split: str(found[0]) for split, found in files.items() if found}
-    tables = {split: sources.read_file(file) for split, file in chosen.items()}
+    tables = {split: read_file(file) for split, file in chosen.items()}
     return {**chosen, "split": "validation" not in chosen}, tables
 
 
 def _is_data(file: Path) -> bool:
-    return file.suffix.lower() in sources.FILE_TYPES
+    return file.suffix.lower() in FILE_TYPES
 
 
 def _saved_dataset(place: str) -> tuple[dict[str, Any], dict[str, pa.Table]]:

@@ -27,8 +27,8 @@ from sft_ray.config import Experiment
 from sft_ray.errors import SftError
 from sft_ray.run_store import open_run
 from sft_ray.single_trial import run_training
+from sft_ray.training.files import read_file
 from sft_ray.training.model_facts import inspect_model
-from sft_ray.training.sources import read_file
 from sft_ray.yaml_text import dump_yaml, parse_yaml
 from tests.bad import check_line, check_refused, listing
 from tests.models import toy_rows, write_csv

@@ -82,6 +82,24 @@ def test_a_repeat_is_the_same_again_and_another_with_another_seed() -> None:
     assert first != other
 
 
+def test_a_policy_is_paired_with_the_default_by_seed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--repeats", "2", "--slots", "1", "--processes", "1", "--paired", "reduction_3"]
+    monkeypatch.setattr(sys, "argv", ["search_policies", "--curves", str(CURVES), *options])
+    search_policies.main()
+    default, other = (
+        np.array([replay(POLICIES[name], read_pool(CURVES), 1, seed).top1 for seed in (0, 1)])
+        for name in ("default", "reduction_3")
+    )
+    apart = other - default
+    half = 12.706 * abs(apart[1] - apart[0]) / 2  # Student's t with one degree of freedom
+    assert capsys.readouterr().out == (
+        f"reduction_3       1 slots  top 1 %: {apart.mean():+.1f} ± {half:.1f} "
+        f"of {default.mean():.1f} epochs\n"
+    )
+
+
 def test_what_other_slots_have_trained_by_the_hit_is_charged() -> None:
     """Runs of one epoch without marks, all started at once: the hit costs what all have trained."""
     pool = read_pool(CURVES)

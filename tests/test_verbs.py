@@ -368,7 +368,7 @@ def test_a_test_split_that_the_data_set_has_is_scored(make, tmp_path, unlearned)
     experiment = make(
         data={"path": str(tmp_path / "saved"), "split": {"validation": 0.2}, "max_length": 64}
     )
-    assert prepare_training(experiment).dataset.has_test
+    assert prepare_training(experiment).dataset.test_split == "labelled"
     assert score_split(unlearned, experiment, "test")[1] == 15
     assert score_split(unlearned, experiment, "validation")[1] == 8
 
@@ -382,7 +382,7 @@ def test_a_test_split_that_the_experiment_does_not_name_is_scored_if_asked_for(
     write_csv(tmp_path / "files" / "test.csv", toy_rows(15))
     splits = {"train": "train[:80%]", "validation": "train[80%:]"}
     experiment = make(data={"path": str(tmp_path / "files"), "splits": splits, "max_length": 64})
-    assert not prepare_training(experiment).dataset.has_test
+    assert prepare_training(experiment).dataset.test_split == "none"
     assert score_split(unlearned, experiment, "test")[1] == 15
 
 

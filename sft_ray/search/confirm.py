@@ -177,7 +177,7 @@ def _test_scores(
     prepared: Prepared, store: RunStore, runs: dict[str, FixedRun]
 ) -> dict[str, Any] | None:
     """Score the test split with one model per configuration, each once and on record."""
-    if not prepared.dataset.has_test:
+    if prepared.dataset.test_split != "labelled":
         return None
     scored: dict[str, Any] = {}
     for arm, run in runs.items():

@@ -110,7 +110,7 @@ def say_outcome(
     if prepared.experiment.confirm is not None:
         return
     confirm = f"sft-ray confirm {shlex.quote(result.location)}"
-    test = " and on test" if prepared.dataset.has_test else ""
+    test = " and on test" if prepared.dataset.test_split == "labelled" else ""
     others = [f"{confirm}    # how good it is on fresh seeds{test}"]
     grown = grown_limits(result, prepared.experiment)
     if source is not None and grown:

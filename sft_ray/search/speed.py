@@ -21,7 +21,7 @@ from sft_ray.training.micro_batch import NothingFitsError
 from sft_ray.training.passes import trunk_output
 from sft_ray.training.preparation import Prepared
 from sft_ray.training.setup import Setup, load_setup
-from sft_ray.training.trunk_cache import CHUNK_TOKENS, TrunkCache
+from sft_ray.training.trunk_cache import CHUNK_TOKENS
 from sft_ray.training.world import World, resolve_precision
 
 EVAL_SHARE = 0.2  # of the time
@@ -107,7 +107,7 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
             if depth == depths[0] and not on_gpu and prepared.experiment.search.trials > 1:
                 # Where work is most.
                 gain_of_two = _gain_of_two(layout, step, train_seconds[depth], world, share)
-            if depth and cache is not None and _may_keep(cache):
+            if depth and cache is not None and cache.may_keep:
                 trunk_seconds[depth] = 0.0
                 num_bytes = cache.num_bytes(depth, dtype)
                 has_room = cache.budget_bytes is None or num_bytes <= cache.budget_bytes
@@ -129,10 +129,6 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
         trunk_bytes,
         gain_of_two,
     )
-
-
-def _may_keep(cache: TrunkCache) -> bool:
-    return cache.budget_bytes != 0 and cache.pretrained.can_split
 
 
 def _trunk(setup: Setup, train: Train, depth: int) -> Callable[[], int]:

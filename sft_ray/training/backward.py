@@ -51,7 +51,7 @@ class Backward:
     ) -> None:
         self._train, self._setup, self._dtype, self._options = train, setup, dtype, options
         self.world, self.pretrained = setup.world, setup.pretrained
-        pads = self.pretrained.family.own_attention is not None
+        pads = self.pretrained.family.pads
         self.compiles = is_compiled(train.compile, pads)
         self.records = is_recorded(train.cuda_graphs, self.world, pads)
         self.model: nn.Module = self.pretrained.model

@@ -59,9 +59,9 @@ def prepare(
     for split in ("train", "validation"):
         tables[split] = limited(tables[split], getattr(data.limit, split), seed, split)
     duplicates = count_duplicates(tables, task)
-    test = tables.pop("test", None)
-    test_is_unlabelled = test is not None and is_unlabelled(test, task.fields.target_name)
-    has_test = test is not None and not test_is_unlabelled
+    test, test_split = tables.pop("test", None), "none"
+    if test is not None:
+        test_split = "unlabelled" if is_unlabelled(test, task.fields.target_name) else "labelled"
     encoder = build_encoder(data, model_folder, revision)
     recipe = {
         "version": ENCODING_VERSION,
@@ -74,7 +74,7 @@ def prepare(
     }
     fingerprint = _content_hash_text(json.dumps(recipe, sort_keys=True))
     # What is told of the data beside it, and decides no number.
-    told = [duplicates, source.num_left_out, test_is_unlabelled, has_test]
+    told = [duplicates, source.num_left_out, test_split]
     key = _content_hash_text(json.dumps([fingerprint, told], sort_keys=True))
 
     def build(folder: Path) -> None:
@@ -92,8 +92,7 @@ def prepare(
             "max_length": encoder.max_length,
             "num_duplicates": duplicates,
             "num_left_out": source.num_left_out,
-            "test_is_unlabelled": test_is_unlabelled,
-            "has_test": has_test,
+            "test_split": test_split,
         }
         (folder / META).write_text(json.dumps(meta), encoding="utf-8")
 
@@ -132,8 +131,7 @@ def open_dataset(folder: Path) -> Dataset:
         max_length=meta["max_length"],
         num_duplicates=meta["num_duplicates"],
         num_left_out=meta["num_left_out"],
-        test_is_unlabelled=meta["test_is_unlabelled"],
-        has_test=meta["has_test"],
+        test_split=meta["test_split"],
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -106,7 +106,7 @@ class Dataset:
         max_length: tokens that they were cut at; the tokenizer may allow less than was asked for.
         num_duplicates: "validation in train", … -> rows whose inputs occur in the other split.
         num_left_out: rows without a label that were left out.
-        has_test: whether there is a test split, with labels.
+        test_split: whether there is one; only a labelled one can be scored.
     """
 
     train: Examples
@@ -117,8 +117,7 @@ class Dataset:
     max_length: int
     num_duplicates: dict[str, int] = field(default_factory=dict)
     num_left_out: int = 0
-    test_is_unlabelled: bool = False
-    has_test: bool = False
+    test_split: Literal["none", "unlabelled", "labelled"] = "none"
 
     @property
     def label_names(self) -> tuple[str, ...]:

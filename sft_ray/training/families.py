@@ -49,6 +49,11 @@ class Family:
     gives_tuples: bool = False
     narrows: bool = True
 
+    @property
+    def pads(self) -> bool:
+        """Whether there is padding in its layers; without, they compile and passes record."""
+        return self.own_attention is not None
+
 
 CONVOLUTION = "encoder.conv"  # of large DeBERTa v2, behind the first layer
 ROBERTA = Family(positions_after_padding=True)

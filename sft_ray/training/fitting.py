@@ -171,8 +171,7 @@ class Trial:
         self.scaler = torch.amp.GradScaler(
             self.world.device.type, enabled=self.dtype == torch.float16
         )
-        self.step = self.examples_seen = self.tokens = 0
-        self.positions = 0.0
+        self.step = self.examples_seen = self.tokens = self.positions = 0
         self.best: Best | None = None
         self.last: Progress | None = None
         # Since the previous mark:

@@ -74,7 +74,7 @@ class Prepared:
             f"{count} of the inputs in {where.replace(' in ', ' also in ')}"
             for where, count in dataset.num_duplicates.items()
         ]
-        if dataset.test_is_unlabelled:
+        if dataset.test_split == "unlabelled":
             notes.append("the test split is unlabelled and will not be scored")
         constant = self.task.constant_scores(dataset.train, dataset.validation, dataset.label_set)
         described = {

@@ -114,6 +114,11 @@ class TrunkCache:
     uses: float = 1.0
     rates: dict[torch.dtype, Rates] = field(default_factory=dict)
 
+    @property
+    def may_keep(self) -> bool:
+        """Whether there is a trunk to keep, and any room for it."""
+        return self.budget_bytes != 0 and self.pretrained.can_split
+
     def pays(self, split: Split, depth: int, dtype: torch.dtype, passes: float) -> bool:
         """Whether to keep the outputs of the first `depth` layers, as far as this worker knows.
 
@@ -123,14 +128,14 @@ class TrunkCache:
             dtype: of matrix products.
             passes: how often a trial will ask for every example.
         """
-        if depth == 0 or self.budget_bytes == 0 or not self.pretrained.can_split:
+        if depth == 0 or not self.may_keep:
             return False
         try:
             return _Build(self, split, depth, dtype).costs().pays(passes * self.uses)
-        except Exception as error:  # the disk is full, or the memory, where rates are measured
-            if isinstance(error, OSError) or is_out_of_memory(error):
-                return False
-            raise
+        except Exception as error:  # where rates are measured
+            if _may_stop(error):
+                raise
+            return False
 
     def num_bytes(self, depth: int, dtype: torch.dtype) -> int:
         """What the outputs of the first `depth` layers take on disk, of both splits."""
@@ -157,8 +162,7 @@ class TrunkCache:
                 give_back_free_memory()
             return build.open()
         except Exception as error:
-            # The disk is full, or the memory, a file is torn: none of it may stop a trial.
-            if not (isinstance(error, OSError | pa.ArrowException) or is_out_of_memory(error)):
+            if _may_stop(error):
                 raise
             shutil.rmtree(build.folder, ignore_errors=True)
             return None
@@ -314,6 +318,11 @@ class _Build:
             num_bytes / (written - computed),
             num_bytes / (read - written),
         )
+
+
+def _may_stop(error: Exception) -> bool:
+    """Whether it may end a trial: not a full disk, a full memory or a torn file."""
+    return not (isinstance(error, OSError | pa.ArrowException) or is_out_of_memory(error))
 
 
 def trunks_root() -> Path:

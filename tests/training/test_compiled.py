@@ -35,7 +35,7 @@ from tests.models import (
 )
 
 LAYERS = 3
-PACKED = [name for name, family in FAMILIES.items() if family.own_attention is None]
+PACKED = [name for name, family in FAMILIES.items() if not family.pads]
 TRAIN = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3, "dropout": 0.0}
 
 

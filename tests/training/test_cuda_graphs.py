@@ -31,7 +31,7 @@ from sft_ray.training.tasks import TASKS
 from sft_ray.training.world import World
 from tests.models import CPU, PAD, load_tiny, run_fit, task_dataset, tiny_model_folder, toy_dataset
 
-PACKED = [name for name, family in FAMILIES.items() if family.own_attention is None]
+PACKED = [name for name, family in FAMILIES.items() if not family.pads]
 L2_SP = Regularization(kind="l2_sp", strength=0.01)
 TRAIN = {"epochs": 2, "batch_size": 16, "learning_rate": 1e-3, "dropout": 0.0}
 

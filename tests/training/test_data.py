@@ -20,9 +20,10 @@ from sft_ray.errors import DataError
 from sft_ray.training.columns import is_unlabelled
 from sft_ray.training.data import limited, with_classes
 from sft_ray.training.examples import Dataset, Examples
+from sft_ray.training.files import read_file
 from sft_ray.training.preparation import prepare_training
 from sft_ray.training.seeds import derived_seed
-from sft_ray.training.sources import read_file, read_splits
+from sft_ray.training.sources import read_splits
 from sft_ray.training.tasks import TASKS
 from tests.models import KEYWORDS, TASK, TOKEN_ID, VOCABULARY, toy_rows, write_csv
 
@@ -263,7 +264,7 @@ def test_a_test_split_changes_no_fingerprint(tmp_path: Path, tiny_bert: Path) ->
         ).dataset
         for more in ({}, {"test": str(tmp_path / "test.csv")})
     )
-    assert (without.has_test, with_test.has_test) == (False, True)
+    assert (without.test_split, with_test.test_split) == ("none", "labelled")
     assert without.fingerprint == with_test.fingerprint
 
 

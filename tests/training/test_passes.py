@@ -22,7 +22,7 @@ from sft_ray.training.unpadded import CPU_TOKEN_STEPS, Group, Layout
 from tests.models import CPU, PAD, load_tiny, tiny_model_folder, toy_dataset
 
 LAYERS = 3
-PADDING = [name for name, family in FAMILIES.items() if family.own_attention]
+PADDING = [name for name, family in FAMILIES.items() if family.pads]
 CONVOLUTION = {"conv_kernel_size": 3, "conv_act": "gelu"}
 
 
