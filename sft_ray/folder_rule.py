@@ -6,14 +6,7 @@ from typing import Any, Literal
 
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError
-from sft_ray.run_store import (
-    EXPERIMENT,
-    RunStore,
-    damaged_files,
-    experiment_text,
-    kept_environment,
-    read_results,
-)
+from sft_ray.run_store import EXPERIMENT, RunStore, experiment_text, kept_environment
 from sft_ray.yaml_text import parse_yaml
 
 # Keys that may grow on a finished or interrupted run; everything else must stay as it was.
@@ -70,19 +63,6 @@ def check_folder_rule(
             f"{store.location}: choose another name=…, or --fresh to set the old folder aside",
         )
     return "extended" if changed else "same"
-
-
-def finished_results(store: RunStore, experiment: Experiment) -> Any:
-    """results.json of exactly this experiment, if it has ended and no budget has grown since.
-
-    None too if a file of the run is damaged, so that it is made anew.
-
-    Raises:
-        ConfigError: the folder holds another experiment.
-    """
-    if check_folder_rule(store, experiment) != "same" or damaged_files(store):
-        return None
-    return read_results(store)
 
 
 def _grew(key: str, old: Any, new: Any) -> bool:
