@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sft_ray import space as spaces
-from sft_ray.analysis.importance import RELIABLE_FROM
+from sft_ray.analysis.importance import RELIABLE_FROM, is_reliable
 from sft_ray.analysis.outcome import slot_seconds_of
 from sft_ray.analysis.results import SearchResult, why_no_gain
 from sft_ray.config import Budget, Experiment
@@ -176,17 +176,19 @@ def importance_lines(importance: dict[str, Any]) -> dict[str, str]:
     lines = {}
     for label, key in (("importance", "finished"), ("at first rung", "first_rung")):
         judged = importance.get(key, {"parameters": {}, "trials": 0})
-        doubt = f", unreliable under {RELIABLE_FROM}"
-        shares = []
+        doubt, shares = _doubt(judged["trials"]), []
         for name, found in judged["parameters"].items():
             shares.append(f"{name.removeprefix('train.')} {found['importance']:.2f}")
             if found["trials"] < judged["trials"]:
-                few = doubt if found["trials"] < RELIABLE_FROM <= judged["trials"] else ""
+                few = "" if doubt else _doubt(found["trials"])  # which is said once of all
                 shares[-1] += f" (among {found['trials']}{few})"
         if shares:
-            few = doubt if judged["trials"] < RELIABLE_FROM else ""
-            lines[label] = f"{', '.join(shares)} ({count(judged['trials'], 'trial')}{few})"
+            lines[label] = f"{', '.join(shares)} ({count(judged['trials'], 'trial')}{doubt})"
     return lines
+
+
+def _doubt(trials: int) -> str:
+    return "" if is_reliable(trials) else f", unreliable under {RELIABLE_FROM}"
 
 
 def say_pareto(screen: Screen, result: SearchResult) -> None:
