@@ -10,6 +10,8 @@ from optuna.trial import BaseTrial, FrozenTrial
 
 from sft_ray.recipes import YARDSTICK
 
+PARTS = ("train_seconds", "eval_seconds", "overhead_seconds")  # of a trial's time in its slot
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -83,7 +85,7 @@ class Outcome:
 
     @property
     def slot_seconds(self) -> float:
-        return self.train_seconds + self.eval_seconds + self.overhead_seconds
+        return slot_seconds_of(vars(self))
 
     @property
     def examples_per_second(self) -> float | None:
@@ -103,7 +105,7 @@ class Outcome:
 
 def slot_seconds_of(row: Mapping[str, Any]) -> float:
     """What a trial of results.json took of its slot; a damaged or younger row says less."""
-    return sum(row.get(f"{part}_seconds") or 0.0 for part in ("train", "eval", "overhead"))
+    return sum(row.get(part) or 0.0 for part in PARTS)
 
 
 def role_of(trial: BaseTrial) -> str:
