@@ -12,7 +12,7 @@ from sft_ray.analysis.importance import RELIABLE_FROM, is_reliable
 from sft_ray.analysis.outcome import slot_seconds_of
 from sft_ray.analysis.results import SearchResult, why_no_gain
 from sft_ray.config import Budget, Experiment
-from sft_ray.folder_rule import TARGET
+from sft_ray.folder_rule import BUDGET, SPACE, TARGET, TRIALS
 from sft_ray.run_store import CONFIRMATION, RunStore
 from sft_ray.screen import Screen, count, duration, short_params
 from sft_ray.search.layout import Layout
@@ -21,8 +21,6 @@ from sft_ray.training.preparation import Prepared
 
 if TYPE_CHECKING:
     from sft_ray.analysis.ablation import ArmSummary  # brings scipy.stats
-
-BUDGET, SPACE = "search.budget.", "search.space"
 
 
 def say_truth(
@@ -145,7 +143,7 @@ def grown_limits(result: SearchResult, experiment: Experiment) -> dict[str, str]
     if ended_by == SPACE:
         return {}
     is_used_up = ended_by is None or len(rows) >= search.trials
-    grown = {"search.trials": str((1 + is_used_up) * search.trials)}  # --extend is in no file
+    grown = {TRIALS: str((1 + is_used_up) * search.trials)}  # --extend is in no file
     if ended_by == TARGET:
         grown[TARGET] = "null"
     elif ended_by is not None and ended_by.startswith(BUDGET):
