@@ -31,15 +31,12 @@ def say_truth(
     finished = sum(trial.state.is_finished() for trial in study.trials)
     resumed = f", going on with {finished} trials finished" if study.trials else ""
     device = "GPU" if layout.gpus_per_worker else "CPU"
-    gpus = f" and {count(layout.gpus_per_worker, 'GPU')}" if layout.gpus_per_worker else ""
     screen.facts(
         {
             "search": f"{experiment.name} in {location}{resumed}",
             **prepared.described(),
             "device": f"{device}, {prepared.precision(device)}",
-            "layout": f"{count(layout.slots, 'slot')} x "
-            f"{count(layout.workers_per_trial, 'worker')} x "
-            f"{count(layout.cpus_per_worker, 'CPU')}{gpus}",
+            "layout": layout_in_words(layout),
             "objective": ", ".join(
                 [f"{prepared.objective}, {prepared.direction}"]
                 + [f"{cost}, minimize" for cost in experiment.search.costs]
@@ -54,6 +51,14 @@ def say_truth(
         }
     )
     screen.say()
+
+
+def layout_in_words(layout: Layout) -> str:
+    gpus = f" and {count(layout.gpus_per_worker, 'GPU')}" if layout.gpus_per_worker else ""
+    return (
+        f"{count(layout.slots, 'slot')} x {count(layout.workers_per_trial, 'worker')} x "
+        f"{count(layout.cpus_per_worker, 'CPU')}{gpus}"
+    )
 
 
 def search_rules(prepared: Prepared) -> str:
