@@ -16,7 +16,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from sft_ray.analysis.outcome import Outcome, curve_of, is_yardstick, role_of, score_of
+from sft_ray.analysis.outcome import FIGURES, Outcome, curve_of, is_yardstick, role_of, score_of
 from sft_ray.errors import ConfigError
 from sft_ray.recipes import YARDSTICK
 from sft_ray.run_store import (
@@ -40,14 +40,7 @@ COLUMNS = (
     "schedule_percent",
     "epochs_run",
     "examples_per_second",
-    "micro_batch",
-    "padding_share",
-    "trained_parameters",
-    "memory_bytes",
-    "train_seconds",
-    "eval_seconds",
-    "overhead_seconds",
-    "trunk_seconds",
+    *FIGURES,
 )
 FRAME_TYPES = (".csv", ".parquet")
 
@@ -315,14 +308,8 @@ def trial_row(
         "epochs_run": round(outcome.epochs_run, 4),
         "curve": [[percent, value] for percent, value in sorted(curve.items())],
         "examples_per_second": outcome.examples_per_second,
-        "micro_batch": outcome.micro_batch,
-        "padding_share": round(outcome.padding_share, 4),
-        "trained_parameters": outcome.trained_parameters,
-        "memory_bytes": outcome.memory_bytes,
-        "train_seconds": outcome.train_seconds,
-        "eval_seconds": outcome.eval_seconds,
-        "overhead_seconds": outcome.overhead_seconds,
-        "trunk_seconds": outcome.trunk_seconds,
+        **{name: getattr(outcome, name) for name in FIGURES},
+        "padding_share": round(outcome.padding_share, 4),  # in its place among these
     }
 
 
