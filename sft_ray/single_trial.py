@@ -11,7 +11,8 @@ import torch
 
 from sft_ray.analysis.model_card import model_card, settings_of
 from sft_ray.analysis.outcome import Outcome, slot_seconds_of
-from sft_ray.analysis.results import SearchResult, best_row, trial_row
+from sft_ray.analysis.results import SearchResult
+from sft_ray.analysis.rows import best_row, trial_row
 from sft_ray.config import Experiment
 from sft_ray.environment import describe_environment
 from sft_ray.errors import ResourceError, TrialError

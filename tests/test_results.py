@@ -15,14 +15,8 @@ from optuna.trial import TrialState
 
 from sft_ray import environment
 from sft_ray.analysis.outcome import FIGURES, Outcome
-from sft_ray.analysis.results import (
-    SearchResult,
-    best_row,
-    ranking,
-    row_of,
-    why_no_gain,
-    write_frame,
-)
+from sft_ray.analysis.results import SearchResult, write_frame
+from sft_ray.analysis.rows import best_row, ranking, row_of, why_no_gain
 from sft_ray.analysis.tables import trial_table
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from sft_ray import space as spaces
 from sft_ray.analysis.importance import RELIABLE_FROM, is_reliable
 from sft_ray.analysis.outcome import slot_seconds_of
-from sft_ray.analysis.results import SearchResult, why_no_gain
+from sft_ray.analysis.results import SearchResult
+from sft_ray.analysis.rows import why_no_gain
 from sft_ray.config import Budget, Experiment
 from sft_ray.folder_rule import BUDGET, SPACE, TARGET, TRIALS
 from sft_ray.run_store import CONFIRMATION, RunStore

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray import space as spaces
 from sft_ray.analysis.outcome import Outcome, is_yardstick, score_of
-from sft_ray.analysis.results import ranking, row_of
+from sft_ray.analysis.rows import ranking, row_of
 from sft_ray.config import Experiment, apply_values
 from sft_ray.folder_rule import BUDGET, SPACE, TRIALS
 from sft_ray.run_store import trial_folder
