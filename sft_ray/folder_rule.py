@@ -6,24 +6,14 @@ from typing import Any, Literal
 
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError
-from sft_ray.run_store import (
-    EXPERIMENT,
-    RunStore,
-    damaged_files,
-    experiment_text,
-    kept_environment,
-    read_results,
-)
+from sft_ray.run_store import EXPERIMENT, RunStore, experiment_text, kept_environment
 from sft_ray.yaml_text import parse_yaml
 
+# What ends a search, as keys of the experiment: `BUDGET` leads those of its budget.
+SPACE, TRIALS, BUDGET = "search.space", "search.trials", "search.budget."
 # Keys that may grow on a finished or interrupted run; everything else must stay as it was.
-BUDGETS = (
-    "search.trials",
-    "search.budget.wall_minutes",
-    "search.budget.worker_hours",
-    "search.budget.patience",
-)
-TARGET = "search.budget.target"  # of a loss a lower one is more, so any other is taken for more
+BUDGETS = (TRIALS, *(f"{BUDGET}{name}" for name in ("wall_minutes", "worker_hours", "patience")))
+TARGET = f"{BUDGET}target"  # of a loss a lower one is more, so any other is taken for more
 
 
 def check_made_by(store: RunStore, verb: Literal["search", "train"]) -> None:
@@ -72,19 +62,6 @@ def check_folder_rule(
     return "extended" if changed else "same"
 
 
-def finished_results(store: RunStore, experiment: Experiment) -> Any:
-    """results.json of exactly this experiment, if it has ended and no budget has grown since.
-
-    None too if a file of the run is damaged, so that it is made anew.
-
-    Raises:
-        ConfigError: the folder holds another experiment.
-    """
-    if check_folder_rule(store, experiment) != "same" or damaged_files(store):
-        return None
-    return read_results(store)
-
-
 def _grew(key: str, old: Any, new: Any) -> bool:
     """A budget grew when it is larger or has become unlimited; a target when it is another."""
     if old is None:
@@ -94,7 +71,7 @@ def _grew(key: str, old: Any, new: Any) -> bool:
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted path -> value; lists and the entries of a search space are values."""
-    if not isinstance(tree, dict) or (prefix.startswith("search.space.")):
+    if not isinstance(tree, dict) or prefix.startswith(f"{SPACE}."):
         return {prefix.rstrip("."): tree}
     found: dict[str, Any] = {}
     for key, value in tree.items():

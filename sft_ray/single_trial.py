@@ -11,11 +11,12 @@ import torch
 
 from sft_ray.analysis.model_card import model_card, settings_of
 from sft_ray.analysis.outcome import Outcome, slot_seconds_of
-from sft_ray.analysis.results import SearchResult, best_row, trial_row
+from sft_ray.analysis.results import SearchResult
+from sft_ray.analysis.rows import best_row, trial_row
 from sft_ray.config import Experiment
 from sft_ray.environment import describe_environment
 from sft_ray.errors import ResourceError, TrialError
-from sft_ray.folder_rule import check_made_by, finished_results
+from sft_ray.folder_rule import check_folder_rule, check_made_by
 from sft_ray.interrupt import interruptible
 from sft_ray.run_store import (
     BEST,
@@ -30,6 +31,7 @@ from sft_ray.run_store import (
     damaged_files,
     delete_results,
     kept_environment,
+    read_results,
     trial_folder,
     write_experiment,
     write_results,
@@ -75,10 +77,12 @@ def run_training(
     screen = Screen(quiet)
     prepared = prepare_training(experiment)
     store = RunStore(experiment.storage, experiment.name)
+    tree = None
     if not fresh:
         check_made_by(store, "train")
-    tree = None if fresh else finished_results(store, experiment)
-    if not fresh:
+        relation = check_folder_rule(store, experiment)
+        if relation == "same" and not damaged_files(store):
+            tree = read_results(store)
         check_data(prepared, kept_environment(store), store.location)
     if tree is not None:
         screen.say(f"{store.location} is finished; its outcome:")

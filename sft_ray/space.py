@@ -54,6 +54,11 @@ class Numeric:
     integer: bool = False
     prior: Prior | None = None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether only finitely many numbers can be drawn."""
+        return self.integer or self.low == self.high
+
     def __contains__(self, value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False

@@ -20,18 +20,8 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from sft_ray.analysis.ablation import (
-    COLUMNS,
-    Arm,
-    ArmSummary,
-    notes_on,
-    shown,
-    summarize,
-    to_csv,
-    to_latex,
-    to_markdown,
-    to_tree,
-)
+from sft_ray.analysis.ablation import Arm, ArmSummary, summarize, to_tree
+from sft_ray.analysis.ablation_tables import COLUMNS, notes_on, shown, to_csv, to_latex, to_markdown
 from sft_ray.analysis.figures import draw_ablation, save_figure
 
 BASE = Arm("base")

@@ -22,7 +22,8 @@ from sft_ray.analysis.outcome import Outcome
 from sft_ray.analysis.report.answers import answers
 from sft_ray.analysis.report.page import render, write_report
 from sft_ray.analysis.report.run import Run
-from sft_ray.analysis.results import SearchResult, row_of
+from sft_ray.analysis.results import SearchResult
+from sft_ray.analysis.rows import row_of
 from sft_ray.cli import main
 from sft_ray.config import Experiment
 from sft_ray.run_store import (

@@ -14,15 +14,9 @@ import pytest
 from optuna.trial import TrialState
 
 from sft_ray import environment
-from sft_ray.analysis.outcome import Outcome
-from sft_ray.analysis.results import (
-    SearchResult,
-    best_row,
-    ranking,
-    row_of,
-    why_no_gain,
-    write_frame,
-)
+from sft_ray.analysis.outcome import FIGURES, Outcome
+from sft_ray.analysis.results import SearchResult, write_frame
+from sft_ray.analysis.rows import best_row, ranking, row_of, why_no_gain
 from sft_ray.analysis.tables import trial_table
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError
@@ -38,6 +32,7 @@ from sft_ray.run_store import (
 )
 from sft_ray.search.study import SearchStudy, open_storage
 from sft_ray.single_trial import run_training
+from sft_ray.training.progress import Progress
 from tests.search.test_study import RECIPE, experiment, run_all
 
 FIRST = ["state", "role", "reason", "value"]
@@ -140,6 +135,27 @@ def test_the_frame_has_a_row_per_trial_and_a_column_per_figure(
     assert (
         frame.groupby("state")["value"].max()["COMPLETE"]
         == result.trials[result.best["trial"]]["value"]
+    )
+
+
+def test_a_row_has_its_figures_in_one_order(searched: tuple[RunStore, SearchStudy]) -> None:
+    _, study = searched
+    names = ["number", "state", "role", "reason", "params", "train", "value", "metrics"]
+    assert list(row_of(study.trials[0], 17)) == [*names, *LAST[:4], "curve", *LAST[4:]]
+
+
+def test_the_last_message_of_a_trial_is_its_outcome() -> None:
+    told = {name: 3 + i for i, name in enumerate(FIGURES) if name != "overhead_seconds"}
+    progress = Progress(percent=33, metrics={"accuracy": 0.5}, fault="not finite", **told)
+    message = progress.message(saved_percent=None, restarts=1)
+    outcome = Outcome.from_message(message, reason="rung 33", restarts=2, seconds=30.0)
+    overhead = 30.0 - told["train_seconds"] - told["eval_seconds"]
+    assert outcome == Outcome(
+        reason="rung 33",
+        restarts=3,
+        schedule_percent=33,
+        overhead_seconds=overhead,
+        **told,
     )
 
 

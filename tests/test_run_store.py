@@ -10,8 +10,8 @@ import pytest
 
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, ResourceError
-from sft_ray.folder_rule import check_folder_rule, finished_results
-from sft_ray.run_store import JOURNAL, RESULTS, RunStore, write_experiment
+from sft_ray.folder_rule import check_folder_rule
+from sft_ray.run_store import JOURNAL, RunStore, write_experiment
 from sft_ray.search.study import open_storage
 
 TREE = {"name": "x", "model": "m", "data": {"path": "d"}, "search": {"trials": 4}}
@@ -126,10 +126,8 @@ def test_a_confirmation_may_be_added_changed_and_left_out(store: RunStore) -> No
     tree, plan = {**TREE, "seed": 3}, {"top": 2, "seeds": 4}
     for there, here in ((None, plan), (plan, {"top": 5, "seeds": 2}), (plan, None)):
         write_experiment(store, Experiment.from_tree({**tree, "confirm": there}))
-        store.write_json(RESULTS, {"kept": True})
         changed = Experiment.from_tree({**tree, "confirm": here})
         assert check_folder_rule(store, changed) == "same"
-        assert finished_results(store, changed) == {"kept": True}
         with pytest.raises(ConfigError) as caught:
             check_folder_rule(store, changed.model_copy(update={"seed": 4}))
         assert len(caught.value.problems) == 2  # the seed, and the two ways out

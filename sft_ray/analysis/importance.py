@@ -14,6 +14,11 @@ RELIABLE_FROM = 30  # trials; the field's rule of thumb for a forest over a hand
 FEWEST = 4
 
 
+def is_reliable(trials: int) -> bool:
+    """Whether a figure of so many trials can be trusted; not every results.json says it of each."""
+    return trials >= RELIABLE_FROM
+
+
 def importances(trials: Sequence[FrozenTrial], rungs: Sequence[int]) -> dict[str, Any]:
     """Of the finished trials, and at the first rung of all that reached it.
 
@@ -54,13 +59,13 @@ def _judge(
     ordered = sorted(found.items(), key=lambda kv: (not kv[1]["reliable"], -kv[1]["importance"]))
     return {
         "trials": len(scored),
-        "reliable": len(scored) >= RELIABLE_FROM,
+        "reliable": is_reliable(len(scored)),
         "parameters": dict(ordered),
     }
 
 
 def _judged(share: float, among: int) -> dict[str, Any]:
-    return {"importance": share, "trials": among, "reliable": among >= RELIABLE_FROM}
+    return {"importance": share, "trials": among, "reliable": is_reliable(among)}
 
 
 def _shares(scored: Sequence[tuple[FrozenTrial, float]]) -> dict[str, float]:

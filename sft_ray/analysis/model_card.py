@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_ray import space as spaces
-from sft_ray.analysis.results import why_no_gain
+from sft_ray.analysis.rows import why_no_gain
 from sft_ray.config import Train
 
 CARD = """---

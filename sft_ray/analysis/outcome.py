@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from optuna.trial import BaseTrial, FrozenTrial
 
 from sft_ray.recipes import YARDSTICK
+
+PARTS = ("train_seconds", "eval_seconds", "overhead_seconds")  # of a trial's time in its slot
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Outcome:
     schedule_percent: int = 0
     epochs_run: float = 0.0
     examples_seen: int = 0
+    # From here on FIGURES, which a trial's last message tells under the same names.
     micro_batch: int = 0
     padding_share: float = 0.0
     trained_parameters: int = 0
@@ -59,31 +62,20 @@ class Outcome:
         seconds: float = 0.0,
     ) -> Self:
         """From the last message of a trial; `seconds` is everything it took its slot."""
-        train, evaluation = message.get("train_seconds", 0.0), message.get("eval_seconds", 0.0)
-        return cls(
-            reason=reason,
-            fault=fault,
-            score=message.get("score"),
-            score_percent=message.get("score_percent"),
-            metrics=message.get("best_metrics", {}),
-            has_checkpoint=message.get("has_checkpoint", False),
-            restarts=message.get("restarts", 0) + restarts,
-            schedule_percent=message.get("percent", 0),
-            epochs_run=message.get("epochs_run", 0.0),
-            examples_seen=message.get("examples_seen", 0),
-            micro_batch=message.get("micro_batch", 0),
-            padding_share=message.get("padding_share", 0.0),
-            trained_parameters=message.get("trained_parameters", 0),
-            memory_bytes=message.get("memory_bytes", 0),
-            train_seconds=train,
-            eval_seconds=evaluation,
-            overhead_seconds=seconds - train - evaluation,
-            trunk_seconds=message.get("trunk_seconds", 0.0),
-        )
+        told = {f.name: message[f.name] for f in fields(cls) if f.name in message}
+        told |= {
+            "reason": reason,
+            "fault": fault,  # of which a message tells the words
+            "metrics": message.get("best_metrics", {}),  # a message's own are those of its mark
+            "restarts": message.get("restarts", 0) + restarts,
+            "schedule_percent": message.get("percent", 0),
+        }
+        found = cls(**told)
+        return replace(found, overhead_seconds=seconds - found.train_seconds - found.eval_seconds)
 
     @property
     def slot_seconds(self) -> float:
-        return self.train_seconds + self.eval_seconds + self.overhead_seconds
+        return slot_seconds_of(vars(self))
 
     @property
     def examples_per_second(self) -> float | None:
@@ -101,9 +93,14 @@ class Outcome:
         return cls(**{name: v for name, v in trial.user_attrs.items() if name in known})
 
 
+_FIELDS = [f.name for f in fields(Outcome)]
+# What results.json and its table tell under the same names, in this order.
+FIGURES = tuple(_FIELDS[_FIELDS.index("micro_batch") :])
+
+
 def slot_seconds_of(row: Mapping[str, Any]) -> float:
     """What a trial of results.json took of its slot; a damaged or younger row says less."""
-    return sum(row.get(f"{part}_seconds") or 0.0 for part in ("train", "eval", "overhead"))
+    return sum(row.get(part) or 0.0 for part in PARTS)
 
 
 def role_of(trial: BaseTrial) -> str:

@@ -1,10 +1,10 @@
-"""results.json: what a search returns and prints, computed from the study."""
+"""What a run has left: results.json or the records of its trials, its study, and its table."""
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, Any, Self
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
-from optuna.trial import FrozenTrial, TrialState
 
-from sft_ray.analysis.outcome import Outcome, curve_of, is_yardstick, role_of, score_of
+from sft_ray.analysis.outcome import FIGURES
 from sft_ray.errors import ConfigError
-from sft_ray.recipes import YARDSTICK
 from sft_ray.run_store import (
     ENVIRONMENT,
     RESULTS,
@@ -40,14 +38,7 @@ COLUMNS = (
     "schedule_percent",
     "epochs_run",
     "examples_per_second",
-    "micro_batch",
-    "padding_share",
-    "trained_parameters",
-    "memory_bytes",
-    "train_seconds",
-    "eval_seconds",
-    "overhead_seconds",
-    "trunk_seconds",
+    *FIGURES,
 )
 FRAME_TYPES = (".csv", ".parquet")
 
@@ -280,120 +271,3 @@ def check_row(row: Any, where: str) -> None:
 
 def _holds(tree: dict[str, Any], parts: Mapping[str, type | tuple[type, ...]]) -> bool:
     return all(name in tree and isinstance(tree[name], kind) for name, kind in parts.items())
-
-
-def trial_row(
-    *,
-    number: int,
-    state: str,
-    role: str,
-    params: dict[str, Any],
-    train: dict[str, Any],
-    outcome: Outcome,
-    curve: Mapping[int, float],
-    seed: int,
-) -> dict[str, Any]:
-    """One trial as results.json and trial.json hold it.
-
-    Args:
-        role: why it ran: sampled, default recipe, enqueued, single.
-        train: the whole configuration.
-        curve: percent of the schedule -> objective.
-    """
-    return {
-        "number": number,
-        "state": state,
-        "role": role,
-        "reason": outcome.reason,
-        "params": params,
-        "train": train,
-        "value": outcome.score,
-        "metrics": outcome.metrics,
-        "seed": seed,
-        "restarts": outcome.restarts,
-        "schedule_percent": outcome.schedule_percent,
-        "epochs_run": round(outcome.epochs_run, 4),
-        "curve": [[percent, value] for percent, value in sorted(curve.items())],
-        "examples_per_second": outcome.examples_per_second,
-        "micro_batch": outcome.micro_batch,
-        "padding_share": round(outcome.padding_share, 4),
-        "trained_parameters": outcome.trained_parameters,
-        "memory_bytes": outcome.memory_bytes,
-        "train_seconds": outcome.train_seconds,
-        "eval_seconds": outcome.eval_seconds,
-        "overhead_seconds": outcome.overhead_seconds,
-        "trunk_seconds": outcome.trunk_seconds,
-    }
-
-
-def row_of(trial: FrozenTrial, seed: int) -> dict[str, Any]:
-    """The row of a trial of a study."""
-    return trial_row(
-        number=trial.number,
-        state=trial.state.name,
-        role=role_of(trial),
-        params=trial.user_attrs["params"],
-        train=trial.user_attrs["train"],
-        outcome=Outcome.of(trial),
-        curve=curve_of(trial),
-        seed=seed,
-    )
-
-
-def ranking(trials: Sequence[FrozenTrial], sign: int) -> list[FrozenTrial]:
-    """Trials whose weights were kept: COMPLETE ones from the best, then those furthest along."""
-
-    def rank(trial: FrozenTrial) -> tuple[bool, int, float, int]:
-        outcome = Outcome.of(trial)
-        complete = trial.state == TrialState.COMPLETE
-        assert outcome.score is not None  # a checkpoint has a score
-        progress = 0 if complete else outcome.schedule_percent
-        return complete, progress, sign * outcome.score, -trial.number
-
-    candidates = [
-        trial
-        for trial in trials
-        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-        and Outcome.of(trial).has_checkpoint
-    ]
-    return sorted(candidates, key=rank, reverse=True)
-
-
-def why_no_gain(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What became of the default recipe that nothing can be measured against."""
-    was_run = any(row["role"] == YARDSTICK for row in rows)
-    return "which did not finish" if was_run else "which was not run"
-
-
-def gain_over_default(trials: Sequence[FrozenTrial], best: FrozenTrial, sign: int) -> float | None:
-    """How much better the winner is than the default recipe; None if that did not finish."""
-    for trial in trials:
-        is_default = is_yardstick(trial)
-        if is_default and trial.state == TrialState.COMPLETE and best.state == TrialState.COMPLETE:
-            return sign * (score_of(best) - score_of(trial))
-    return None
-
-
-def pareto_rows(
-    trials: Sequence[FrozenTrial], members: Collection[int], costs: Sequence[str]
-) -> list[dict[str, Any]]:
-    """The trials that none beats in every objective, dearest first: score, costs, model folder."""
-    rows = []
-    for trial in trials:
-        if trial.number in members:
-            values = dict(zip(["score", *costs], trial.values, strict=True))
-            rows.append({"trial": trial.number, **values, "path": trial.user_attrs["path"]})
-    return sorted(rows, key=lambda row: -row[costs[0]] if costs else 0)
-
-
-def best_row(row: dict[str, Any], gain: float | None, checkpoint: str) -> dict[str, Any]:
-    """The `best` entry of results.json, from the winner's row."""
-    return {
-        "trial": row["number"],
-        "complete": row["state"] == TrialState.COMPLETE.name,
-        "params": row["params"],
-        "train": row["train"],
-        "validation": row["metrics"],
-        "gain_over_default": gain,
-        "checkpoint": checkpoint,
-    }

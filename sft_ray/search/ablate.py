@@ -10,16 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sft_ray.ablation_file import SHARE, Ablation, configuration
-from sft_ray.analysis.ablation import (
-    BASE,
-    Arm,
-    ArmSummary,
-    summarize,
-    to_csv,
-    to_latex,
-    to_markdown,
-    to_tree,
-)
+from sft_ray.analysis.ablation import BASE, Arm, ArmSummary, summarize, to_tree
+from sft_ray.analysis.ablation_tables import to_csv, to_latex, to_markdown
 from sft_ray.analysis.results import SearchResult, reading
 from sft_ray.config import Experiment, Train
 from sft_ray.environment import describe_environment

@@ -76,8 +76,7 @@ def _num_values(domain: Any) -> float:
     if isinstance(domain, Choice):
         return len(domain.options)
     if isinstance(domain, Numeric):
-        is_finite = domain.integer or domain.low == domain.high
-        return domain.high - domain.low + 1 if is_finite else math.inf
+        return domain.high - domain.low + 1 if domain.is_finite else math.inf
     return 1
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from optuna.trial import TrialState
 
 from sft_ray.analysis.outcome import Outcome, slot_seconds_of
-from sft_ray.analysis.results import check_row, trial_row
+from sft_ray.analysis.results import check_row
+from sft_ray.analysis.rows import trial_row
 from sft_ray.config import Experiment, Train
 from sft_ray.errors import ConfigError
 from sft_ray.run_store import TRIAL, RunStore

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sft_ray import space as spaces
-from sft_ray.analysis.importance import RELIABLE_FROM
+from sft_ray.analysis.importance import RELIABLE_FROM, is_reliable
 from sft_ray.analysis.outcome import slot_seconds_of
-from sft_ray.analysis.results import SearchResult, why_no_gain
+from sft_ray.analysis.results import SearchResult
+from sft_ray.analysis.rows import why_no_gain
 from sft_ray.config import Budget, Experiment
-from sft_ray.folder_rule import TARGET
+from sft_ray.folder_rule import BUDGET, SPACE, TARGET, TRIALS
 from sft_ray.run_store import CONFIRMATION, RunStore
 from sft_ray.screen import Screen, count, duration, short_params
 from sft_ray.search.layout import Layout
@@ -21,8 +22,6 @@ from sft_ray.training.preparation import Prepared
 
 if TYPE_CHECKING:
     from sft_ray.analysis.ablation import ArmSummary  # brings scipy.stats
-
-BUDGET, SPACE = "search.budget.", "search.space"
 
 
 def say_truth(
@@ -33,15 +32,12 @@ def say_truth(
     finished = sum(trial.state.is_finished() for trial in study.trials)
     resumed = f", going on with {finished} trials finished" if study.trials else ""
     device = "GPU" if layout.gpus_per_worker else "CPU"
-    gpus = f" and {count(layout.gpus_per_worker, 'GPU')}" if layout.gpus_per_worker else ""
     screen.facts(
         {
             "search": f"{experiment.name} in {location}{resumed}",
             **prepared.described(),
             "device": f"{device}, {prepared.precision(device)}",
-            "layout": f"{count(layout.slots, 'slot')} x "
-            f"{count(layout.workers_per_trial, 'worker')} x "
-            f"{count(layout.cpus_per_worker, 'CPU')}{gpus}",
+            "layout": layout_in_words(layout),
             "objective": ", ".join(
                 [f"{prepared.objective}, {prepared.direction}"]
                 + [f"{cost}, minimize" for cost in experiment.search.costs]
@@ -56,6 +52,14 @@ def say_truth(
         }
     )
     screen.say()
+
+
+def layout_in_words(layout: Layout) -> str:
+    gpus = f" and {count(layout.gpus_per_worker, 'GPU')}" if layout.gpus_per_worker else ""
+    return (
+        f"{count(layout.slots, 'slot')} x {count(layout.workers_per_trial, 'worker')} x "
+        f"{count(layout.cpus_per_worker, 'CPU')}{gpus}"
+    )
 
 
 def search_rules(prepared: Prepared) -> str:
@@ -145,7 +149,7 @@ def grown_limits(result: SearchResult, experiment: Experiment) -> dict[str, str]
     if ended_by == SPACE:
         return {}
     is_used_up = ended_by is None or len(rows) >= search.trials
-    grown = {"search.trials": str((1 + is_used_up) * search.trials)}  # --extend is in no file
+    grown = {TRIALS: str((1 + is_used_up) * search.trials)}  # --extend is in no file
     if ended_by == TARGET:
         grown[TARGET] = "null"
     elif ended_by is not None and ended_by.startswith(BUDGET):
@@ -176,17 +180,19 @@ def importance_lines(importance: dict[str, Any]) -> dict[str, str]:
     lines = {}
     for label, key in (("importance", "finished"), ("at first rung", "first_rung")):
         judged = importance.get(key, {"parameters": {}, "trials": 0})
-        doubt = f", unreliable under {RELIABLE_FROM}"
-        shares = []
+        doubt, shares = _doubt(judged["trials"]), []
         for name, found in judged["parameters"].items():
             shares.append(f"{name.removeprefix('train.')} {found['importance']:.2f}")
             if found["trials"] < judged["trials"]:
-                few = doubt if found["trials"] < RELIABLE_FROM <= judged["trials"] else ""
+                few = "" if doubt else _doubt(found["trials"])  # which is said once of all
                 shares[-1] += f" (among {found['trials']}{few})"
         if shares:
-            few = doubt if judged["trials"] < RELIABLE_FROM else ""
-            lines[label] = f"{', '.join(shares)} ({count(judged['trials'], 'trial')}{few})"
+            lines[label] = f"{', '.join(shares)} ({count(judged['trials'], 'trial')}{doubt})"
     return lines
+
+
+def _doubt(trials: int) -> str:
+    return "" if is_reliable(trials) else f", unreliable under {RELIABLE_FROM}"
 
 
 def say_pareto(screen: Screen, result: SearchResult) -> None:

@@ -21,7 +21,7 @@ from sft_ray.search.cluster import capacity, capacity_here, connected, free_gpus
 from sft_ray.search.draws import drawn_trials
 from sft_ray.search.estimate import STARTUP_SECONDS, Plan, Range, estimate
 from sft_ray.search.layout import Layout, plan_layout, with_room
-from sft_ray.search.narration import budget, search_rules
+from sft_ray.search.narration import budget, layout_in_words, search_rules
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.sharing import (
     LATER,
@@ -140,7 +140,6 @@ def say_plan(
     """The plan, and what is worth knowing about it; `sharing` says how trials share GPUs."""
     layout, speed, resources = plan.layout, plan.speed, prepared.experiment.resources
     gain = speed.gain_of_two
-    gpus = f" and {count(layout.gpus_per_worker, 'GPU')}" if layout.gpus_per_worker else ""
     confirm = f", then up to {plan.confirm_runs} runs to confirm the best"
     pruning = "; the more is pruned, the less" if len({*plan.wall_seconds}) > 1 else ""
     training = ", ".join(
@@ -150,9 +149,7 @@ def say_plan(
     facts = {
         "plan": f"{prepared.experiment.name} in {location}; nothing has been started",
         **prepared.described(),
-        "layout": f"{count(layout.slots, 'slot')} x "
-        f"{count(layout.workers_per_trial, 'worker')} x "
-        f"{count(layout.cpus_per_worker, 'CPU')}{gpus}",
+        "layout": layout_in_words(layout),
         **({} if gain is None else {"slots": _why_slots(resources, layout, gain)}),
         **({} if sharing is None else {"sharing": sharing}),
         "search by": search_rules(prepared),

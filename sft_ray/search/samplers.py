@@ -116,13 +116,13 @@ def _axis(where: str, path: str, domain: Any) -> list[dict[str, Any]]:
         ]
     if isinstance(domain, Choice):
         return [{path: option} for option in domain.options]
-    if isinstance(domain, Numeric) and domain.integer:
-        return [{path: value} for value in range(int(domain.low), int(domain.high) + 1)]
-    if isinstance(domain, Numeric) and domain.low == domain.high:
-        return [{path: float(domain.low)}]
-    if isinstance(domain, Numeric):
+    if not isinstance(domain, Numeric):
+        return [{}]  # a constant
+    if not domain.is_finite:
         raise ConfigError(
             f"{where}: a grid needs finitely many values, got {spaces.describe(domain)}; write "
             "`choice: […]`"
         )
-    return [{}]  # a constant
+    if domain.integer:
+        return [{path: value} for value in range(int(domain.low), int(domain.high) + 1)]
+    return [{path: float(domain.low)}]

@@ -22,8 +22,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray import space as spaces
 from sft_ray.analysis.outcome import Outcome, is_yardstick, score_of
-from sft_ray.analysis.results import ranking, row_of
+from sft_ray.analysis.rows import ranking, row_of
 from sft_ray.config import Experiment, apply_values
+from sft_ray.folder_rule import BUDGET, SPACE, TRIALS
 from sft_ray.run_store import trial_folder
 from sft_ray.screen import short_params
 from sft_ray.search.board import Board, EndedTrial
@@ -265,11 +266,11 @@ class SearchStudy:
     def ended_by(self) -> tuple[str, str] | None:
         """What no other trial starts for: its key in the experiment, and in words."""
         if self._is_space_used_up():  # first: no budget or number of trials that grows would help
-            return "search.space", f"all of its {len(self.trials)} configurations have run"
+            return SPACE, f"all of its {len(self.trials)} configurations have run"
         if (reached := self._limit_reached()) is not None:
-            return f"search.budget.{reached[0]}", reached[1]
+            return f"{BUDGET}{reached[0]}", reached[1]
         if len(self.trials) >= self.experiment.search.trials:
-            return "search.trials", f"all of {len(self.trials)} trials have run"
+            return TRIALS, f"all of {len(self.trials)} trials have run"
         return None
 
     def _limit_reached(self) -> tuple[str, str] | None:

@@ -14,15 +14,8 @@ from optuna.trial import FrozenTrial
 from sft_ray.analysis.importance import importances
 from sft_ray.analysis.model_card import model_card
 from sft_ray.analysis.outcome import slot_seconds_of
-from sft_ray.analysis.results import (
-    SearchResult,
-    best_row,
-    gain_over_default,
-    load_study,
-    pareto_rows,
-    ranking,
-    row_of,
-)
+from sft_ray.analysis.results import SearchResult, load_study
+from sft_ray.analysis.rows import best_row, gain_over_default, pareto_rows, ranking, row_of
 from sft_ray.config import Experiment
 from sft_ray.environment import describe_environment
 from sft_ray.errors import ConfigError, TrialError

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from sft_ray.ablation_file import SHARE, Ablation
-from sft_ray.analysis.results import SearchResult, best_row
+from sft_ray.analysis.results import SearchResult
+from sft_ray.analysis.rows import best_row
 from sft_ray.config import Confirm, Experiment
 from sft_ray.errors import DataError
 from sft_ray.recipes import YARDSTICK

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray import space as spaces
 from sft_ray.analysis.outcome import Outcome
-from sft_ray.analysis.results import row_of
+from sft_ray.analysis.rows import row_of
 from sft_ray.config import Experiment
 from sft_ray.search.proposals import suggest
 from sft_ray.search.samplers import num_good

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from sft_ray.analysis.importance import importances
 from sft_ray.analysis.outcome import Outcome
-from sft_ray.analysis.results import gain_over_default, pareto_rows, ranking, row_of
+from sft_ray.analysis.rows import gain_over_default, pareto_rows, ranking, row_of
 from sft_ray.config import COSTS, Experiment
 from sft_ray.errors import ConfigError
 from sft_ray.search.study import SearchStudy, open_storage

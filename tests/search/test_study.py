@@ -14,7 +14,7 @@ import pytest
 from optuna.trial import TrialState
 
 from sft_ray.analysis.outcome import Outcome
-from sft_ray.analysis.results import gain_over_default, ranking, row_of
+from sft_ray.analysis.rows import gain_over_default, ranking, row_of
 from sft_ray.config import Confirm, Experiment
 from sft_ray.errors import ConfigError
 from sft_ray.recipes import default_recipe

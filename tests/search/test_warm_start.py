@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 
 from sft_ray.analysis.outcome import Outcome
-from sft_ray.analysis.results import row_of, trial_row
+from sft_ray.analysis.rows import row_of, trial_row
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError
 from sft_ray.run_store import ENVIRONMENT, RunStore, trial_folder, write_experiment

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft_ray.analysis.importance import importances
-from sft_ray.analysis.report.run import PARTS, Run, Trial
-from sft_ray.analysis.results import pareto_rows, reading
+from sft_ray.analysis.outcome import PARTS
+from sft_ray.analysis.report.run import Run, Trial
+from sft_ray.analysis.results import reading
+from sft_ray.analysis.rows import pareto_rows
 from sft_ray.recipes import YARDSTICK
 
 BANDS = 5  # shades of the score, from worst to best

@@ -9,12 +9,11 @@ from typing import Any, Self
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from sft_ray.analysis.outcome import curve_of, role_of
+from sft_ray.analysis.outcome import PARTS, curve_of, role_of, slot_seconds_of
 from sft_ray.analysis.results import SearchResult, check_row, reading
 from sft_ray.config import COSTS, Experiment
 from sft_ray.run_store import ENVIRONMENT, TRIAL, RunStore, open_run, read_experiment
 
-PARTS = ("train_seconds", "eval_seconds", "overhead_seconds")
 STATES = {
     None: "It has not finished.",
     True: "It is running now.",
@@ -55,7 +54,7 @@ class Trial:
 
     @property
     def slot_seconds(self) -> float:
-        return self.train_seconds + self.eval_seconds + self.overhead_seconds
+        return slot_seconds_of(vars(self))
 
     @property
     def is_complete(self) -> bool:
@@ -77,9 +76,7 @@ class Trial:
             schedule_percent=row.get("schedule_percent") or 0,
             restarts=row.get("restarts") or 0,
             examples_per_second=row.get("examples_per_second"),
-            train_seconds=row.get("train_seconds") or 0.0,
-            eval_seconds=row.get("eval_seconds") or 0.0,
-            overhead_seconds=row.get("overhead_seconds") or 0.0,
+            **{part: row.get(part) or 0.0 for part in PARTS},
             costs={name: row.get(name) for name in COSTS},
             ended_seconds=ended_seconds,
         )

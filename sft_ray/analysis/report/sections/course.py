@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from sft_ray.analysis import ablation
+from sft_ray.analysis import ablation_tables
 from sft_ray.analysis.ablation import COST_HEADINGS
 from sft_ray.analysis.report import charts, facts
 from sft_ray.analysis.report.axes import NumberAxis, number_axis
@@ -116,7 +116,7 @@ def pareto(run: Run) -> list[Block]:
         [
             str(row["trial"]),
             f"{row['score']:.4f}",
-            *(ablation.shown(row[cost] / COST_HEADINGS[cost][1]) for cost in run.costs),
+            *(ablation_tables.shown(row[cost] / COST_HEADINGS[cost][1]) for cost in run.costs),
             settings.get(row["trial"], ""),
         ]
         for row in rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sft_ray.analysis import ablation
+from sft_ray.analysis import ablation, ablation_tables
 from sft_ray.analysis.report import charts
 from sft_ray.analysis.report.axes import number_axis
 from sft_ray.analysis.report.blocks import Block, Drawing, Legend, Table
@@ -77,7 +77,7 @@ def ablations(run: Run) -> list[Block]:
         with reading(run.store.path_of(path)):
             tree = run.store.read_json(path)
             metric, summaries = tree["metric"], ablation.from_tree(tree)
-            head, *rows = ablation.table(summaries, metric)
+            head, *rows = ablation_tables.table(summaries, metric)
             marked = {i for i, summary in enumerate(summaries) if summary.is_told_apart}
             whiskers = [
                 Whisker(
@@ -90,7 +90,7 @@ def ablations(run: Run) -> list[Block]:
                 )
                 for summary in summaries
             ]
-            notes = " ".join(ablation.notes_on(summaries, metric))
+            notes = " ".join(ablation_tables.notes_on(summaries, metric))
         blocks += [
             *_intervals(whiskers, metric, "base", caption=str(tree["name"])),
             Table(head, rows, marked=frozenset(marked), note=f"Bold: told from the base. {notes}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sft_ray.analysis.importance import RELIABLE_FROM
+from sft_ray.analysis.importance import RELIABLE_FROM, is_reliable
 from sft_ray.analysis.report import charts, facts
 from sft_ray.analysis.report.axes import WordAxis, axis_of, number_axis, within
 from sft_ray.analysis.report.blocks import Block, Cell, Drawing, Grid, Shade, Table, Text
@@ -89,7 +89,7 @@ def _importance(measure: str, judged: facts.Judged) -> Block:
     note = f"Share of the variance of the {what} (fANOVA)."
     if not judged.is_reliable:
         note += f" Unreliable: n = {judged.trials}, under {RELIABLE_FROM} trials."
-    elif any(one.trials < RELIABLE_FROM for one in judged.parameters):
+    elif not all(is_reliable(one.trials) for one in judged.parameters):
         note += f" Unreliable where n is under {RELIABLE_FROM}."
     caption = f"Importance for the {what}, n = {judged.trials}"
     return Table(["hyperparameter", "importance", "n"], rows, caption=caption, note=note)
