@@ -26,6 +26,7 @@ test-faults: $(INSTALLED)
 	$(BIN)/python -m benchmarks.faults --folder $(FAULTS) --out $(FAULTS)/faults.jsonl
 
 test-gpu: $(INSTALLED)
+	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no GPU: its driver is too old, or it was built without CUDA")'
 	$(BIN)/pytest -m gpu
 
 check: $(INSTALLED)

@@ -26,6 +26,9 @@ needs_gpu = pytest.mark.skipif(
 )
 
 
+HALF = 2e-3  # how far a loss may move in half precision; on a CPU it is up to 3e-4
+
+
 def train_losses(device: str, model: Path, dataset: Dataset, **train: object) -> list[float]:
     """Mean loss up to every mark of a tiny training without dropout."""
     pretrained = load_pretrained(
@@ -54,6 +57,7 @@ def train_losses(device: str, model: Path, dataset: Dataset, **train: object) ->
         report=report,
     )
     assert pretrained.compiled.works  # else its layers ran as they are
+    assert bool(pretrained.recorded._graphs) == bool(train.get("cuda_graphs"))
     return found
 
 
@@ -98,7 +102,7 @@ def test_attention_on_a_gpu_needs_no_padding(
     dtype: torch.dtype, drops: bool, reach: int | None
 ) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    for width in (32, 64):
+    for width in (16, 32, 64):  # the first is the tiny model's
         kind = gpu_attention._Kind(device, dtype, width, drops, reach, False)
         assert gpu_attention._works(kind)
         assert reach or gpu_attention._works(kind._replace(first_tokens=True))
@@ -116,7 +120,7 @@ def test_in_bf16_a_gpu_trains_alike_with_and_without_padding_in_attention(
     monkeypatch.setattr(gpu_attention, "is_ours", lambda *_: False)
     padded = train_losses("cuda", tiny_model, dataset, **settings)
     # With dropout other random numbers fall on other tokens.
-    assert unpadded == pytest.approx(padded, abs=0.05 if dropout else 0.02)
+    assert unpadded == pytest.approx(padded, abs=0.02 if dropout else HALF)
 
 
 @needs_gpu
@@ -129,7 +133,7 @@ def test_half_precision_stays_close_to_fp32(
     half, whole = (
         train_losses("cuda", tiny_model, dataset, precision=name) for name in (precision, "fp32")
     )
-    assert half[0] == pytest.approx(whole[0], abs=0.02)
+    assert half == pytest.approx(whole, abs=HALF)
     assert half[-1] < half[0]
 
 
@@ -172,7 +176,7 @@ def test_recorded_passes_train_as_others(
         train_losses("cuda", tiny_model, dataset, cuda_graphs=chosen, **settings)
         for chosen in (True, False)
     )
-    assert recorded == pytest.approx(plain, abs=1e-4 if precision == "fp32" else 0.02)
+    assert recorded == pytest.approx(plain, abs=1e-4 if precision == "fp32" else HALF)
 
 
 @needs_gpu
@@ -221,7 +225,8 @@ def test_the_probe_sees_how_little_of_a_gpu_a_tiny_model_takes(experiment: Exper
     assert 0.001 < found.busy_share < 0.9
     assert 1e6 < found.trial_bytes < 2e9
     assert 5e7 < found.context_bytes < found.gpu_bytes
-    assert found.gpu_bytes == torch.cuda.get_device_properties(0).total_memory
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert found.gpu_bytes == pytest.approx(total, rel=0.01)
     has = {"CPU": 64.0, "GPU": 1.0}
     decided = sharing.ask_this_machine(prepared, trains, has)
     assert decided.trials_per_gpu > 1

@@ -8,6 +8,7 @@ whole passes, see `cuda_graphs`, and not the compiler's.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,7 +68,9 @@ class CompiledLayers:
     def _compiled(self, real: Callable[..., Any], shape: tuple[int, ...]) -> Callable[..., Any]:
         key = (real, shape)
         if key not in self._of_shape:
-            alone: Any = {"isolate_recompiles": True}  # finds what fits without trying all shapes
+            # Finds what fits without trying all shapes, where torch can.
+            can_isolate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+            alone: Any = {"isolate_recompiles": True} if can_isolate else {}
             self._of_shape[key] = torch.compile(
                 real, backend=self._backend, dynamic=False, fullgraph=True, **alone
             )

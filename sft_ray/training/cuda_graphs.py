@@ -101,8 +101,9 @@ class RecordedPasses:
             return self._recorder(run)
         except Exception as error:
             self._forget()  # to make room; what is left of a recording serves no other
-            if is_out_of_memory(error):
-                raise
+            for found in (error, error.__context__):  # the end of a recording may fail in turn
+                if found is not None and is_out_of_memory(found):
+                    raise found from None
             raise TrialError(
                 f"train.cuda_graphs: a pass of this model cannot be recorded: {error}; set it to "
                 "false"

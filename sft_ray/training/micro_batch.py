@@ -119,7 +119,7 @@ def kept_bytes(forward: Callable[[], torch.Tensor], weights: Iterable[torch.Tens
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in shared:
             kept[storage.data_ptr()] = storage
-        return tensor
+        return tensor.detach()  # itself, it would hold the graph that holds it
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         forward()

@@ -101,10 +101,9 @@ class World:
         `torch.manual_seed` writes down a stack for each kind of device that is not there, which on
         a CPU takes a seventh of a step that trains a head only.
         """
-        if self.device.type == "cpu":
-            torch.default_generator.manual_seed(seed)
-        else:
-            torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read afterwards is true."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -306,6 +307,23 @@ def test_the_probe_of_a_gpu_holds_what_comes_up_with_the_first_step(
     kept = states * weights
     assert passes == [(1, kept, weights), (8, kept, 0), (4, kept, weights)]
     assert all(p.grad is None for p in pretrained.trainable().values())
+
+
+def of_graphs() -> int:
+    """How many tensors there are that passes have made, and may want back."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    return sum(tensor.grad_fn is not None for tensor in tensors)
+
+
+def test_looking_at_what_a_pass_keeps_keeps_nothing(tiny_bert, toy: Dataset) -> None:
+    pretrained = load_tiny(tiny_bert, toy)
+    setup = Setup(TASK, toy, pretrained, SimpleNamespace(pad_token_id=PAD), World())
+    pretrained.reset(0)
+    before = of_graphs()
+    Backward(Train(precision="fp32"), setup, torch.float32, LossOptions(0.0))
+    assert len(setup.micro_batches) == 1
+    assert of_graphs() <= before
 
 
 def test_an_evaluation_that_does_not_fit_is_done_in_parts(
