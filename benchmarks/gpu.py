@@ -2,12 +2,12 @@
 
 `steps`: examples per second, and model FLOPs as in benchmarks/throughput.py against the GPU's bf16
 matrix peak measured between the turns; the last layer counts as a whole, of which ours computes no
-more than is read.  `ours` is a step of our training core, also with its layers compiled and with its
-passes recorded as CUDA graphs; `dynamic` one of Trainer in bf16, each batch padded to its longest;
-`grouped` the same with the rows of a turn sorted by length first, as `group_by_length` has them;
-`compiled` with torch.compile.  All train the same rows in turns of a few steps; what is compiled or
-recorded has been before.  Texts are SST-2's (`sst2`), or many of them joined and cut at 128 tokens
-(`full`).
+more than is read.  `ours` is a step of our training core, also with its layers compiled and with
+its passes recorded as CUDA graphs; `dynamic` one of Trainer in bf16, each batch padded to its
+longest; `grouped` the same with the rows of a turn sorted by length first, as `group_by_length` has
+them; `compiled` with torch.compile.  All train the same rows in turns of a few steps; what is
+compiled or recorded has been before.  Texts are SST-2's (`sst2`), or many of them joined and cut at
+128 tokens (`full`).
 
 `search`: trials per hour of a real search of equal short trials, none of them pruned, with so many
 trials on each GPU, and with one and CUDA graphs; from the first slot's first trial to the end of

@@ -398,7 +398,7 @@ def test_real_commands_say_the_same(places: dict[str, str]) -> None:
             fragments,
         )
     for started, fragments in running.values():
-        out, said = started.communicate(timeout=120)
+        out, said = started.communicate(timeout=300)
         assert started.returncode == 2, said
         assert out == ""
         check_line(said, fragments)

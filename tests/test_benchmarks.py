@@ -62,7 +62,7 @@ def test_it_prints_what_it_promises() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -187,7 +187,7 @@ def test_the_gpu_bench_refuses_in_one_line_without_a_gpu(tmp_path: Path) -> None
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 2
     assert done.stderr == f"{gpu.NO_GPU}\n"

@@ -203,7 +203,7 @@ def test_an_unreachable_cluster_is_refused_before_anything_is_written(
         [*SFT_RAY, "search", path, "--address", "127.0.0.1:1"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: no Ray at '127.0.0.1:1'")
@@ -222,7 +222,7 @@ def test_a_cluster_that_is_gone_is_told_by_the_file_that_names_it(
         [*SFT_RAY, "search", path],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "RAY_TMPDIR": str(tmp_path)},
     )
     assert done.returncode == 2, done.stderr

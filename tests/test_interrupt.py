@@ -85,7 +85,7 @@ def test_a_training_that_is_interrupted_goes_on_from_the_step_it_stopped_at(
         while metrics_lines(files["stopped"]) <= before and time.monotonic() < deadline:
             time.sleep(0.01)
         run.send_signal(number)
-        out, err = run.communicate(timeout=60)
+        out, err = run.communicate(timeout=300)
         assert run.returncode == 130, (out, err)
         assert "paused at step" in out
         assert err == "interrupted; the same command goes on where it stopped\n"

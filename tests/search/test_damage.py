@@ -18,7 +18,7 @@ from sft_ray.search.tuner import run_search
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.usefixtures("ray_cluster"),
-    pytest.mark.timeout(200),
+    pytest.mark.timeout(600),
 ]
 
 

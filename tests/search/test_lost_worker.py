@@ -6,7 +6,7 @@ import pytest
 
 from tests.training.parallel_worker import run_group
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.mark.parametrize("when", ["before", "connected"])

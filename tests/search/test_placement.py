@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_placement_group_goes_with_the_actor_that_made_it(ray_cluster: None) -> None:
     import ray
     from ray.util.placement_group import placement_group_table

@@ -30,7 +30,7 @@ from sft_ray.training.world import resolve_precision
 from tests import faults
 from tests.models import KEYWORDS, toy_rows
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 
 RESCORE = """
     import csv, json, sys
@@ -302,7 +302,7 @@ def test_a_killed_driver_loses_nothing_but_the_work_since_the_last_state(
         [sys.executable, folder / "driver.py", folder / "tree.json", address],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert died.returncode == 9, died.stderr
     run = folder / "interrupted"

@@ -14,7 +14,7 @@ from sft_ray.training.data import open_dataset, prepare
 from tests.models import TASK, tiny_model_folder, toy_rows, write_csv
 from tests.training.parallel_worker import TRIALS, WAYS, run_group, run_worker
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 TRAIN_ROWS = 145  # 9 batches of 16 and one of 1, for which all ranks but the first have nothing
 TOLERANCE = {"fp32": 1e-5, "float64": 1e-9}

@@ -16,7 +16,7 @@ from tests.models import task_rows, write_jsonl
 from tests.training.parallel_worker import run_group
 from tests.training.task_worker import RESUMED, SAME, run_worker
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = pytest.mark.timeout(300)
 SEEN = dict[tuple[str, Any], dict[str, Any]]
 TRAIN_ROWS = 41  # the last batch of 8 has one row, and the second worker none of it
 

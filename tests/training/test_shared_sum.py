@@ -20,7 +20,7 @@ from sft_ray.training import shared_sum
 from sft_ray.training.shared_sum import SharedSum
 from tests.training.parallel_worker import run_group
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 SHAPES = [(3, 5), (1,), (700,), (2, 0), (40, 9), (16,)]
 

@@ -337,7 +337,7 @@ def _build(folder: str, dataset: Dataset, cache: str, slow: bool, rank: int, out
     out.put((rank, "opened" if opened else "none"))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_several_build_together_and_one_that_is_killed_leaves_its_part(
     toy: Dataset, bert: Path, root: Path
 ) -> None:
@@ -359,7 +359,7 @@ def test_several_build_together_and_one_that_is_killed_leaves_its_part(
     os.kill(stuck.pid, signal.SIGKILL)
     stuck.join()
     for process in others:
-        process.join(100)
+        process.join(200)
         assert process.exitcode == 0
     said = [out.get(timeout=5) for _ in range(len(list(root.glob("*/train-2/*.arrow"))) + 2)]
     made = [name for _, name in said if name.endswith(".arrow")]
