@@ -59,7 +59,8 @@ OURS: dict[str, dict[str, Any]] = {
 }
 SYSTEMS = (*OURS, "dynamic", "grouped", "dynamic compiled", "grouped compiled")
 WITH_GRAPHS = "1 with graphs"
-SHARES = (1, 2, 4, 8, "auto", WITH_GRAPHS)
+SLOTS = (1, 2, 4, 8)
+SHARES = (*SLOTS, "auto", WITH_GRAPHS)
 TRAINERS = ("Trainer", "Trainer compiled")
 JOINED = 12  # sentences of a text that is cut at 128 tokens
 TURNS = 6
@@ -188,7 +189,8 @@ def measure_search(folder: Path, model: str, share: int | str) -> Row:
     from sft_ray.search.tuner import run_search
 
     graphs = share == WITH_GRAPHS
-    trials = SLOT_TRIALS * (share if isinstance(share, int) else 1 if graphs else 4)
+    slots = 1 if graphs else max(SLOTS) if share == "auto" else int(share)  # of each GPU, at most
+    trials = SLOT_TRIALS * slots * torch.cuda.device_count()
     with tempfile.TemporaryDirectory() as storage:
         tree = {
             "name": "gpu",
@@ -381,12 +383,15 @@ def main() -> None:
             (folder / file).symlink_to((options.data / file).absolute())
         write_full(options.data, folder)
         build_bert_base(folder / "bert-base")
+        failed = 0
         for unit in all_units(options.only, options.models, options.repeats):
             try:
                 once(options.out, {"unit": unit}, partial(in_a_process, unit, folder, options.out))
             except subprocess.CalledProcessError:  # it has said why; the others may work
                 print(f"{' '.join(map(str, unit))}: failed", flush=True)
+                failed += 1
     print(table(finished(options.out)))
+    sys.exit(failed > 0)
 
 
 def in_a_process(unit: list[Any], folder: Path, out: Path) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,17 @@ def once(out: Path | None, key: dict[str, Any], measure: Callable[[], dict[str, 
             return row
     row = key | measure()
     if out is not None:
+        text = out.read_text(encoding="utf-8") if out.exists() else ""
+        torn = "" if text.endswith("\n") or not text else "\n"  # its last line is no row, or whole
         with out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(f"{torn}{json.dumps(row)}\n")
     return row
 
 
 def finished(out: Path) -> list[dict[str, Any]]:
-    """All rows; a line that a kill has torn off goes."""
-    if not out.exists():
-        return []
-    text = out.read_text(encoding="utf-8")
-    if not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        out.write_text(text, encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    """All rows; a line that a kill has torn off is none."""
+    rows = []
+    for line in out.read_text(encoding="utf-8").splitlines() if out.exists() else ():
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows

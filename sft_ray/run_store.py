@@ -27,6 +27,7 @@ RESULTS = "results.json"
 PREDICTIONS = "predictions.parquet"
 TEST_ACCESS = "test_access.jsonl"
 CONFIRMATION = "confirm.json"
+BEFORE = ".before.json"  # the winner and its confirmation, while a finished run goes on
 BEST = "best"
 ERROR_LOG = "errors.log"
 REPORT = "report.html"

@@ -246,7 +246,8 @@ def run_fixed(
             trains = [run.train for run in runs]
             layout = shared_layout(replace(prepared, experiment=experiment), trains, screen)
             if not layout.gpus_per_worker:  # as many CPUs as at the first start: the same numbers
-                begun = plan_layout(_of_runs(experiment, before + pending), capacity())
+                at_first = sum(not leave_out(run, []) for run in runs)
+                begun = plan_layout(_of_runs(experiment, max(at_first, pending)), capacity())
                 cpus = with_room(begun, experiment.resources).cpus_per_worker
                 layout = replace(layout, cpus_per_worker=cpus)
             tracker = Tracker(experiment.tracking, store, screen.event)

@@ -14,7 +14,7 @@ from sft_ray.analysis.results import SearchResult
 from sft_ray.analysis.rows import why_no_gain
 from sft_ray.config import Budget, Experiment
 from sft_ray.folder_rule import BUDGET, SPACE, TARGET, TRIALS
-from sft_ray.run_store import CONFIRMATION, RunStore
+from sft_ray.run_store import RunStore
 from sft_ray.screen import Screen, count, duration, short_params
 from sft_ray.search.layout import Layout
 from sft_ray.search.study import SearchStudy
@@ -167,12 +167,11 @@ def grown_limits(result: SearchResult, experiment: Experiment) -> dict[str, str]
 
 
 def say_unconfirmed(store: RunStore, screen: Screen) -> None:
-    """A run that begins to change is not the one that was confirmed."""
-    if store.exists(CONFIRMATION):
-        screen.say(
-            f"the confirmation of the outcome before goes; `sft-ray confirm "
-            f"{shlex.quote(store.location)}` makes a new one, and trains again only what it has not"
-        )
+    """A run that has changed is not the one that was confirmed."""
+    screen.say(
+        f"the confirmation of the outcome before goes; `sft-ray confirm "
+        f"{shlex.quote(store.location)}` makes a new one, and trains again only what it has not"
+    )
 
 
 def importance_lines(importance: dict[str, Any]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from sft_ray.errors import ConfigError, TrialError
 from sft_ray.folder_rule import check_folder_rule, check_made_by
 from sft_ray.recipes import default_recipe
 from sft_ray.run_store import (
+    BEFORE,
     BEST,
     CONFIRMATION,
     ENVIRONMENT,
@@ -127,8 +128,6 @@ def run_search(
             # Without another winner that of before stays.
             best = _best_with_model(store, study, screen) if study.is_over() else None
             before = _winner_before(store)
-            if prepared.experiment.confirm is None:
-                say_unconfirmed(store, screen)
             environment = _write_what_runs(prepared, store, layout)
             say_truth(screen, prepared, layout, store.location, study)
             startup_seconds = None
@@ -143,6 +142,8 @@ def run_search(
                     if before is None:
                         raise
                     screen.say("no trial since has left a model, so the winner of before stays")
+            if best and before and before[CONFIRMATION] and experiment.confirm is None:
+                say_unconfirmed(store, screen)
             result = _conclude(prepared, store, study, best, before, environment, startup_seconds)
         say_outcome(screen, result, prepared, source)
         return _confirmed(experiment, store, result, address, quiet)
@@ -260,10 +261,15 @@ def _write_what_runs(prepared: Prepared, store: RunStore, layout: Layout) -> dic
 
 
 def _winner_before(store: RunStore) -> dict[str, Any] | None:
-    """The best trial of a finished run, and its confirmation; None if they are not whole."""
-    if not store.exists(RESULTS) or _is_damaged(damaged_files(store)):
-        return None
-    return {"best": store.read_json(RESULTS)["best"], CONFIRMATION: store.read_json(CONFIRMATION)}
+    """The best trial of a finished run, and its confirmation; None if they are not whole.
+
+    Kept where a kill leaves them, until there are other results.
+    """
+    if store.exists(RESULTS) and not _is_damaged(damaged_files(store)):
+        confirmation = store.read_json(CONFIRMATION)
+        store.write_json(BEFORE, {"best": read_results(store)["best"], CONFIRMATION: confirmation})
+    before: dict[str, Any] | None = store.read_json(BEFORE)
+    return before
 
 
 def _run(
@@ -391,6 +397,7 @@ def _conclude(
     elif before is not None and before[CONFIRMATION] is not None:
         store.write_json(CONFIRMATION, before[CONFIRMATION])
     write_results(store, tree)
+    store.delete_file(BEFORE)
     return SearchResult(store.location, tree)
 
 

@@ -124,21 +124,25 @@ class Backward:
         on_gpu = self.world.device.type == "cuda"
         if on_gpu and self._train.micro_batch != "auto":
             return Probe(self._train.micro_batch)
-        if on_gpu and most_examples is not None:  # neighbours may have the memory at present
-            return Probe(most_examples)
         # What an example keeps on a CPU does not depend on how many there are.
         batch_size = self._train.batch_size if on_gpu else 1
         longest = self._setup.dataset.train.longest
         how = (str(self._dtype), self.compiles, self.records)
         states = num_states(self._train) if on_gpu else 0
-        key = (self._train.frozen_layers, batch_size, longest, states, *how)
+        most = min(share, most_examples or share) if on_gpu else share
+        key = (self._train.frozen_layers, batch_size, longest, states, most, *how)
         known = self._setup.micro_batches
         if key not in known:
-            known[key] = self._find(share)
+            known[key] = self._find(share, most)
         return known[key]
 
-    def _find(self, share: int) -> Probe:
-        """The same on all ranks: the least that one of them found."""
+    def _find(self, share: int, most: int) -> Probe:
+        """The same on all ranks: the least that one of them found.
+
+        Args:
+            share: of a batch, which may go through the model in parts.
+            most: examples to try.
+        """
         longest = np.argsort(-self._setup.dataset.train.lengths, kind="stable")
         is_fixed = self.compiles or self.records
 
@@ -172,7 +176,7 @@ class Backward:
                     # First, so that libraries set themselves up while there is room.
                     with suppress(micro_batch.NothingFitsError):
                         micro_batch.largest_that_fits(attempt, 1)
-                fits = micro_batch.largest_that_fits(attempt, share)
+                fits = micro_batch.largest_that_fits(attempt, most)
                 torch.cuda.empty_cache()  # neighbours, and who asks what is reserved
                 # A pass that is recorded keeps its memory while another warms up.
                 found = Probe(max(1, fits // 2) if self.records and fits < share else fits)

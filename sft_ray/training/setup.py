@@ -27,7 +27,7 @@ class Setup:
 
     Attributes:
         micro_batches: what the probe found for (frozen layers, batch size if on a GPU, longest
-            text, states of the optimiser, number format, compiled, recorded).
+            text, states of the optimiser, most to try, number format, compiled, recorded).
         constant_losses: label smoothing and class weights -> loss of the best constant answer.
         trunk_cache: outputs of frozen trunks; None computes them each time.
     """

@@ -138,7 +138,7 @@ def _read_files(data: Data, fields: Fields) -> dict[str, pa.Table]:
     }
     are_scores = len(decimals) > MOST_DECIMALS and not (target in texts or data.label_names)
     if data.label_names:  # where decimals are names, whole numbers beside them are no places
-        are_renamed |= are_decimals
+        are_renamed |= are_decimals or bool(decimals & set(data.label_names))
     if are_renamed:
         _check_no_places(tables.keys() - written.keys(), tables, str(target), data)
 

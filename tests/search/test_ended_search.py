@@ -18,6 +18,7 @@ from sft_ray.analysis.results import SearchResult
 from sft_ray.config import Experiment
 from sft_ray.errors import TrialError
 from sft_ray.run_store import (
+    BEFORE,
     CONFIRMATION,
     PREDICTIONS,
     RESULTS,
@@ -75,6 +76,10 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         tuner, "shared_layout", lambda prepared, *_: plan_layout(prepared.experiment, {"CPU": 4})
     )
     monkeypatch.setattr(tuner, "_run", invented)
+
+
+def interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 def starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +147,11 @@ def test_the_winner_stays_where_no_trial_since_has_left_a_model(
     shutil.rmtree(run / "trials")
     monkeypatch.setattr(tuner, "_run", partial(invented, pruned_from=4))
     for trials in (6, 8):
+        with monkeypatch.context() as patch:
+            patch.setattr(tuner, "_run", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run_search(experiment, extend=2)
+        capsys.readouterr()
         result = run_search(experiment, extend=2)
         assert "no trial since has left a model" in capsys.readouterr().out
         assert result.best == before.best
@@ -149,6 +159,7 @@ def test_the_winner_stays_where_no_trial_since_has_left_a_model(
         store = open_run(str(run))
         assert damaged_files(store) == []
         assert store.read_json(CONFIRMATION) == CONFIRMED
+        assert not store.exists(BEFORE)
         assert (run / "best/model.safetensors").read_text() == "of a fresh seed"
 
 

@@ -302,7 +302,10 @@ def test_what_frozen_layers_compute_once_is_spared() -> None:
     assert Speed("CPU", {2: 3.0}, 1.0).spared(frozen, passes=3) == 0
 
 
-def test_a_plan_measures_frozen_layers_and_leaves_no_cache(experiment: Experiment) -> None:
+def test_a_plan_measures_frozen_layers_and_leaves_no_cache(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFT_RAY_CACHE", str(tmp_path / "cache"))
     space = {"train.frozen_layers": {"int": [0, 2]}}
     plan = run_plan(
         changed(experiment, {"space": space, "trials": 12}), probe_seconds=1, quiet=True
@@ -463,7 +466,11 @@ def test_a_plan_reads_as_a_page_that_ends_with_the_command(
         (1.4, {}, "finish more trials"),
         (2.1, {}, "=2 may finish"),
         (1.4, {"slots": 1}, "finish more trials; resources.slots=2"),
-        (1.4, {"slots": 1, "workers_per_trial": 2}, "resources.workers_per_trial=1"),
+        (
+            1.4,
+            {"slots": 1, "workers_per_trial": 2},
+            "trials; resources.slots=2 resources.workers_per_trial=1",
+        ),
         (2.1, {"slots": 1}, "one slot finishes as many trials as two"),
     ],
 )

@@ -217,7 +217,8 @@ def test_numbers_beside_labels_in_words_are_places_in_the_names(
 
 
 @pytest.mark.parametrize(
-    ("train", "names"), [(["01", "1"], None), (["1.5", "2"], ["1", "1.5", "2"])]
+    ("train", "names"),
+    [(["01", "1"], None), (["1.5", "2"], ["1", "1.5", "2"]), (["0.0", "1.0"], ["0.0", "1.0"])],
 )
 def test_numbers_of_json_beside_labels_that_are_what_is_written_are_refused(
     tmp_path: Path, train: list[str], names: list[str] | None
@@ -266,6 +267,15 @@ def test_a_test_split_changes_no_fingerprint(tmp_path: Path, tiny_bert: Path) ->
     )
     assert (without.test_split, with_test.test_split) == ("none", "labelled")
     assert without.fingerprint == with_test.fingerprint
+
+
+def test_whole_numbers_beside_decimals_that_are_names_are_no_places(tmp_path: Path) -> None:
+    write_csv(tmp_path / "train.csv", [("cat", "1.0"), ("dog", "2.0"), ("oak", "3.0")])
+    write_csv(tmp_path / "dev.csv", [("cat", "1"), ("dog", "2")])
+    files = {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "dev.csv")}
+    data = Data(**files, label_names=["1.0", "2.0", "3.0"])
+    with pytest.raises(DataError, match="the label '1'"):
+        with_classes(read_splits(data, TASK.fields, 17), data, TASK)
 
 
 @pytest.mark.parametrize("spelling", ["true false", "TRUE FALSE"])

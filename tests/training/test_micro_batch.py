@@ -302,7 +302,7 @@ def test_the_probe_of_a_gpu_holds_what_comes_up_with_the_first_step(
     monkeypatch.setattr(torch, "empty_like", holding)
     monkeypatch.setattr(backward, "_collate", on_the_cpu)
     backward.world = on_a_gpu
-    assert backward._find(8).fits == 4
+    assert backward._find(8, 8).fits == 4
     weights = sum(p.numel() for p in pretrained.trainable().values())
     kept = states * weights
     assert passes == [(1, kept, weights), (8, kept, 0), (4, kept, weights)]
