@@ -7,7 +7,8 @@ k = 0..L, in turns without the cache and with one that is empty at first, in an 
 chance and building included, as a search with k uniform would have it.
 `loop` asks how many times as fast an epoch with the cache is as one of a loop of a few lines around
 the library's own model, `requires_grad` off, batches padded to their longest, in the same format
-of numbers: what the cache and all else do together.
+of numbers: what the cache and all else do together; then trials of all depths as above, in turns
+with such a loop that evaluates behind every epoch.
 `rates` measures the constants of `training/trunk_cache.py`.
 
 One JSON line per depth goes to --out; what has its line there is not measured again.
@@ -37,14 +38,15 @@ from benchmarks.rows import once
 from benchmarks.throughput import MODEL
 from sft_ray.config import Experiment, Train
 from sft_ray.search.preflight import prepare_experiment
-from sft_ray.training.batches import Trunk, collate
+from sft_ray.training.batches import Trunk, collate, global_batches
 from sft_ray.training.encoding import IntArray
+from sft_ray.training.examples import Examples
 from sft_ray.training.fitting import Trial, fit
 from sft_ray.training.passes import Pass, trunk_output
 from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup, load_setup
 from sft_ray.training.trunk_cache import TrunkCache, _read, _write, trunks_root
-from sft_ray.training.world import World
+from sft_ray.training.world import World, resolve_precision
 
 SEED, EPOCHS = 0, 3
 WANTED = {2: 1.3, 4: 2.4, 5: 3.5, 6: 25.0}
@@ -137,8 +139,10 @@ def measure(setup: Setup, k: int, batch_size: int) -> dict[str, Any]:
     }
 
 
-def loop_step(setup: Setup, k: int, dtype: torch.dtype) -> Callable[[IntArray], None]:
-    """A step of a loop as anyone writes it, on rows of our global batches."""
+def plain_loop(
+    setup: Setup, k: int, dtype: torch.dtype, batch_size: int
+) -> tuple[Callable[[IntArray], None], Callable[[], float]]:
+    """A step of a loop as anyone writes it, on rows of our global batches; its accuracy."""
     kept = setup.pretrained.model.config
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         kept._name_or_path, num_labels=kept.num_labels, trust_remote_code=False
@@ -149,21 +153,53 @@ def loop_step(setup: Setup, k: int, dtype: torch.dtype) -> Callable[[IntArray], 
         module.requires_grad_(False).eval()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    examples, pad = setup.dataset.train, transformers.DataCollatorWithPadding(setup.tokenizer)
+    pad = transformers.DataCollatorWithPadding(setup.tokenizer)
 
-    def step(indices: IntArray) -> None:
+    def answer(examples: Examples, indices: IntArray) -> Any:
         rows = [
             {"input_ids": examples.tokens[examples[i]], "labels": int(examples.labels[i])}
             for i in indices
         ]
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = model(**pad(rows)).loss
-        loss.backward()
+            return model(**pad(rows))
+
+    def step(indices: IntArray) -> None:
+        answer(setup.dataset.train, indices).loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    @torch.no_grad()
+    def accuracy() -> float:
+        model.eval()
+        examples, right = setup.dataset.validation, 0
+        ends = range(batch_size, len(examples), batch_size)
+        for indices in np.split(np.arange(len(examples)), ends):
+            guesses = answer(examples, indices).logits.argmax(-1).numpy()
+            right += int((guesses == examples.labels[indices]).sum())
+        model.train()
+        for module in trunk:
+            module.eval()
+        return right / len(examples)
+
+    return step, accuracy
+
+
+def loop_trial(setup: Setup, k: int, batch_size: int) -> Callable[[], float]:
+    """What trains and evaluates for some epochs, its model loaded; the last accuracy."""
+    dtype, _ = resolve_precision("auto", setup.world.device)
+    step, accuracy = plain_loop(setup, k, dtype, batch_size)
+    lengths = setup.dataset.train.lengths
+
+    def run() -> float:
+        found = 0.0
+        for epoch in range(EPOCHS):
+            for indices in global_batches(lengths, batch_size=batch_size, seed=SEED, epoch=epoch):
+                step(indices)
+            found = accuracy()
+        return found
+
+    return run
 
 
 def against_loop(setup: Setup, k: int, batch_size: int) -> dict[str, Any]:
@@ -171,7 +207,7 @@ def against_loop(setup: Setup, k: int, batch_size: int) -> dict[str, Any]:
     train = Train(learning_rate=1e-4, epochs=EPOCHS, batch_size=batch_size, frozen_layers=k)
     trial = Trial(train, setup, "accuracy", SEED)
     steps: dict[str, Callable[[IntArray], Any]] = {
-        "loop": loop_step(setup, k, trial.dtype),
+        "loop": plain_loop(setup, k, trial.dtype, batch_size)[0],
         "ours": trial.take_step,
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -227,42 +263,51 @@ def all_depths(setup: Setup, options: argparse.Namespace) -> None:
     whole_trial(setup, 0, options.batch_size)  # what is first is slow
     print("| k | epoch, times faster (wanted) | evaluation | building, epochs | accuracy |")
     print("|---:|---:|---:|---:|---:|")
-    rows = []
     for k in range(setup.pretrained.num_layers + 1):
         row = once(
             options.out,
             {"what": "depths", "k": k, **key(options)},
             partial(measure, setup, k, options.batch_size),
         )
-        rows.append(row)
         print(
             f"| {k} | {row['epoch_times_faster']:.2f} ({WANTED.get(k, '–')}) "
             f"| {row['evaluation_times_faster']:.2f} | {row['building_in_plain_epochs']:.2f} "
             f"| {row['plain_accuracy']:.3f} / {row['cached_accuracy']:.3f} |",
             flush=True,
         )
-    order = np.random.default_rng(SEED).permutation(len(rows)).tolist()
-    row = once(
-        options.out,
-        {"what": "search", "order": order, **key(options)},
-        lambda: search(setup, order, options.batch_size),
-    )
-    said = f"all depths once, in the order {order}, building included"
-    print(f"{said}: {row['search_times_faster']:.2f} ({WANTED_OF_SEARCH})")
-
-
-def search(setup: Setup, order: list[int], batch_size: int) -> dict[str, Any]:
-    """Trials of all depths without the cache and with one that is empty at first, in turns."""
     plain = replace(setup, trunk_cache=None)
-    shutil.rmtree(trunks_root(), ignore_errors=True)
-    seconds = {"plain": 0.0, "cached": 0.0}
-    for number, k in enumerate(order):
-        turns = {"plain": plain, "cached": setup}
-        for how in sorted(turns, reverse=bool(number % 2)):
-            began = time.perf_counter()
-            whole_trial(turns[how], k, batch_size)
-            seconds[how] += time.perf_counter() - began
-    return {"search_times_faster": seconds["plain"] / seconds["cached"]}
+    search("search", setup, options, lambda k: partial(whole_trial, plain, k, options.batch_size))
+
+
+def search(
+    what: str,
+    setup: Setup,
+    options: argparse.Namespace,
+    other: Callable[[int], Callable[[], Any]],
+) -> None:
+    """Trials of all depths, with a cache that is empty at first, in turns with others.
+
+    Args:
+        what: names the row.
+        other: makes the other trial for a depth, which is not on the clock.
+    """
+    order = np.random.default_rng(SEED).permutation(setup.pretrained.num_layers + 1).tolist()
+
+    def measured() -> dict[str, Any]:
+        shutil.rmtree(trunks_root(), ignore_errors=True)
+        seconds = {"cached": 0.0, "other": 0.0}
+        for number, k in enumerate(order):
+            runs: dict[str, Callable[[], Any]]
+            runs = {"cached": partial(whole_trial, setup, k, options.batch_size), "other": other(k)}
+            for how in sorted(runs, reverse=bool(number % 2)):
+                began = time.perf_counter()
+                runs[how]()
+                seconds[how] += time.perf_counter() - began
+        return {"search_times_faster": seconds["other"] / seconds["cached"]}
+
+    row = once(options.out, {"what": what, "order": order, **key(options)}, measured)
+    said = f"all depths once, in the order {order}, building included"
+    print(f"{said}: {row['search_times_faster']:.2f} ({WANTED_OF_SEARCH})", flush=True)
 
 
 def beside_loop(setup: Setup, options: argparse.Namespace) -> None:
@@ -274,6 +319,7 @@ def beside_loop(setup: Setup, options: argparse.Namespace) -> None:
             partial(against_loop, setup, k, options.batch_size),
         )
         print(f"| {k} | {row['times_faster_than_loop']:.2f} ({WANTED.get(k, '–')}) |", flush=True)
+    search("loop search", setup, options, lambda k: loop_trial(setup, k, options.batch_size))
 
 
 def key(options: argparse.Namespace) -> dict[str, Any]:
