@@ -158,15 +158,17 @@ def ask_the_cluster(
     answer = task.remote(*_question(prepared, trains))
     try:
         findings = ray.get(answer, timeout=seconds)
-    except ray.exceptions.GetTimeoutError:
+    except (ray.exceptions.GetTimeoutError, KeyboardInterrupt) as error:
+        # Only what has not answered: to cancel what just has ends this process (ray#54798).
+        ray.cancel(answer, force=True)
+        if isinstance(error, KeyboardInterrupt):
+            raise
         return _alone(f"no GPU has answered within {seconds:.0f} s")
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, SftError):
             raise cause from None
         return _failed(cause or error)
-    finally:
-        ray.cancel(answer, force=True)  # who has answered does not mind
     return _decided(findings, experiment, has)
 
 

@@ -293,8 +293,9 @@ def test_the_process_of_the_probe_ends_with_its_answer(
     monkeypatch.setattr(gpu_probe, "probe", lambda: os.getpid())
     monkeypatch.setattr(sharing, "_decided", lambda found, *_: found)
     prepared = SimpleNamespace(experiment=auto(tiny_experiment))
+    monkeypatch.setattr(ray, "cancel", lambda *_, **__: pytest.fail("it has answered"))
     first, second = (
-        sharing.ask_the_cluster(prepared, [], ROOMY, seconds=60)  # type: ignore[arg-type]
+        sharing.ask_the_cluster(prepared, [], ROOMY, seconds=240)  # type: ignore[arg-type]
         for _ in range(2)
     )
     assert first != second
