@@ -40,7 +40,7 @@ from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
 from benchmarks.planting import PLANTER
-from benchmarks.rows import finished
+from benchmarks.rows import append, finished
 from sft_ray.analysis.results import SearchResult
 from sft_ray.run_store import JOURNAL, METRICS, RESULTS, RunStore
 from sft_ray.serving.verify import run_verification
@@ -644,9 +644,8 @@ def main() -> None:
             for row in suffer(together, experiment, folder, expected)
         ]
         rows += new
-        with options.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in new)
         for row in new:
+            append(options.out, row)
             print(json.dumps(row), flush=True)
         if not all(is_flawless(row) for row in new):
             folder.rename(options.folder / f"flawed-{new[0]['search'].replace(' ', '-')}")

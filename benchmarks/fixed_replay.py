@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import finished, once
+from benchmarks.rows import finished, in_a_process, once
 
 SYSTEMS = ("ours", "trainer", "trainer_bf16", "pattern")
 TIMES_FASTER = {"trainer": 3.5, "pattern": 6.0}  # what is wanted
@@ -362,29 +359,20 @@ def main() -> None:
         order = list(options.systems)
         random.Random(seed).shuffle(order)
         for system in order:
-            measured = partial(in_a_process, system, seed, options.data, options.out)
+            measured = partial(measure_apart, system, seed, options.data, options.out)
             once(options.out, {"system": system, "seed": seed}, measured)
     print(table(finished(options.out)))
 
 
-def in_a_process(system: str, seed: int, data: Path, out: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.fixed_replay", "--here", system, str(seed)]
-    with tempfile.TemporaryDirectory() as cache:
-        found = subprocess.run(
-            [*command, "--data", str(data), "--out", str(out)],
-            env={
-                **os.environ,
-                "SFT_RAY_CACHE": cache,
-                "RAY_ADDRESS": "local",
-                "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-                "TOKENIZERS_PARALLELISM": "false",
-            },
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
+def measure_apart(system: str, seed: int, data: Path, out: Path) -> dict[str, Any]:
+    row = in_a_process(
+        "benchmarks.fixed_replay",
+        *("--data", str(data), "--out", str(out), "--here", system, str(seed)),
+        RAY_ADDRESS="local",
+        RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+        TOKENIZERS_PARALLELISM="false",
+    )
     print(f"{system} seed {seed}: done", flush=True)
-    row: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
     return row
 
 

@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -47,7 +46,7 @@ import torch
 import transformers
 
 from benchmarks import throughput, trunk_cache
-from benchmarks.rows import finished, once
+from benchmarks.rows import finished, in_a_process, once
 
 Row = dict[str, Any]
 LAYERS = {"bert-base": 12, "minilm": 6}
@@ -386,7 +385,7 @@ def main() -> None:
         failed = 0
         for unit in all_units(options.only, options.models, options.repeats):
             try:
-                once(options.out, {"unit": unit}, partial(in_a_process, unit, folder, options.out))
+                once(options.out, {"unit": unit}, partial(measure_apart, unit, folder, options.out))
             except subprocess.CalledProcessError:  # it has said why; the others may work
                 print(f"{' '.join(map(str, unit))}: failed", flush=True)
                 failed += 1
@@ -394,18 +393,10 @@ def main() -> None:
     sys.exit(failed > 0)
 
 
-def in_a_process(unit: list[Any], folder: Path, out: Path) -> Row:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--data", str(folder), "--out", str(out)]
-    with tempfile.TemporaryDirectory() as cache:
-        found = subprocess.run(
-            [*command, "--here", json.dumps(unit)],
-            env={**os.environ, "SFT_RAY_CACHE": cache, "TOKENIZERS_PARALLELISM": "false"},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
+def measure_apart(unit: list[Any], folder: Path, out: Path) -> Row:
+    arguments = ("--data", str(folder), "--out", str(out), "--here", json.dumps(unit))
+    row = in_a_process("benchmarks.gpu", *arguments, TOKENIZERS_PARALLELISM="false")
     print(f"{' '.join(map(str, unit))}: done", flush=True)
-    row: Row = json.loads(found.stdout.splitlines()[-1])
     return row
 
 

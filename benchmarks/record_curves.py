@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rows import finished
+from benchmarks.rows import append, finished
 from sft_ray.config import Experiment, Train, apply_values
 from sft_ray.space import DEFAULT_STRENGTH, Choice, Numeric, draw, parse_space
 from sft_ray.training.preparation import Prepared, prepare_training
@@ -136,10 +136,9 @@ def main() -> None:
         )
     done = {row["iteration"] for row in finished(options.out)}
     todo = [i for i in range(options.runs) if i not in done]
-    with ProcessPoolExecutor(options.processes) as workers, options.out.open("a") as out:
+    with ProcessPoolExecutor(options.processes) as workers:
         for future in as_completed([workers.submit(record, i, tree) for i in todo]):
-            out.write(json.dumps(future.result()) + "\n")
-            out.flush()
+            append(options.out, future.result())
             print(f"iteration {future.result()['iteration']} recorded", flush=True)
 
 

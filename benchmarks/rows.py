@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,11 +24,15 @@ def once(out: Path | None, key: dict[str, Any], measure: Callable[[], dict[str, 
             return row
     row = key | measure()
     if out is not None:
-        text = out.read_text(encoding="utf-8") if out.exists() else ""
-        torn = "" if text.endswith("\n") or not text else "\n"  # its last line is no row, or whole
-        with out.open("a", encoding="utf-8") as file:
-            file.write(f"{torn}{json.dumps(row)}\n")
+        append(out, row)
     return row
+
+
+def append(out: Path, row: dict[str, Any]) -> None:
+    """Add a row, on a line of its own also behind one that a kill has torn off."""
+    text = out.read_text(encoding="utf-8") if out.exists() else ""
+    with out.open("a", encoding="utf-8") as file:
+        file.write("\n" * (text != "" and not text.endswith("\n")) + json.dumps(row) + "\n")
 
 
 def finished(out: Path) -> list[dict[str, Any]]:
@@ -34,3 +42,17 @@ def finished(out: Path) -> list[dict[str, Any]]:
         with suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
+
+
+def in_a_process(module: str, *arguments: str, **environment: str) -> dict[str, Any]:
+    """The row that a bench prints last, run by itself with data and trunks cached for it alone."""
+    with tempfile.TemporaryDirectory() as cache:
+        found = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            env={**os.environ, "SFT_RAY_CACHE": cache, **environment},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    row: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+    return row

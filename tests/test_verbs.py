@@ -20,7 +20,7 @@ from sft_ray import cli, single_trial
 from sft_ray.analysis.results import SearchResult
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, DataError, ResourceError, TrialError
-from sft_ray.run_store import RunStore, open_run
+from sft_ray.run_store import RunStore, damaged_files, open_run
 from sft_ray.screen import Screen
 from sft_ray.search.mending import winner_back
 from sft_ray.search.tuner import run_search
@@ -200,17 +200,17 @@ def test_a_run_that_was_moved_says_where_its_model_is(run: Path, tmp_path: Path)
 
 def test_a_winner_that_only_best_has_comes_back_to_its_trial(run: Path) -> None:
     store = open_run(str(run))
-    [line] = winner_back(store)
+    [line] = winner_back(store, damaged_files(store))
     assert line == "trials/0/best was gone; it comes back from best/"
     assert store.is_intact("trials/0/best")
     for name in ("model.safetensors", "predictions.parquet"):
         before = run / ("best" if name.startswith("model") else ".") / name
         assert (run / "trials/0/best" / name).read_bytes() == before.read_bytes()
-    assert winner_back(store) == []
+    assert winner_back(store, damaged_files(store)) == []
     shutil.rmtree(run / "trials/0/best")
     model = run / "best/model.safetensors"
     model.write_bytes(model.read_bytes()[:-1])
-    assert winner_back(store) == []
+    assert winner_back(store, damaged_files(store)) == []
 
 
 def test_a_search_and_a_training_do_not_take_each_other_for_their_own(make, run: Path) -> None:

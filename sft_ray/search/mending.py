@@ -19,17 +19,20 @@ from sft_ray.run_store import (
     TEST_ACCESS,
     TRIAL,
     RunStore,
-    damaged_files,
     is_experiment_damaged,
     trial_folder,
 )
 from sft_ray.search.study import SearchStudy
 
 
-def damage_found(store: RunStore) -> list[str]:
-    """What of a finished run is made anew, a line each; to be asked before it is."""
+def damage_found(store: RunStore, damaged: Sequence[str]) -> list[str]:
+    """What of a finished run is made anew, a line each; to be asked before it is.
+
+    Args:
+        damaged: files of the run.
+    """
     lines = []
-    for path in damaged_files(store):
+    for path in damaged:
         if path == CONFIRMATION:
             lines.append(
                 f"{path} was damaged; `sft-ray confirm {shlex.quote(store.location)}` makes it "
@@ -59,20 +62,21 @@ def records_back(store: RunStore, damaged: Sequence[str]) -> list[str]:
     return [f"{path} was damaged and is written anew" for path in damaged if path in there]
 
 
-def winner_back(store: RunStore) -> list[str]:
+def winner_back(store: RunStore, damaged: Sequence[str]) -> list[str]:
     """Copy a finished run's winner back to its trial, if only best/ still has it; a line if so.
 
     What a confirmation has put there was trained from another seed.
+
+    Args:
+        damaged: files of the run.
     """
     try:
         results = store.read_json(RESULTS)
         folder = f"{trial_folder(int(results['best']['trial']))}/{BEST}"
     except (ConfigError, TypeError, KeyError, ValueError):
         return []
-    damaged = any(
-        path.startswith(f"{BEST}/") or path == PREDICTIONS for path in damaged_files(store)
-    )
-    is_winner = not (damaged or store.exists(CONFIRMATION)) and store.exists(PREDICTIONS)
+    is_whole = not any(path.startswith(f"{BEST}/") or path == PREDICTIONS for path in damaged)
+    is_winner = is_whole and not store.exists(CONFIRMATION) and store.exists(PREDICTIONS)
     if store.files_below(folder) or not is_winner:
         return []
     with store.replacing_folder(folder) as local:

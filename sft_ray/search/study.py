@@ -149,7 +149,7 @@ class SearchStudy:
             trial = optuna.Trial(self.study, self._frozen(number)._trial_id)
         else:
             asked = len(self.trials)
-            if self._nothing_left() or self.budget_used_up() is not None:
+            if self.ended_by() is not None:
                 return None
             self.study.sampler = self._sampler(asked)
             self._propose(asked)
@@ -312,10 +312,6 @@ class SearchStudy:
         ended = [t for t in self.trials if t.state.is_finished()]
         return sum(_ended_as(trial) > _ended_as(ranked[0]) for trial in ended)
 
-    def _nothing_left(self) -> bool:
-        """As many trials as wanted have started, or every point of a finite space has."""
-        return len(self.trials) >= self.experiment.search.trials or self._is_space_used_up()
-
     def _is_space_used_up(self) -> bool:
         """Every point of a finite space has started, and what was first in line."""
         if self._waiting() or self.finite is None:
@@ -338,11 +334,7 @@ class SearchStudy:
 
     def is_over(self) -> bool:
         """Nothing is running, nothing is left to run."""
-        if self._live or self._interrupted:
-            return False
-        if self.budget_used_up() is not None:
-            return True
-        return self._nothing_left()
+        return not (self._live or self._interrupted) and self.ended_by() is not None
 
     def open_board(self, objective: str, slots: int) -> Board:
         """What a live view shows at first: what is planned, and what has ended before."""

@@ -124,24 +124,19 @@ def run_search(
                 screen.say(note)
             if not store.exists(EXPERIMENT):  # before there is a study, which is of no other
                 write_experiment(store, prepared.experiment)
-            study = _taken_up(prepared, store, layout.slots, warm, screen)
+            store.tidy()
+            damaged = damaged_files(store)
+            study = _taken_up(prepared, store, damaged, layout.slots, warm, screen)
             # Without another winner that of before stays.
             best = _best_with_model(store, study, screen) if study.is_over() else None
-            before = _winner_before(store)
+            before = _winner_before(store, damaged)
             environment = _write_what_runs(prepared, store, layout)
             say_truth(screen, prepared, layout, store.location, study)
             startup_seconds = None
             if best is None:
                 conductor = _run(prepared, store, study, layout, screen, tracker)
                 startup_seconds = conductor.startup_seconds(started)
-                store.tidy()  # of workers that were killed
-                _forget_what_is_over(store, study)
-                try:
-                    best = _best_with_model(store, study, screen)
-                except TrialError:
-                    if before is None:
-                        raise
-                    screen.say("no trial since has left a model, so the winner of before stays")
+                best = _best_since(before, store, study, screen)
             if best and before and before[CONFIRMATION] and experiment.confirm is None:
                 say_unconfirmed(store, screen)
             result = _conclude(prepared, store, study, best, before, environment, startup_seconds)
@@ -228,11 +223,16 @@ def _ended_by(checked: Prepared, store: RunStore) -> tuple[str, str] | None:
 
 
 def _taken_up(
-    prepared: Prepared, store: RunStore, slots: int, warm: list[dict[str, Any]], screen: Screen
+    prepared: Prepared,
+    store: RunStore,
+    damaged: Sequence[str],
+    slots: int,
+    warm: list[dict[str, Any]],
+    screen: Screen,
 ) -> SearchStudy:
     """The study of a run folder, new or as it was left; says what it finds damaged."""
-    store.tidy()
-    for note in [*damage_found(store), *winner_back(store), *store.pull_journal()]:
+    notes = [*damage_found(store, damaged), *winner_back(store, damaged), *store.pull_journal()]
+    for note in notes:
         screen.say(note)
     study = _open_study(prepared, store, slots, warm)
     store.push_journal()  # what runs first is settled from here on
@@ -260,12 +260,12 @@ def _write_what_runs(prepared: Prepared, store: RunStore, layout: Layout) -> dic
     return environment
 
 
-def _winner_before(store: RunStore) -> dict[str, Any] | None:
+def _winner_before(store: RunStore, damaged: Sequence[str]) -> dict[str, Any] | None:
     """The best trial of a finished run, and its confirmation; None if they are not whole.
 
     Kept where a kill leaves them, until there are other results.
     """
-    if store.exists(RESULTS) and not _is_damaged(damaged_files(store)):
+    if store.exists(RESULTS) and not _is_damaged(damaged):
         confirmation = store.read_json(CONFIRMATION)
         store.write_json(BEFORE, {"best": read_results(store)["best"], CONFIRMATION: confirmation})
     before: dict[str, Any] | None = store.read_json(BEFORE)
@@ -399,6 +399,25 @@ def _conclude(
     write_results(store, tree)
     store.delete_file(BEFORE)
     return SearchResult(store.location, tree)
+
+
+def _best_since(
+    before: dict[str, Any] | None, store: RunStore, study: SearchStudy, screen: Screen
+) -> FrozenTrial | None:
+    """The best trial with a model, behind the last one; None where the winner of before stays.
+
+    Raises:
+        TrialError: there is neither.
+    """
+    store.tidy()  # of workers that were killed
+    _forget_what_is_over(store, study)
+    try:
+        return _best_with_model(store, study, screen)
+    except TrialError:
+        if before is None:
+            raise
+        screen.say("no trial since has left a model, so the winner of before stays")
+        return None
 
 
 def _best_with_model(store: RunStore, study: SearchStudy, screen: Screen) -> FrozenTrial:

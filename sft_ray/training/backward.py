@@ -58,7 +58,7 @@ class Backward:
         share = -(-train.batch_size // self.world.size)
         self._probe = self._probed(share, most_examples)
         fits = self._probe.fits if train.micro_batch == "auto" else train.micro_batch
-        self.most = max(1, min(share, fits, most_examples or share) >> halvings)
+        self.most = micro_batch.limited(min(share, fits), most_examples, halvings)
         if self.world.device.type == "cuda":  # what the probe tried is not the trial's
             torch.cuda.reset_peak_memory_stats(self.world.device)
         with micro_batch.raised_as_out_of_memory(self.most):
@@ -124,13 +124,12 @@ class Backward:
         on_gpu = self.world.device.type == "cuda"
         if on_gpu and self._train.micro_batch != "auto":
             return Probe(self._train.micro_batch)
-        # What an example keeps on a CPU does not depend on how many there are.
-        batch_size = self._train.batch_size if on_gpu else 1
         longest = self._setup.dataset.train.longest
         how = (str(self._dtype), self.compiles, self.records)
-        states = num_states(self._train) if on_gpu else 0
-        most = min(share, most_examples or share) if on_gpu else share
-        key = (self._train.frozen_layers, batch_size, longest, states, most, *how)
+        most = min(share, most_examples or share)
+        # What an example keeps on a CPU does not depend on how many there are, nor on these.
+        tried = (self._train.batch_size, num_states(self._train), most) if on_gpu else ()
+        key = (self._train.frozen_layers, longest, *how, *tried)
         known = self._setup.micro_batches
         if key not in known:
             known[key] = self._find(share, most)

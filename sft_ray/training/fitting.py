@@ -89,10 +89,11 @@ def fit(
         rungs, train.epochs, batches.steps_per_epoch(len(setup.dataset.train), train.batch_size)
     )
     share = -(-train.batch_size // setup.world.size)
-    asked = share if train.micro_batch == "auto" else train.micro_batch
-    most = max(1, min(share, asked, most_examples or share) >> halvings)
+    asked = share if train.micro_batch == "auto" else min(share, train.micro_batch)
     try:
-        with micro_batch.raised_as_out_of_memory(most):
+        with micro_batch.raised_as_out_of_memory(
+            micro_batch.limited(asked, most_examples, halvings)
+        ):
             trial = Trial(
                 train,
                 setup,

@@ -94,6 +94,11 @@ def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
         size //= 2
 
 
+def limited(size: int, most_examples: int | None, halvings: int) -> int:
+    """A micro-batch after what is known of others that did not fit."""
+    return max(1, min(size, most_examples or size) >> halvings)
+
+
 def in_parts(work: Callable[[IntArray], None], items: IntArray) -> None:
     """Do what is to be done for all items at once, or for halves of them that fit into memory."""
     try:

@@ -26,8 +26,8 @@ class Setup:
     """One worker's share of an experiment, ready for any number of trials.
 
     Attributes:
-        micro_batches: what the probe found for (frozen layers, batch size if on a GPU, longest
-            text, states of the optimiser, most to try, number format, compiled, recorded).
+        micro_batches: what the probe found for (frozen layers, longest text, number format,
+            compiled, recorded; on a GPU also batch size, states of the optimiser, most to try).
         constant_losses: label smoothing and class weights -> loss of the best constant answer.
         trunk_cache: outputs of frozen trunks; None computes them each time.
     """

@@ -129,7 +129,6 @@ def _read_files(data: Data, fields: Fields) -> dict[str, pa.Table]:
         if target in columns
     ]
     are_renamed = any(_is_renamed(values, as_text) for values, as_text in labels)
-    are_decimals = any(_are_decimals(values) for values, _ in labels)
     decimals = {
         text
         for values, as_text in labels
@@ -138,7 +137,8 @@ def _read_files(data: Data, fields: Fields) -> dict[str, pa.Table]:
     }
     are_scores = len(decimals) > MOST_DECIMALS and not (target in texts or data.label_names)
     if data.label_names:  # where decimals are names, whole numbers beside them are no places
-        are_renamed |= are_decimals or bool(decimals & set(data.label_names))
+        are_renamed |= any(_are_decimals(values) for values, _ in labels)
+        are_renamed |= bool(decimals & set(data.label_names))
     if are_renamed:
         _check_no_places(tables.keys() - written.keys(), tables, str(target), data)
 

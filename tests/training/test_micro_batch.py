@@ -309,6 +309,18 @@ def test_the_probe_of_a_gpu_holds_what_comes_up_with_the_first_step(
     assert all(p.grad is None for p in pretrained.trainable().values())
 
 
+def test_a_cpu_is_asked_once_whatever_the_batch_size_and_the_optimiser(
+    tiny_bert, toy: Dataset
+) -> None:
+    pretrained = load_tiny(tiny_bert, toy)
+    setup = Setup(TASK, toy, pretrained, SimpleNamespace(pad_token_id=PAD), World())
+    pretrained.reset(0)
+    for settings in ({"batch_size": 16}, {"batch_size": 32}, {"optimizer": "sgd"}):
+        train = Train.model_validate({"precision": "fp32", **settings})
+        Backward(train, setup, torch.float32, LossOptions(0.0), most_examples=8)
+    assert len(setup.micro_batches) == 1
+
+
 def of_graphs() -> int:
     """How many tensors there are that passes have made, and may want back."""
     gc.collect()
