@@ -236,6 +236,7 @@ def run_fixed(
     if before:
         screen.event(f"{before} of {len(runs)} runs were finished before")
     pending = trials.num_pending
+    at_first = sum(not leave_out(run, []) for run in runs)
     if pending:
         with connected(address):
             from sft_ray.search.live_view import live_view
@@ -246,7 +247,6 @@ def run_fixed(
             trains = [run.train for run in runs]
             layout = shared_layout(replace(prepared, experiment=experiment), trains, screen)
             if not layout.gpus_per_worker:  # as many CPUs as at the first start: the same numbers
-                at_first = sum(not leave_out(run, []) for run in runs)
                 begun = plan_layout(_of_runs(experiment, max(at_first, pending)), capacity())
                 cpus = with_room(begun, experiment.resources).cpus_per_worker
                 layout = replace(layout, cpus_per_worker=cpus)

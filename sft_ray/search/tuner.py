@@ -127,15 +127,20 @@ def run_search(
             store.tidy()
             damaged = damaged_files(store)
             study = _taken_up(prepared, store, damaged, layout.slots, warm, screen)
-            # Without another winner that of before stays.
-            best = _best_with_model(store, study, screen) if study.is_over() else None
             before = _winner_before(store, damaged)
+            is_over = study.is_over()  # a kill came between its last trial and its results
+            best = _best_since(before, store, study, screen) if is_over else None
+            is_lost = before is None and CONFIRMATION not in damaged and store.exists(CONFIRMATION)
+            if is_lost and experiment.confirm is None:
+                say_unconfirmed(store, screen)
             environment = _write_what_runs(prepared, store, layout)
             say_truth(screen, prepared, layout, store.location, study)
             startup_seconds = None
-            if best is None:
+            if not is_over:
                 conductor = _run(prepared, store, study, layout, screen, tracker)
                 startup_seconds = conductor.startup_seconds(started)
+                store.tidy()  # of workers that were killed
+                _forget_what_is_over(store, study)
                 best = _best_since(before, store, study, screen)
             if best and before and before[CONFIRMATION] and experiment.confirm is None:
                 say_unconfirmed(store, screen)
@@ -265,7 +270,9 @@ def _winner_before(store: RunStore, damaged: Sequence[str]) -> dict[str, Any] | 
 
     Kept where a kill leaves them, until there are other results.
     """
-    if store.exists(RESULTS) and not _is_damaged(damaged):
+    if store.exists(RESULTS) and _is_damaged(damaged):
+        store.delete_file(BEFORE)  # of results before these
+    elif store.exists(RESULTS):
         confirmation = store.read_json(CONFIRMATION)
         store.write_json(BEFORE, {"best": read_results(store)["best"], CONFIRMATION: confirmation})
     before: dict[str, Any] | None = store.read_json(BEFORE)
@@ -404,13 +411,11 @@ def _conclude(
 def _best_since(
     before: dict[str, Any] | None, store: RunStore, study: SearchStudy, screen: Screen
 ) -> FrozenTrial | None:
-    """The best trial with a model, behind the last one; None where the winner of before stays.
+    """The best trial of a study that is over; None where the winner of before stays.
 
     Raises:
         TrialError: there is neither.
     """
-    store.tidy()  # of workers that were killed
-    _forget_what_is_over(store, study)
     try:
         return _best_with_model(store, study, screen)
     except TrialError:

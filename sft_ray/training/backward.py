@@ -178,7 +178,7 @@ class Backward:
                 fits = micro_batch.largest_that_fits(attempt, most)
                 torch.cuda.empty_cache()  # neighbours, and who asks what is reserved
                 # A pass that is recorded keeps its memory while another warms up.
-                found = Probe(max(1, fits // 2) if self.records and fits < share else fits)
+                found = Probe(max(1, fits // 2) if self.records and fits < most else fits)
             else:
                 found = micro_batch.probe_on_a_cpu(kept)
         except micro_batch.NothingFitsError:

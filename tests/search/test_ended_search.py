@@ -163,6 +163,46 @@ def test_the_winner_stays_where_no_trial_since_has_left_a_model(
         assert (run / "best/model.safetensors").read_text() == "of a fresh seed"
 
 
+def test_the_winner_stays_where_a_kill_came_behind_the_last_trial(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, before, run = searched(experiment)
+    confirm(run)
+    shutil.rmtree(run / "trials")
+
+    def ended_and_killed(*arguments: Any) -> Any:
+        invented(*arguments, pruned_from=4)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner, "_run", ended_and_killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_search(experiment, extend=2)
+    monkeypatch.setattr(tuner, "_run", lambda *_: pytest.fail("trials were run"))
+    capsys.readouterr()
+    result = run_search(experiment, extend=2)
+    assert "no trial since has left a model" in capsys.readouterr().out
+    assert (len(result.trials), result.best) == (6, before.best)
+    assert open_run(str(run)).read_json(CONFIRMATION) == CONFIRMED
+    assert (run / "best/model.safetensors").read_text() == "of a fresh seed"
+
+
+def test_a_confirmation_that_goes_with_damage_is_spoken_of(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, _, run = searched(experiment)
+    confirm(run)
+    (run / "environment.json").write_text("{}")
+    (run / BEFORE).write_text('{"best": {"trial": 3}, "confirm.json": null}')  # of a kill long ago
+    run_search(experiment)
+    assert (
+        "the confirmation of the outcome before goes; `sft-ray confirm" in capsys.readouterr().out
+    )
+    assert not (run / CONFIRMATION).exists()
+    assert not (run / BEFORE).exists()
+    assert (run / "best/model.safetensors").read_text() == "of trial 0"
+
+
 def test_an_outcome_stays_where_no_other_can_be_made(
     experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
