@@ -8,11 +8,11 @@ charged for it, in epochs.  A repeat stops at its first hit: a run that was trai
 belongs to the top 1 %; what the other slots have trained by then is charged, too.  A repeat that
 never hits counts as all epochs of the pool, and is told as missed.
 
-A line of --curves is one run: learning_rate, train_batch_size, num_train_epochs, total_model_steps,
-and learning_curves {name: [[step, score], …]}, of which the first is used; higher is better.
-frozen_layers and regularization {kind, strength} may be there too (`record_curves.py`), and
-model_type and layer_parameters (or num_parameters), from which the default space and its priors
-follow; without them a family named in the file's name counts.
+A line of --curves is one run: learning_rate, train_batch_size (or 32), num_train_epochs (or 1),
+total_model_steps, and learning_curves {name: [[step, score], …]}, of which the first is used;
+higher is better.  frozen_layers and regularization {kind, strength} may be there too (`record_curves.py`), and
+num_layers, model_type and layer_parameters (or num_parameters), from which the default space and
+its priors follow; without them family and size in the file's name count.
 """
 
 from __future__ import annotations
@@ -39,7 +39,15 @@ from scipy import stats
 
 from sft_ray.analysis.outcome import Outcome
 from sft_ray.config import Experiment
-from sft_ray.recipes import BY_MODEL_TYPE, Recipe, default_recipe, recipe_of
+from sft_ray.errors import ConfigError
+from sft_ray.recipes import (
+    BY_MODEL_TYPE,
+    LARGE_LAYER_PARAMETERS,
+    SMALL_LAYER_PARAMETERS,
+    Recipe,
+    default_recipe,
+    recipe_of,
+)
 from sft_ray.search import samplers
 from sft_ray.search.study import SearchStudy
 from sft_ray.space import default_space
@@ -49,7 +57,13 @@ REGRET_AT = (25, 50, 100, 200)
 SLOTS = (1, 4, 16, 64)
 HF_RANGE = [1e-6, 1e-4]  # of transformers' hyperparameter_search
 WIDE_RANGE = [1e-6, 1e-3]
-BASE_SIZE = 110_000_000  # parameters, where the file does not say
+# Parameters of the layers, where the file says no more than its name.
+SIZES = {
+    **dict.fromkeys(("tiny", "mini", "small"), SMALL_LAYER_PARAMETERS - 1),
+    "large": LARGE_LAYER_PARAMETERS,
+}
+BASE_SIZE = 85_000_000
+FAMILIES = {**{name: name for name in BY_MODEL_TYPE}, "minilm": "bert"}
 KIND_DISTANCE = 0.5  # between two kinds of regularisation, as a share of a dimension's range
 Floats = npt.NDArray[np.float64]
 
@@ -113,7 +127,7 @@ READ: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "train.epochs": lambda train: train["epochs"],
     "train.frozen_layers": lambda train: train["frozen_layers"],
 }
-RECORDED_AS = {"batch_size": "train_batch_size", "epochs": "num_train_epochs"}
+NEEDED = ("learning_rate", "learning_curves")
 
 
 def _strength(train: Mapping[str, Any]) -> float:
@@ -127,27 +141,38 @@ def read_pool(path: Path) -> Pool:
 
     A run that was stopped keeps its last score to the end of its schedule, and a score that is no
     number counts as the worst of all.
+
+    Raises:
+        ConfigError: no file of such runs.
     """
-    runs = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    runs = [run for run in runs if _scores(run)]
+    runs = _runs(path)
     worst = min(score for run in runs for _, score in _scores(run) if math.isfinite(score))
-    trains = []
-    for run in runs:
-        names = ("learning_rate", "batch_size", "epochs", "frozen_layers", "regularization")
-        recorded = {name: run.get(RECORDED_AS.get(name, name)) for name in names}
-        trains.append({name: value for name, value in recorded.items() if value is not None})
-    known = [name for name in sorted(BY_MODEL_TYPE, key=len) if name in path.stem.lower()]
-    model_type = runs[0].get("model_type") or (known[-1] if known else "")
-    layer_parameters = runs[0].get("layer_parameters", runs[0].get("num_parameters", BASE_SIZE))
+    depths = [run.get("frozen_layers", 0) for run in runs]
+    counted = [run.get("num_layers", 0) for run in runs] + [n for n in depths if n != "all"]
+    num_layers = max(map(int, counted), default=0)
+    trains = [
+        {
+            "learning_rate": run["learning_rate"],
+            "batch_size": run.get("train_batch_size", 32),
+            "epochs": run.get("num_train_epochs", 1),
+            "frozen_layers": num_layers if depth == "all" else depth,
+            "regularization": run.get("regularization", {"kind": "none"}),
+        }
+        for run, depth in zip(runs, depths, strict=True)
+    ]
+    name = path.stem.lower()
+    families = [model_type for known, model_type in FAMILIES.items() if known in name]
+    model_type = runs[0].get("model_type", max(families, key=len, default=""))
+    size = next((size for word, size in SIZES.items() if word in name), BASE_SIZE)
+    layer_parameters = runs[0].get("layer_parameters", runs[0].get("num_parameters", size))
     recipe = recipe_of(model_type, layer_parameters)
-    num_layers = max(int(train.get("frozen_layers", 0)) for train in trains)
     searched = [
         f"train.{name}"
         for name in trains[0]
-        if len({json.dumps(train.get(name), sort_keys=True) for train in trains}) > 1
+        if len({json.dumps(train[name], sort_keys=True) for train in trains}) > 1
     ]
     branches = default_space(num_layers, recipe)[REGULARIZATION]["one_of"]
-    kinds = {train["regularization"]["kind"] for train in trains if "regularization" in train}
+    kinds = {train["regularization"]["kind"] for train in trains}
     if not any(branch["kind"] in kinds for branch in branches):
         searched = [path for path in searched if path != REGULARIZATION]
     regularized = REGULARIZATION in searched
@@ -159,11 +184,30 @@ def read_pool(path: Path) -> Pool:
         strengths=np.array([_strength(t) if regularized else 0.0 for t in trains]),
         curves=curves,
         final=np.array([curve[-1][1] for curve in curves]),
-        epochs=np.array([float(train.get("epochs", 1)) for train in trains]),
+        epochs=np.array([float(train["epochs"]) for train in trains]),
         recipe=recipe,
         layer_parameters=layer_parameters,
         num_layers=num_layers,
     )
+
+
+def _runs(path: Path) -> list[dict[str, Any]]:
+    """Those with a score."""
+    runs = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                run = json.loads(line)
+                lacking = [name for name in NEEDED if name not in run]
+                if lacking:
+                    raise ConfigError(f"{path}, line {number}: a run needs {lacking[0]}")
+                runs.append(run)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: no file of recorded runs: {error}") from None
+    runs = [run for run in runs if any(math.isfinite(score) for _, score in _scores(run))]
+    if not runs:
+        raise ConfigError(f"{path}: no run with a score")
+    return runs
 
 
 def _scores(run: Mapping[str, Any]) -> list[tuple[float, float]]:
@@ -211,6 +255,13 @@ POLICIES = {
     "early_rungs": Policy(search=EARLY),
     "rungs_33_66": Policy(search={"rungs": [33, 66]}),
     "reduction_3": Policy(search={"reduction_factor": 3}),
+    # In the default space, nothing else, and with one of the ingredients.
+    "random": Policy(None, False, {**NO_PRUNER, "sampler": "random"}),
+    "random_recipe": Policy(None, False, {"pruner": "none", "sampler": "random"}),
+    "random_prior": Policy(search={**NO_PRUNER, "sampler": "random"}),
+    "random_rungs": Policy(None, False, {**PLAIN, "sampler": "random"}),
+    "tpe": Policy(None, False, NO_PRUNER),
+    "tpe_tenth": Policy(None, False, NO_PRUNER, good_share=0.1),
     "random_hf": Policy(HF_RANGE, False, {**NO_PRUNER, "sampler": "random"}),
     "random_rungs_hf": Policy(HF_RANGE, False, {**PLAIN, "sampler": "random"}),
     "tpe_hf": Policy(HF_RANGE, False, NO_PRUNER),
@@ -220,7 +271,13 @@ POLICIES = {
         HF_RANGE, False, {**PLAIN, **EARLY, "sampler": "random"}, absolute_rungs=(0.25, 1.0)
     ),
 }
-EVERY_SLOTS = ("default", "random_hf", "tpe_rungs_hf", "asha_hf")  # the others with one slot
+EVERY_SLOTS = (
+    "default",
+    "random_hf",
+    "tpe_hf",
+    "tpe_rungs_hf",
+    "asha_hf",
+)  # the others with one slot
 
 
 def space_of(policy: Policy, pool: Pool) -> dict[str, Any]:
@@ -456,8 +513,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--curves", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--slots", type=int, nargs="*", default=list(SLOTS))
-    parser.add_argument("--policies", nargs="*", default=list(POLICIES), choices=list(POLICIES))
+    parser.add_argument("--slots", type=int, nargs="+", default=list(SLOTS))
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
@@ -468,6 +525,10 @@ def main() -> None:
         help="only how far these are from the default on the same seeds, with a 95 %% interval",
     )
     options = parser.parse_args()
+    try:
+        read_pool(options.curves)
+    except ConfigError as error:
+        parser.error(str(error))
     if options.paired:
         print_paired(options)
         return

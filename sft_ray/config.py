@@ -227,7 +227,7 @@ class Budget(Section):
     wall_minutes: Annotated[float, Field(gt=0)] | None = None  # of all sessions
     worker_hours: Annotated[float, Field(gt=0)] | None = None  # slot time times workers per trial
     target: float | None = None  # a value of the objective that is good enough
-    patience: Annotated[int, Field(ge=1)] | None = None  # trials without a new best one
+    patience: Annotated[int, Field(ge=1)] | None = None  # trials without a better one
 
 
 class Search(Section):

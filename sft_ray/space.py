@@ -60,9 +60,9 @@ class Numeric:
         return self.integer or self.low == self.high
 
     def __contains__(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int if self.integer else int | float):
             return False
-        return self.low <= value <= self.high and (not self.integer or value == int(value))
+        return self.low <= value <= self.high
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from benchmarks.record_curves import configuration
 from benchmarks.rows import once
 from benchmarks.search_policies import POLICIES, marks_of, read_pool, replay, space_of
 from sft_ray.config import Train
-from sft_ray.recipes import RECIPES
+from sft_ray.recipes import RECIPES, default_recipe
 from sft_ray.training.beat import no_beat
 from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup
@@ -309,6 +309,62 @@ def test_recorded_runs_may_be_of_other_shapes(tmp_path: Path) -> None:
     figures = search_policies.without_nan(search_policies.summarize([found], 19.0))
     assert figures["top1"]["interval"] is None
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "rate"),
+    [
+        ("minilm-l12", "bert-small", 1e-4),
+        ("electra-small-sst2", "electra-small", 1e-4),
+        ("deberta-v3-large", "deberta-large", 2e-5),
+        ("xlm-roberta-base", "roberta", 2e-5),
+        ("distilbert", "bert", 2e-5),
+        ("unheard-of", "encoder", 2e-5),
+    ],
+)
+def test_family_and_size_are_read_from_a_files_name(
+    tmp_path: Path, name: str, recipe: str, rate: float
+) -> None:
+    path = tmp_path / f"{name}.jsonl"
+    recorded = [bare_run(1e-5), {**bare_run(2e-5), "frozen_layers": "all"}]
+    recorded += [{**bare_run(2e-5), "frozen_layers": 4, "num_layers": 12}]
+    path.write_text("\n".join(map(json.dumps, recorded)))
+    pool = read_pool(path)
+    assert pool.recipe is RECIPES[recipe]
+    assert default_recipe(pool.layer_parameters)["train.learning_rate"] == rate
+    assert pool.searched == ["train.learning_rate", "train.frozen_layers"]
+    assert pool.values[:, 1].tolist() == [0, 12, 4]
+
+
+def bare_run(rate: float) -> dict[str, Any]:
+    schedule = {"train_batch_size": 32, "num_train_epochs": 2}
+    return {"learning_rate": rate, **schedule, "learning_curves": {"accuracy": [[1, 0.5]]}}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no file of recorded runs: "),
+        ("{", "no file of recorded runs: "),
+        ("", "no run with a score"),
+        ('{"learning_rate": 1e-5}', "line 1: a run needs learning_curves"),
+    ],
+)
+def test_curves_that_are_none_are_refused_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str | None,
+    said: str,
+) -> None:
+    path = tmp_path / "curves.jsonl"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["search_policies", "--curves", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        search_policies.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_bench_of_trunks_measures_what_was_kept(

@@ -17,7 +17,7 @@ from sft_ray.errors import ConfigError
 from sft_ray.search.samplers import grid_points
 from sft_ray.space import Choice, Numeric, OneOf, Space
 
-MOST_POINTS = 10_000  # a larger space is searched as if it were infinite
+MOST_POINTS = 10_000  # of a larger space, which no search comes to the end of, none are listed
 
 
 class FiniteSpace:
@@ -49,8 +49,13 @@ class FiniteSpace:
 
     def untried(self, trials: Sequence[FrozenTrial]) -> dict[str, dict[str, Any]]:
         """The points that no trial has trained, by key."""
-        tried = {key_of(t.user_attrs["train"]) for t in trials if "train" in t.user_attrs}
+        tried = keys_of_trained(trials)
         return {key: point for key, point in self.points.items() if key not in tried}
+
+
+def keys_of_trained(trials: Sequence[FrozenTrial]) -> frozenset[str]:
+    """Of the configurations that trials have trained, or are training."""
+    return frozenset(key_of(t.user_attrs["train"]) for t in trials if "train" in t.user_attrs)
 
 
 def key_of_point(space: Space, train: Train, params: Mapping[str, Any]) -> str | None:

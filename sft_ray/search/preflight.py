@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -98,10 +99,15 @@ def _patience_problems(experiment: Experiment) -> list[str]:
 def _depth_problems(experiment: Experiment, model: ModelFacts) -> list[str]:
     """Every depth that can be drawn must exist, beside every number of re-initialised layers."""
     paths = ("train.frozen_layers", "train.reinit_layers")
-    most = {path: getattr(experiment.train, path.removeprefix("train.")) for path in paths}
+
+    def counted(layers: Any) -> int:
+        return model.num_layers if layers == "all" else int(layers)
+
+    fixed = {path: getattr(experiment.train, path.removeprefix("train.")) for path in paths}
+    most = {path: counted(layers) for path, layers in fixed.items()}
     problems = []
     searched = [
-        (path, model.num_layers if value == "all" else value)
+        (path, counted(value))
         for path, value in spaces.boundary_values(experiment.search.domains)
         if path in paths
     ]
@@ -114,7 +120,7 @@ def _depth_problems(experiment: Experiment, model: ModelFacts) -> list[str]:
                     f"search.space.{path}: {experiment.model} has {model.num_layers} layers, got "
                     f"{most[path]}; take 0 to {model.num_layers}"
                 )
-    if searched and not problems and "all" not in most.values():
+    if searched and not problems:
         frozen, fresh = most.values()
         if frozen + fresh > model.num_layers:
             problems.append(

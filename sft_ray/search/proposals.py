@@ -6,6 +6,7 @@ Every function answers with flat parameters, which the study enqueues.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -20,15 +21,20 @@ from sft_ray import space as spaces
 from sft_ray.analysis.outcome import is_yardstick
 from sft_ray.config import Experiment, Search, Train, apply_values
 from sft_ray.recipes import YARDSTICK
-from sft_ray.search.finite_space import FiniteSpace, key_of, key_of_point
+from sft_ray.search.finite_space import (
+    FiniteSpace,
+    key_of,
+    key_of_point,
+    keys_of_trained,
+    num_points,
+)
 from sft_ray.search.samplers import build_sampler
 from sft_ray.space import FROZEN_LAYERS, Choice, Numeric, Prior, Space
 from sft_ray.training.seeds import derived_seed
 
 PRIOR_STRENGTH = 10  # n0: trials after which half of the draws come from the sampler
-# Draws to find a point that was not tried.  One of gp fits a model; a copy of the study would have
-# qmc begin its sequence anew, so it takes any untried point.
-ATTEMPTS = {"tpe": 20, "nsga2": 20, "random": 20, "gp": 2}
+# Draws to find a point that was not tried.  One of gp fits a model.
+ATTEMPTS = {"tpe": 20, "nsga2": 20, "random": 20, "qmc": 20, "gp": 2}
 SAMPLERS_THAT_LOOK = ("tpe", "gp", "nsga2")  # at the trials before
 
 
@@ -146,44 +152,47 @@ def _draw_prior(
             return value
 
 
-def propose_untried(
-    study: optuna.Study, finite: FiniteSpace, experiment: Experiment, number: int, num_layers: int
-) -> dict[str, Any]:
-    """A point that no trial has trained, the sampler's own if it finds one; empty at the end."""
-    search, seed = experiment.search, experiment.seed
-    untried = finite.untried(study.get_trials(deepcopy=False))
-    if not untried or search.sampler == "grid":
-        return next(iter(untried.values()), {})
-    fixed = prior_draw(finite.space, seed, number, experiment.train, num_layers)
-    attempts = ATTEMPTS.get(search.sampler, 0)
-    if attempts:
-        seen = as_seen_now(trials_begun(study), search, study.directions[0])
-        rehearsal = rehearsal_of(study, seen, search, seed, number)
-    for _ in range(attempts):
-        if fixed:
-            rehearsal.enqueue_trial(fixed)
-        drawn = ask(rehearsal, finite.space)
-        if finite.key_of(drawn) in untried:
-            return drawn
-    rng = np.random.default_rng(derived_seed(seed, "untried", number))
-    left = list(untried.values())
-    return left[int(rng.integers(len(left)))]
-
-
 def propose(
-    study: optuna.Study, experiment: Experiment, number: int, num_layers: int
+    study: optuna.Study,
+    experiment: Experiment,
+    finite: FiniteSpace | None,
+    number: int,
+    num_layers: int,
 ) -> dict[str, Any]:
-    """What the sampler would not draw by itself; empty where it has all the say."""
+    """What the sampler would not draw by itself; empty where it has all the say.
+
+    In a space of finitely many configurations one that no trial has trained, the sampler's own if
+    it finds one; empty where there is none.
+
+    Args:
+        finite: the space, if its points are kept count of.
+    """
     search, seed = experiment.search, experiment.seed
+    untried = None if finite is None else finite.untried(study.get_trials(deepcopy=False))
+    if untried is not None and (not untried or search.sampler == "grid"):
+        return next(iter(untried.values()), {})
     fixed = prior_draw(search.domains, seed, number, experiment.train, num_layers)
     begun = trials_begun(study)
-    seen = as_seen_now(begun, search, study.directions[0])
-    if seen == begun:
+    seen = as_seen_now(begun, search, study.directions)
+    repeats = num_points(search.domains) < math.inf
+    if seen == begun and not repeats:
         return fixed
+    tried = keys_of_trained(begun) if repeats else frozenset[str]()
     rehearsal = rehearsal_of(study, seen, search, seed, number)
-    if fixed:
-        rehearsal.enqueue_trial(fixed)
-    return ask(rehearsal, search.domains)
+    for _ in range(ATTEMPTS[search.sampler]):
+        if fixed:
+            rehearsal.enqueue_trial(fixed)
+        drawn = ask(rehearsal, search.domains)
+        if key_of_point(search.domains, experiment.train, drawn) not in tried:
+            return drawn
+    chance = derived_seed(seed, "untried", number)
+    if untried is None:  # of so many points chance soon finds another
+        blind = optuna.create_study(sampler=optuna.samplers.RandomSampler(chance))
+        while key_of_point(search.domains, experiment.train, drawn) in tried:
+            drawn = ask(blind, search.domains)
+        return drawn
+    left = [p for p in untried.values() if fixed.items() <= p.items()] or list(untried.values())
+    return left[int(np.random.default_rng(chance).integers(len(left)))]
 
 
 def trials_begun(study: optuna.Study) -> list[FrozenTrial]:
@@ -192,7 +201,7 @@ def trials_begun(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def as_seen_now(
-    trials: list[FrozenTrial], search: Search, direction: StudyDirection
+    trials: list[FrozenTrial], search: Search, directions: Sequence[StudyDirection]
 ) -> list[FrozenTrial]:
     """Trials as the sampler is to see them; copies stand in for those it is to see otherwise.
 
@@ -212,13 +221,21 @@ def as_seen_now(
     trials = [t for t in trials if not is_yardstick(t) or always <= t.params.keys()]
     if search.sampler == "tpe":
         return [_shown_so_far(trial) for trial in trials]
-    if search.sampler == "gp":
-        sign = 1 if direction == StudyDirection.MAXIMIZE else -1
-        shown = [sign * value for trial in trials for value in trial.intermediate_values.values()]
-        return (
-            [_taken_as_finished(trial, sign * min(shown)) for trial in trials] if shown else trials
-        )
+    if search.sampler == "gp" and (worst := _worst_shown(trials, directions)):
+        return [_taken_as_finished(trial, worst) for trial in trials]
     return trials
+
+
+def _worst_shown(
+    trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]
+) -> list[float]:
+    """In every objective, of all trials; empty if none has shown any."""
+    if len(directions) == 1:
+        shown = [[value] for trial in trials for value in trial.intermediate_values.values()]
+    else:  # Optuna takes only the last ones
+        shown = [trial.values for trial in trials if trial.state == TrialState.COMPLETE]
+    worst = {StudyDirection.MAXIMIZE: min, StudyDirection.MINIMIZE: max}
+    return [worst[way](of[i] for of in shown) for i, way in enumerate(directions) if shown]
 
 
 def _shown_so_far(trial: FrozenTrial) -> FrozenTrial:
@@ -229,13 +246,17 @@ def _shown_so_far(trial: FrozenTrial) -> FrozenTrial:
     return seen
 
 
-def _taken_as_finished(trial: FrozenTrial, worst: float) -> FrozenTrial:
+def _taken_as_finished(trial: FrozenTrial, worst: list[float]) -> FrozenTrial:
+    """
+    Args:
+        worst: what a fault counts for, in every objective.
+    """
     if trial.state != TrialState.PRUNED:
         return trial
+    shown = trial.intermediate_values
     seen = copy.copy(trial)
-    is_fault = bool(trial.constraints) or not trial.intermediate_values
-    value = worst if is_fault else trial.intermediate_values[max(trial.intermediate_values)]
-    seen.state, seen.values = TrialState.COMPLETE, [value]
+    is_fault = bool(trial.constraints) or not shown
+    seen.state, seen.values = TrialState.COMPLETE, worst if is_fault else [shown[max(shown)]]
     seen.system_attrs = {
         name: v for name, v in trial.system_attrs.items() if not name.startswith("constraints")
     }
@@ -246,11 +267,15 @@ def rehearsal_of(
     study: optuna.Study, trials: Sequence[FrozenTrial], search: Search, seed: int, number: int
 ) -> optuna.Study:
     """A copy of the study with these trials, for draws that the study need not hear of."""
-    return optuna.create_study(
+    rehearsal = optuna.create_study(
         storage=BorrowedTrials(trials),
         directions=study.directions,
         sampler=build_sampler(search, seed, number),
     )
+    if search.sampler == "qmc":  # the place in its sequence
+        for name, value in study._storage.get_study_system_attrs(study._study_id).items():
+            rehearsal._storage.set_study_system_attr(rehearsal._study_id, name, value)
+    return rehearsal
 
 
 class BorrowedTrials(InMemoryStorage):

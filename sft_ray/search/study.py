@@ -29,7 +29,7 @@ from sft_ray.run_store import trial_folder
 from sft_ray.screen import short_params
 from sft_ray.search.board import Board, EndedTrial
 from sft_ray.search.finite_space import FiniteSpace
-from sft_ray.search.proposals import first_trials, propose, propose_untried, suggest
+from sft_ray.search.proposals import first_trials, propose, suggest
 from sft_ray.search.pruners import build_pruner, prune_at
 from sft_ray.search.samplers import build_sampler
 from sft_ray.search.trials import PlannedTrial
@@ -199,13 +199,9 @@ class SearchStudy:
         """Put a configuration in line that the sampler would not draw by itself, if one is due."""
         if self._waiting():
             return
-        experiment, layers = self.experiment, self.num_layers
-        if self.finite is None:
-            proposed = propose(self.study, experiment, number, layers)
-        else:
-            proposed = propose_untried(self.study, self.finite, experiment, number, layers)
+        proposed = propose(self.study, self.experiment, self.finite, number, self.num_layers)
         if proposed:
-            role = {"role": "grid"} if experiment.search.sampler == "grid" else None
+            role = {"role": "grid"} if self.experiment.search.sampler == "grid" else None
             self.study.enqueue_trial(proposed, user_attrs=role)
 
     def _waiting(self) -> list[FrozenTrial]:
@@ -223,10 +219,13 @@ class SearchStudy:
             return None
         if budget := self.budget_used_up():
             return f"budget: {budget}"
-        search = self.experiment.search
+        search, stopped = self.experiment.search, self._frozen(number).user_attrs.get("stopped")
+        if stopped is not None:  # before a kill, which came before its end was told
+            return str(stopped)
         if is_settled or self.costs or percent not in search.rungs or is_yardstick(live.trial):
             return None
         if prune_at(self.pruner, self.study, self._frozen(number), percent):
+            live.trial.set_user_attr("stopped", f"rung {percent}")
             return f"rung {percent}"
         return None
 
@@ -290,7 +289,8 @@ class SearchStudy:
             if best is not None and self.sign * best >= self.sign * budget.target:
                 return "target", f"target {budget.target:g} reached"
         if budget.patience is not None and self._trials_since_best() >= budget.patience:
-            return "patience", f"no better trial among the last {budget.patience}"
+            better = "trial of the Pareto set" if self.costs else "better trial"
+            return "patience", f"no {better} among the last {budget.patience}"
         return None
 
     def reserved_seconds(self) -> float:
@@ -305,12 +305,12 @@ class SearchStudy:
         return (confirm.top + 1) * confirm.seeds * mean
 
     def _trials_since_best(self) -> int:
-        """Trials that have ended since the best one did."""
-        ranked = self._ranked()
-        if not ranked:
+        """Trials that have ended since the best one did, or the last of the Pareto set."""
+        best = self.study.best_trials if self.costs else self._ranked()[:1]
+        if not best:
             return 0
-        ended = [t for t in self.trials if t.state.is_finished()]
-        return sum(_ended_as(trial) > _ended_as(ranked[0]) for trial in ended)
+        last = max(_ended_as(trial) for trial in best)
+        return sum(t.state.is_finished() and _ended_as(t) > last for t in self.trials)
 
     def _is_space_used_up(self) -> bool:
         """Every point of a finite space has started, and what was first in line."""

@@ -66,7 +66,8 @@ def warm_configurations(
             problems += [f"search.warm_start.{i}: {problem}" for problem in error.problems]
             continue
         for rank, row in enumerate(best):
-            params = _within(space, row["params"])
+            fixed = {f"train.{name}": value for name, value in row["train"].items()}
+            params = _within(space, spaces.parameters(fixed) | row["params"])
             known = len(params) / max(len(_asked(space, params)), 1)
             ranked.append((likeness.weight * known / (1 + rank), i, params))
     if problems:
@@ -147,7 +148,7 @@ def _likeness(run: _Run, facts: dict[str, Any], objective: str) -> Likeness:
 
 
 def _within(space: Space, params: dict[str, Any]) -> dict[str, Any]:
-    """What of a configuration the space could draw; the sampler draws the rest."""
+    """What of a trained configuration the space could draw; the sampler draws the rest."""
     known = spaces.domains(space)
     return {name: value for name, value in params.items() if name in known and value in known[name]}
 

@@ -192,7 +192,8 @@ def test_a_confirmation_that_goes_with_damage_is_spoken_of(
 ) -> None:
     experiment, _, run = searched(experiment)
     confirm(run)
-    (run / "environment.json").write_text("{}")
+    environment = run / "environment.json"
+    environment.write_text(environment.read_text() + " ")
     (run / BEFORE).write_text('{"best": {"trial": 3}, "confirm.json": null}')  # of a kill long ago
     run_search(experiment)
     assert (

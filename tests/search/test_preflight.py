@@ -225,6 +225,22 @@ def test_a_constant_of_the_space_may_be_enqueued_with_its_value(experiment: Expe
         prepare_experiment(Experiment.from_tree(tree))
 
 
+def test_whole_numbers_are_enqueued_as_such(experiment: Experiment) -> None:
+    tree = experiment.to_tree()
+    tree["search"] |= {"space": {"train.epochs": {"int": [1, 3]}}}
+    tree["search"]["enqueue"] = [{"train.epochs": 2.0}]
+    with pytest.raises(ConfigError, match=r"enqueue.0.train.epochs: .*, got 2.0"):
+        prepare_experiment(Experiment.from_tree(tree))
+
+
+def test_layers_begin_anew_only_where_some_are_trained(experiment: Experiment) -> None:
+    tree = experiment.to_tree()
+    tree["train"] |= {"frozen_layers": "all"}
+    tree["search"]["space"] = {"train.reinit_layers": {"int": [0, 2]}}
+    with pytest.raises(ConfigError, match="got up to 2 frozen and 2 re-initialised"):
+        prepare_experiment(Experiment.from_tree(tree))
+
+
 def test_a_study_is_there_with_all_that_is_first_in_line_or_not_at_all(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,7 +80,7 @@ def test_the_points_of_a_space_are_counted(raw: dict[str, Any], points: float) -
         assert len(known.points) == points
 
 
-def test_a_space_too_large_to_keep_count_of_is_searched_as_if_infinite() -> None:
+def test_the_points_of_a_large_space_are_not_listed() -> None:
     raw = {"train.epochs": {"int": [1, 100]}, "train.batch_size": {"int": [1, MOST_POINTS // 100]}}
     assert FiniteSpace.of(Search(space=raw), Train()) is not None
     raw["train.batch_size"] = {"int": [1, MOST_POINTS // 100 + 1]}
@@ -98,6 +98,43 @@ def test_no_configuration_runs_twice_and_the_last_one_ends_the_search(sampler: s
     assert study.is_over()
     points = num_points(study.space)
     assert len(trained(study)) == len(set(trained(study))) == points
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "nsga2"])
+def test_a_space_too_large_to_be_listed_is_not_repeated_either(sampler: str) -> None:
+    space = {
+        "train.learning_rate": {"choice": [2e-6 * 2**i for i in range(12)]},
+        "train.batch_size": {"choice": [8, 16, 32, 64, 128]},
+        "train.epochs": {"int": [1, 6]},
+        "train.frozen_layers": {"int": [0, 6]},
+        "train.schedule": {"choice": ["linear", "cosine", "constant"]},
+        "train.max_grad_norm": {"choice": [0.5, 1.0]},
+    }
+    exp = experiment(space=space, sampler=sampler, trials=68, default_recipe=False, pruner="none")
+    study = in_memory(exp)
+    assert study.finite is None
+    run_all(study, until=lambda number: number == 59)
+    assert None not in [study.next_trial() for _ in range(8)]  # all at once
+    assert len(trained(study)) == len(set(trained(study))) == 68
+
+
+def test_a_sequence_in_a_finite_space_goes_on_behind_the_points_it_has_drawn() -> None:
+    space = {"train.epochs": {"int": [1, 64]}, "train.batch_size": {"choice": [8, 16]}}
+    study = in_memory(experiment(space=space, sampler="qmc", trials=32, default_recipe=False))
+    run_all(study)
+    epochs = [trial.params["train.epochs"] for trial in study.trials[:16]]
+    assert sorted((epoch - 1) // 4 for epoch in epochs) == list(range(16))  # one in each part
+    assert len(set(trained(study))) == 32
+
+
+def test_a_sequence_hears_the_priors_of_a_finite_space() -> None:
+    space = {
+        "train.epochs": {"int": [1, 60], "prior": {"center": 3, "spread": 1}},
+        "train.batch_size": {"int": [1, 100]},
+    }
+    study = in_memory(experiment(space=space, sampler="qmc", trials=12, default_recipe=False))
+    run_all(study)
+    assert sum(trial.params["train.epochs"] <= 6 for trial in study.trials) >= 6
 
 
 def test_a_gaussian_process_does_not_repeat_itself_either() -> None:
@@ -458,6 +495,28 @@ def test_a_gaussian_process_stays_away_from_what_was_pruned_and_at_fault() -> No
         study.finish(planned.number, state, Outcome(reason=reason, score=score))
     assert sum(faults[10:]) <= 6
     assert len({t.params["train.learning_rate"] for t in study.trials}) == 30
+
+
+def test_a_gaussian_process_of_several_objectives_stays_away_from_faults() -> None:
+    exp = experiment(
+        objective=["accuracy", "train_seconds"],
+        space={"train.learning_rate": {"log_uniform": [1e-6, 1e-1]}},
+        sampler="gp",
+        trials=18,
+        default_recipe=False,
+    )
+    study, faults = in_memory(exp), []
+    while (planned := study.next_trial()) is not None:
+        rate = planned.train.learning_rate
+        faults.append(rate > 1e-3)
+        if faults[-1]:
+            study.finish(planned.number, TrialState.PRUNED, Outcome("not finite", fault=True))
+            continue
+        score = 1 + math.log10(rate) / 6
+        study.mark(planned.number, 100, score, 2.0)
+        study.finish(planned.number, TrialState.COMPLETE, Outcome(score=score, train_seconds=2.0))
+    assert sum(faults[:10]) >= 2  # it has something to learn from
+    assert sum(faults[12:]) <= 2
 
 
 def test_nsga2_has_generations_in_a_finite_space_too() -> None:

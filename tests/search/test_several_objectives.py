@@ -277,9 +277,11 @@ def test_the_best_is_by_the_score() -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "trials"), [({"target": 0.8}, 2), ({"patience": 3}, 5), ({"target": 0.95}, 8)]
+    ("budget", "trials"), [({"target": 0.8}, 2), ({"target": 0.95}, 8), ({"patience": 3}, 8)]
 )
-def test_budgets_are_by_the_score(budget: dict[str, Any], trials: int) -> None:
+def test_a_target_is_a_score_and_patience_is_with_the_pareto_set(
+    budget: dict[str, Any], trials: int
+) -> None:
     study = open_study(several(trials=8, budget=budget))
     # Costs get better all the time.
     ends = [(s, 50.0 - i, 900 - i) for i, s in enumerate((0.7, 0.9, 0.8, 0.6, 0.85, 0.5, 0.5, 0.5))]

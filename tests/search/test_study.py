@@ -512,6 +512,25 @@ def test_patience_ends_a_search_that_finds_nothing_better(tmp_path: Path) -> Non
     assert len(study.trials) == best + 1 + 7
 
 
+def test_patience_with_several_objectives_waits_for_the_pareto_set(tmp_path: Path) -> None:
+    search = {"trials": 100, "budget": {"patience": 3}, "objective": ["accuracy", "train_seconds"]}
+    study = open_study(tmp_path, experiment(default_recipe=False, **search))
+
+    def end(score: float, seconds: float) -> None:
+        planned = study.next_trial()
+        assert planned is not None
+        study.mark(planned.number, 100, score, 1.0)
+        outcome = Outcome(score=score, train_seconds=seconds)
+        study.finish(planned.number, TrialState.COMPLETE, outcome)
+
+    for i in range(6):  # each a little worse, and cheaper
+        end(0.9 - i / 100, 60.0 - i)
+    assert study.budget_used_up() is None
+    for _ in range(3):
+        end(0.8, 70.0)
+    assert study.budget_used_up() == "no trial of the Pareto set among the last 3"
+
+
 def test_patience_does_not_look_at_the_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -541,6 +560,25 @@ def test_patience_does_not_look_at_the_clock(
     assert study.budget_used_up() is None
     end(0.3)
     assert study.budget_used_up() == "no better trial among the last 3"
+
+
+def test_who_was_stopped_at_a_rung_before_a_kill_is_stopped_again(tmp_path: Path) -> None:
+    exp = experiment(default_recipe=False, rungs=[33, 66], reduction_factor=2)
+    study = open_study(tmp_path, exp)
+    for score in (0.9, 0.7):
+        planned = study.next_trial()
+        assert planned is not None
+        reason = study.mark(planned.number, 33, score, 1.0)
+        if reason is None:
+            study.mark(planned.number, 100, score, 1.0)
+            study.finish(planned.number, TrialState.COMPLETE, Outcome(score=score))
+    assert reason == "rung 33"  # and the driver dies before its end is told
+    for at in (33, 66):  # taken up from before that mark, or from behind it
+        again = open_study(tmp_path, exp)
+        planned = again.next_trial()
+        assert planned is not None
+        assert planned.number == 1
+        assert again.mark(1, at, 0.7, 1.0) == "rung 33"
 
 
 def test_a_trial_that_starts_over_ends_with_the_budget_before_its_old_marks(

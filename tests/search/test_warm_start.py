@@ -1,5 +1,6 @@
 """A search begins with what did well in other runs: real run folders, no Ray, no training."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,24 @@ def test_a_configuration_counts_by_what_it_knows_of_the_space(tmp_path: Path) ->
     better = write_run(tmp_path / "better", finished(0.5, first_rate=2e-5), model="distilled")
     worse = write_run(tmp_path / "worse", finished(0.5, first_rate=3e-5), data_fingerprint="5678")
     assert rates(configurations(partly, worse, better)) == pytest.approx([2e-5, 1e-5, 3e-5])
+
+
+def test_what_a_run_did_not_search_is_known_from_what_it_trained(tmp_path: Path) -> None:
+    rate = {"train.learning_rate": 2e-5}
+    location = write_run(tmp_path / "a", [("COMPLETE", 0.9, rate)])
+    path = tmp_path / "a/trials/0/trial.json"
+    row = json.loads(path.read_text())
+    fixed = {"kind": "weight_decay", "strength": 0.02}
+    row["train"] = {"learning_rate": 2e-5, "frozen_layers": 4, "regularization": fixed}
+    path.write_text(json.dumps(row))
+    assert configurations(location) == [
+        {
+            "train.learning_rate": 2e-5,
+            "train.frozen_layers": 4,
+            "train.regularization.kind": "weight_decay",
+            "train.regularization.weight_decay.strength": 0.02,
+        }
+    ]
 
 
 def test_runs_that_know_nothing_of_the_space_give_nothing(tmp_path: Path) -> None:
