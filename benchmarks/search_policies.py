@@ -10,9 +10,10 @@ never hits counts as all epochs of the pool, and is told as missed.
 
 A line of --curves is one run: learning_rate, train_batch_size (or 32), num_train_epochs (or 1),
 total_model_steps, and learning_curves {name: [[step, score], …]}, of which the first is used;
-higher is better.  frozen_layers and regularization {kind, strength} may be there too (`record_curves.py`), and
-num_layers, model_type and layer_parameters (or num_parameters), from which the default space and
-its priors follow; without them family and size in the file's name count.
+higher is better.  frozen_layers and regularization {kind, strength} may be there too
+(`record_curves.py`), and num_layers, model_type and layer_parameters (or num_parameters), from
+which the default space and its priors follow; without them family and size in the file's name
+count.
 """
 
 from __future__ import annotations
