@@ -230,6 +230,7 @@ def test_a_single_training_has_a_page(
     assert "sft-ray train" in page.text
     assert "sft-ray confirm" not in page.text
     assert "$" in page.text
+    assert re.search(r"Padding: \d+\.\d % of what training computed\.", page.text)
     sections = ["outcome", "curves", "mistakes", "cost", "environment", "reproduce"]
     assert page.sections == sections
     with pytest.raises(SystemExit) as ended:

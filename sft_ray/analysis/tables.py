@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sft_ray.analysis.outcome import slot_seconds_of
@@ -36,6 +37,19 @@ def trial_table(result: SearchResult, top: int | None = None) -> list[str]:
     if left_out := len(rows) - len(shown):
         lines.append(f"… and {count(left_out, 'more trial')}")
     return lines
+
+
+def padding_line(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """How much padding a run has trained with, as one line; none if its trials do not say.
+
+    Each trial counts by its epochs, which are its tokens: all train on the same data.
+    """
+    told = [(row.get("epochs_run") or 0.0, row.get("padding_share")) for row in rows]
+    epochs = sum(epochs for epochs, share in told if share is not None)
+    if not epochs:
+        return {}
+    share = sum(epochs * share for epochs, share in told if share is not None) / epochs
+    return {"padding": f"{100 * share:.1f} % of what training computed"}
 
 
 def _best_first(result: SearchResult) -> list[dict[str, Any]]:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from sft_ray.analysis.report import facts
 from sft_ray.analysis.report.blocks import Block, Cell, Code, Fold, Grid, Table, Text
 from sft_ray.analysis.report.run import Run
-from sft_ray.run_store import ERROR_LOG, EXPERIMENT
+from sft_ray.analysis.results import reading
+from sft_ray.analysis.tables import padding_line
+from sft_ray.run_store import ERROR_LOG, EXPERIMENT, RESULTS
 from sft_ray.screen import count, duration
 
 MOST_CAUSES = 30
@@ -67,6 +69,8 @@ def cost(run: Run, spent: Sequence[facts.Spent], price: float | None) -> list[Bl
         parts.append(f"The {what} took {duration(tree['wall_seconds'])} by the clock")
         started = tree.get("startup_seconds")
         parts[-1] += f"; its slots took {duration(started)} to start." if started else "."
+    with reading(run.store.path_of(RESULTS)):
+        parts += [f"Padding: {words}." for words in padding_line(run.result.trials).values()]
     if price is not None:
         parts.append(f"At ${price:g} per worker and hour; idle and starting workers not counted.")
     else:
