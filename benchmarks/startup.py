@@ -83,7 +83,7 @@ def run(system: str, is_cold: bool) -> dict[str, Any]:
             [results] = Path(folder).glob("runs/*/results.json")
             tree = json.loads(results.read_text())
             later = tree["trials"][tree["environment"]["slots"] :]
-            row["slots_ready"] = tree["startup_seconds"]
+            row["slots_ready"], row["parts"] = tree["startup_seconds"], tree["startup_parts"]
             took = [(trial["state"], own_overhead(trial)) for trial in later]
             row["turnarounds_all"] = [seconds for _, seconds in took]
             row["turnarounds_complete"] = [s for state, s in took if state == "COMPLETE"]

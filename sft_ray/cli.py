@@ -439,12 +439,13 @@ def results(
 ) -> None:
     """Show a run's trials as a table, best first."""
     from sft_ray.analysis.results import SearchResult, reading, write_frame
-    from sft_ray.analysis.tables import trial_table
+    from sft_ray.analysis.tables import padding_line, trial_table
     from sft_ray.screen import Screen
 
     found, screen = SearchResult.load(run), Screen()
     with reading(found.location):
         lines, frame = trial_table(found, top), found.frame()
+        lines += [f"{name}: {words}" for name, words in padding_line(found.trials).items()]
     if out is not None:
         write_frame(frame, out)
     for line in lines:

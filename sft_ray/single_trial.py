@@ -13,6 +13,7 @@ from sft_ray.analysis.model_card import model_card, settings_of
 from sft_ray.analysis.outcome import Outcome, slot_seconds_of
 from sft_ray.analysis.results import SearchResult
 from sft_ray.analysis.rows import best_row, trial_row
+from sft_ray.analysis.tables import padding_line
 from sft_ray.config import Experiment
 from sft_ray.environment import describe_environment
 from sft_ray.errors import ResourceError, TrialError
@@ -292,6 +293,7 @@ def _say_outcome(screen: Screen, result: SearchResult, prepared: Prepared) -> No
             "validation": ", ".join(f"{k} {v:.4f}" for k, v in best["validation"].items()),
             **({"ended": trial["reason"]} if trial["reason"] else {}),
             "time": duration(result.tree["wall_seconds"]),
+            **padding_line(result.trials),
             "checkpoint": best["checkpoint"],
         }
     )

@@ -17,6 +17,9 @@ from sft_ray.run_store import RunStore
 class Uploads:
     """Writes whole folders: directly on a disk, by one background thread on an object store.
 
+    Only what takes long and no memory runs beside training.  The files are written at once, on a
+    disk too: until they are, a copy of weights and optimiser is in memory, which steps need.
+
     One upload runs and one waits; who brings a third one waits too.  A context manager: leaving it
     waits for what is under way.
     """

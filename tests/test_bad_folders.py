@@ -76,6 +76,10 @@ FALSE_RESULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
         lambda tree: tree["trials"][0].update(train_seconds=[3]),
         ["results {run}"],
     ),
+    "padding as a text": (
+        lambda tree: tree["trials"][0].update(padding_share="x", epochs_run=1.0),
+        ["results {run}", "report {run}"],
+    ),
     "best that is a list": (lambda tree: tree.update(best=[]), ["status {run}", "results {run}"]),
     "trials that are texts": (
         lambda tree: tree.update(trials=["x"]),

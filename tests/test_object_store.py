@@ -8,12 +8,14 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import optuna
 import pytest
+import torch
 
 from sft_ray import retries, run_lock
 from sft_ray.config import Experiment
@@ -22,6 +24,8 @@ from sft_ray.run_lock import _process_table
 from sft_ray.run_store import JOURNAL, RunStore, open_run, write_experiment
 from sft_ray.search import worker
 from sft_ray.search.study import open_storage
+from sft_ray.training.progress import Progress
+from sft_ray.training.resume_state import ResumeState
 from sft_ray.training.tasks import find_task
 from sft_ray.uploads import Uploads
 from tests.s3 import BUCKET, CREDENTIALS, Proxy, names_below, options, s3_server
@@ -321,6 +325,87 @@ def test_a_mark_that_may_be_the_last_one_knows_of_its_model(
         keeper.consider(SimpleNamespace(best=best, finished=False))
         assert keeper.saved_percent == 33
         assert store.is_intact("trials/0/best")
+
+
+class OneTrial:
+    """A trial of two marks, of which the second ends it, in place of a mailbox and of training.
+
+    Args:
+        ended: called with each mark that ends a trial, before its workers hear of that.
+    """
+
+    def __init__(self, store: RunStore, ended: Callable[[], None]) -> None:
+        self.posted, self._ended = list[int](), ended
+        tools = SimpleNamespace(hex=lambda: "slot")
+        self.mailbox = SimpleNamespace(
+            _actor_id=tools,
+            post=SimpleNamespace(remote=self.post),
+            may_continue=SimpleNamespace(remote=lambda _, index: index < 2),
+        )
+        setup = SimpleNamespace(
+            world=SimpleNamespace(rank=0),
+            dataset=SimpleNamespace(with_training_share=lambda *_: None),
+            on=lambda _: None,
+            task=find_task("text-classification"),
+        )
+        self.loaded = worker.Loaded(
+            experiment=Experiment.from_tree({**TREE, "checkpoint": {"every_minutes": 1e-9}}),
+            setup=setup,
+            store=store,
+            objective="accuracy",
+            mailbox=self.mailbox,
+            pulse=SimpleNamespace(enter=lambda _: False),
+        )
+
+    def post(self, generation: int, index: int, message: dict[str, Any]) -> None:
+        self.posted.append(index)
+        if index == 1:
+            self._ended()
+
+    def fit(self, *_: Any, report: Callable[[Progress], bool], **__: Any) -> None:
+        state = ResumeState({"weight": torch.zeros(3)}, {})
+        for index, percent in enumerate((33, 67)):
+            progress = Progress(index=index, percent=percent, resume_state=lambda: state)
+            assert report(progress) == (index == 0)
+
+    def run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(worker, "fit", self.fit)
+        monkeypatch.setattr(worker, "ray", SimpleNamespace(get=lambda answer: answer))
+        train = {"learning_rate": 1e-4}
+        told = {"folder": "trials/0", "train": train, "seed": 17, "training_share": 1.0}
+        told |= {"restarts": 0, "resumes": False, "halvings": 0, "most_examples": None}
+        told |= {"end_diverged": False, "save_unfinished": False}
+        worker.run_trial(told, 1, self.loaded)
+
+
+def test_no_state_arrives_behind_the_end_of_its_trial(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RunStore(f"s3://{BUCKET}/ended{options(proxy.port)}", "x")
+    found: list[bool] = []
+
+    def ended() -> None:  # the driver
+        found.append(store.is_intact("trials/0/last"))
+        store.delete_folder("trials/0/last")
+
+    proxy.delay = 0.3
+    trial = OneTrial(store, ended)
+    trial.run(monkeypatch)
+    assert trial.posted == [0, 1]
+    assert found == [True]
+    assert store.files_below("trials") == []
+
+
+def test_a_state_that_cannot_be_written_is_told_with_the_next_mark(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "PAUSES", ())
+    store = RunStore(f"s3://{BUCKET}/lost{options(proxy.port)}", "x")
+    trial = OneTrial(store, lambda: None)
+    proxy.fail(10**6, status=403)
+    with pytest.raises(ResourceError, match="ACCESS_DENIED"):
+        trial.run(monkeypatch)
+    assert trial.posted == [0]
 
 
 def test_a_failed_upload_is_raised_where_it_is_waited_for(

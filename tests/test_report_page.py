@@ -183,6 +183,18 @@ def test_a_run_without_confirmation_says_so(tmp_path: Path) -> None:
     assert "No result yet" not in page.text
 
 
+def test_the_page_says_where_the_seconds_of_the_start_went(tmp_path: Path) -> None:
+    store, _ = search_run(tmp_path)
+    tree = store.read_json(RESULTS) | {"wall_seconds": 90.0, "startup_seconds": 9.0}
+    store.write_json(RESULTS, tree)
+    plain = Page(render(Run.load(store.location))).text
+    assert "The search took 1 min 30 s by the clock. Its first slot was ready after 9 s. " in plain
+    tree["startup_parts"] = {"checks": 2.0, "ray": 7.0}
+    store.write_json(RESULTS, tree)
+    page = Page(render(Run.load(store.location))).text
+    assert "Its first slot was ready after 9 s: checks 2.0 s, Ray 7.0 s. " in page
+
+
 def test_an_unfinished_run_says_so_at_the_top(tmp_path: Path) -> None:
     store, _ = search_run(tmp_path)
     delete_results(store)
@@ -230,6 +242,7 @@ def test_a_single_training_has_a_page(
     assert "sft-ray train" in page.text
     assert "sft-ray confirm" not in page.text
     assert "$" in page.text
+    assert re.search(r"Padding: \d+\.\d % of what training computed\.", page.text)
     sections = ["outcome", "curves", "mistakes", "cost", "environment", "reproduce"]
     assert page.sections == sections
     with pytest.raises(SystemExit) as ended:

@@ -17,7 +17,8 @@ from sft_ray import environment
 from sft_ray.analysis.outcome import FIGURES, Outcome
 from sft_ray.analysis.results import SearchResult, write_frame
 from sft_ray.analysis.rows import best_row, ranking, row_of, why_no_gain
-from sft_ray.analysis.tables import trial_table
+from sft_ray.analysis.tables import padding_line, trial_table
+from sft_ray.cli import main
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError
 from sft_ray.run_store import (
@@ -377,6 +378,31 @@ def test_the_table_shows_the_best_first() -> None:
     assert [line.split()[0] for line in trial_table(losses)[1:]] == ["0", "1"]
     unknown = invented(rows[1:3], direction=None)
     assert [line.split()[0] for line in trial_table(unknown)[1:]] == ["0", "1"]
+
+
+def test_a_run_says_how_much_padding_it_has_trained_with() -> None:
+    rows: list[dict[str, Any]] = [
+        {"epochs_run": 3.0, "padding_share": 0.01},
+        {"epochs_run": 1.0, "padding_share": 0.05},
+        {"epochs_run": 0.0, "padding_share": 1.0},  # broke before its first step
+        {"epochs_run": 9.0},  # of an older version
+    ]
+    assert padding_line(rows) == {"padding": "2.0 % of what training computed"}
+    assert padding_line(rows[2:]) == {}
+    assert padding_line([]) == {}
+
+
+def test_the_command_says_the_padding_of_the_run_under_its_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, _ = search_run(tmp_path)
+    tree = store.read_json(RESULTS)
+    for row in tree["trials"]:
+        row |= {"epochs_run": 1.0, "padding_share": 0.034}
+    store.write_json(RESULTS, tree)
+    with pytest.raises(SystemExit):
+        main(["results", store.location, "--top", "1"])
+    assert capsys.readouterr().out.endswith("\npadding: 3.4 % of what training computed\n")
 
 
 def test_a_table_of_many_trials_stays_readable() -> None:

@@ -103,6 +103,7 @@ def test_training_leaves_a_run_like_a_search_and_the_same_command_shows_it(make,
     assert result.tree["wall_seconds"] == pytest.approx(seconds)
     first = capsys.readouterr().out
     assert "always the same answer scores accuracy" in first
+    assert "% of what training computed" in first
     again = run_training(make())
     assert again.tree == result.tree
     assert "is finished" in capsys.readouterr().out

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sft_ray.analysis.outcome import slot_seconds_of
 from sft_ray.analysis.results import SearchResult
-from sft_ray.screen import count, short_params
+from sft_ray.screen import count, duration, short_params
 
 WIDTH = 100  # columns of a screen
 GAP = "  "
+STARTUP = {  # of a search, in the order of time
+    "checks": "checks",
+    "ray": "Ray",
+    "study": "layout and study",
+    "slot": "slot",
+    "workers": "workers",
+    "loading": "model and data",
+}
 
 
 def trial_table(result: SearchResult, top: int | None = None) -> list[str]:
@@ -36,6 +45,28 @@ def trial_table(result: SearchResult, top: int | None = None) -> list[str]:
     if left_out := len(rows) - len(shown):
         lines.append(f"… and {count(left_out, 'more trial')}")
     return lines
+
+
+def padding_line(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """How much padding a run has trained with, as one line; none if its trials do not say.
+
+    Each trial counts by its epochs, which are its tokens: all train on the same data.
+    """
+    told = [(row.get("epochs_run") or 0.0, row.get("padding_share")) for row in rows]
+    epochs = sum(epochs for epochs, share in told if share is not None)
+    if not epochs:
+        return {}
+    share = sum(epochs * share for epochs, share in told if share is not None) / epochs
+    return {"padding": f"{100 * share:.1f} % of what training computed"}
+
+
+def startup_line(tree: Mapping[str, Any]) -> dict[str, str]:
+    """When the first slot of a search was ready, and where the seconds went; none if unknown."""
+    seconds, parts = tree.get("startup_seconds"), tree.get("startup_parts") or {}
+    if seconds is None:
+        return {}
+    told = [f"{STARTUP.get(name, name)} {taken:.1f} s" for name, taken in parts.items()]
+    return {"startup": f"{duration(seconds)}{': ' * bool(told)}{', '.join(told)}"}
 
 
 def _best_first(result: SearchResult) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from sft_ray.analysis.outcome import Outcome
 from sft_ray.file_store import NEXT
 from sft_ray.run_store import ERROR_LOG, METRICS, TRIAL, RunStore
 from sft_ray.screen import Screen
+from sft_ray.search.startup import Startup
 from sft_ray.search.tracking import Tracker
 from sft_ray.search.trials import PlannedTrial, Trials
 
@@ -29,6 +29,7 @@ class Conductor:
             stored; called when a trial has begun, when its end has been taken in, and when `settle`
             is.
         tracker: tells other tools.
+        startup: of the command; from here on if None.
 
     Attributes:
         stopped: why nothing can go on, if so.
@@ -46,15 +47,16 @@ class Conductor:
         slots: int,
         store_study: Callable[[], bool] = lambda: True,
         tracker: Tracker | None = None,
+        startup: Startup | None = None,
     ) -> None:
         self.trials, self.store, self.screen = trials, store, screen
         self.objective, self.slots, self._store_study = objective, slots, store_study
         self.board = trials.open_board(objective, slots)
         self._tracker = tracker or Tracker((), store, screen.event)
+        self.startup = startup or Startup()
         self.stopped: str | None = None
         self.is_pausing = False
         self.disk_problem: str | None = None
-        self.ready_at: float | None = None
         self.planned: dict[str, PlannedTrial] = {}  # by Tune's trial id
         self._last: dict[int, dict[str, Any]] = {}  # last message by our number
         self._lines: dict[int, list[str]] = {}  # of metrics.jsonl
@@ -98,8 +100,8 @@ class Conductor:
             percent = self._last.get(number, {}).get("percent", 0)
             self._put_back(planned, f"paused   behind {percent} %")
             return False
-        if self.ready_at is None:
-            self.ready_at = time.monotonic() - message.get("slot_seconds", 0.0)
+        if "startup" in message:
+            self.startup.hear(message.pop("startup"))
         if "failed" in message:
             self._log_error(planned, message["failed"], message["traceback"])
             if self.is_pausing and not message.get("fault"):
@@ -199,10 +201,6 @@ class Conductor:
             self.store.delete_folder(f"{folder}/last")
         self._ended.clear()
         self._delete_outdated()
-
-    def startup_seconds(self, since: float) -> float | None:
-        """From `since` until the first slot was ready for its first trial."""
-        return None if self.ready_at is None else self.ready_at - since
 
     def _end(
         self,

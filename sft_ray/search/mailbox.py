@@ -7,6 +7,7 @@ they found at each mark.  All waits are long polls, so a dead peer never leaves 
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any, Literal
 
 POLL_SECONDS = 5.0
@@ -35,6 +36,7 @@ class Mailbox:
         self._begun = False  # rank 0 has taken the assignment up
         self._starts_in_a_row = 0
         self._ready: set[int] = set()
+        self._came_up_at = time.monotonic()  # the last worker
         self._broken: str | None = None
         self._closed = False
 
@@ -61,10 +63,17 @@ class Mailbox:
             return {"broken": self._broken}
         return self._messages[index] if len(self._messages) > index else None
 
-    async def ready(self) -> bool:
-        """Whether every worker has loaded model and data and asked for work."""
-        await self._wait(lambda: len(self._ready) == self._workers or self._broken is not None)
-        return len(self._ready) == self._workers or self._broken is not None
+    async def ready(self) -> dict[str, float] | None:
+        """What loading took once every worker has loaded model and data and asked for work.
+
+        None if that has not come about within a poll.
+        """
+
+        def is_ready() -> bool:
+            return len(self._ready) == self._workers or self._broken is not None
+
+        await self._wait(is_ready)
+        return {"loading": time.monotonic() - self._came_up_at} if is_ready() else None
 
     async def close(self) -> None:
         """Send the workers home."""
@@ -75,6 +84,7 @@ class Mailbox:
 
     async def register(self, rank: int) -> None:
         """A worker process has come up; if there was one before, the assignment starts over."""
+        self._came_up_at = time.monotonic()
         if rank > 0:
             self._ready.discard(rank)
             return

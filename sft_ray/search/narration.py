@@ -12,6 +12,7 @@ from sft_ray.analysis.importance import RELIABLE_FROM, is_reliable
 from sft_ray.analysis.outcome import slot_seconds_of
 from sft_ray.analysis.results import SearchResult
 from sft_ray.analysis.rows import why_no_gain
+from sft_ray.analysis.tables import padding_line, startup_line
 from sft_ray.config import Budget, Experiment
 from sft_ray.folder_rule import BUDGET, SPACE, TARGET, TRIALS
 from sft_ray.run_store import RunStore
@@ -104,6 +105,8 @@ def say_outcome(
             if gain is not None
             else f"unknown {over}, {why_no_gain(result.trials)}",
             "trials": f"{len(states)}: {counts}; {duration(result.tree['wall_seconds'])}",
+            **startup_line(result.tree),
+            **padding_line(result.trials),
             **ended_line(result.tree.get("ended_by"), prepared.experiment.search.budget),
             **importance_lines(result.tree.get("importance", {})),
             "checkpoint": best["checkpoint"],

@@ -29,7 +29,9 @@ class Slot(tune.Trainable):
 
     def setup(self, config: dict[str, Any], settings: dict[str, Any]) -> None:
         workers, resources = settings["workers"], settings["resources_per_worker"]
+        self._began_at = time.monotonic()
         self._returned_at: float | None = None
+        self._startup: dict[str, float] | None = None  # until the driver has been told
         self._error: BaseException | None = None
         self._watch, self._name = settings["watch"], uuid.uuid4().hex[:12]
         # As bytes: whoever reads the handle imports Tune.
@@ -67,9 +69,12 @@ class Slot(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         if self._free_since is None:
-            if not self._wait(self._mailbox.ready.remote, (), WORKERS):
+            ready = self._wait(self._mailbox.ready.remote, (), WORKERS)
+            if not ready:
                 return self._paused({"paused": True})  # before it began
             self._free_since = time.monotonic()
+            before = self._free_since - self._began_at - ready["loading"]
+            self._startup = {"workers": before, "loading": ready["loading"]}
         index = self._index
         self._pulse.enter(MAILBOX)
         ray.get(self._mailbox.advance.remote(index))
@@ -86,10 +91,13 @@ class Slot(tune.Trainable):
         self._pulse.enter(IDLE)
         # In other slots, before; what the mailbox itself says of a trial's end knows nothing of it.
         self._seconds_before = message.get("seconds_before", self._seconds_before)
-        slot_seconds = self._returned_at - self._free_since + self._seconds_before
+        here = self._returned_at - self._free_since
+        if self._startup is not None:
+            message = {**message, "startup": {**self._startup, "ready": here}}
+            self._startup = None
         # As text, because Tune flattens nested results.  Never `done`: the scheduler hears of every
         # message and stops the trial, Tune would not show it a last one.
-        return {"message": json.dumps({**message, "slot_seconds": slot_seconds})}
+        return {"message": json.dumps({**message, "slot_seconds": here + self._seconds_before})}
 
     def _paused(self, message: dict[str, Any]) -> dict[str, Any]:
         """The trial has left its state; a slot whose machines are to be left ends with it."""

@@ -85,6 +85,7 @@ def run_on_slots(conductor: Conductor, prepared: Prepared, layout: Layout) -> No
         lambda without: slots_now(layout, without),
         layout.slots,
     )
+    conductor.startup.end("study")
     screen.event(f"starting {count(layout.slots, 'slot')}: processes, model, data")
     try:
         with interruptible() as interruption, errors_as_raised():

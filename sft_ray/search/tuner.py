@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
@@ -50,6 +49,7 @@ from sft_ray.search.mending import damage_found, mend, records_back, winner_back
 from sft_ray.search.narration import how_to_go_on, say_outcome, say_truth, say_unconfirmed
 from sft_ray.search.preflight import check_experiment, with_default_space
 from sft_ray.search.sharing import shared_layout, trains_of_search
+from sft_ray.search.startup import Startup
 from sft_ray.search.study import SearchStudy, open_storage
 from sft_ray.search.tracking import Tracker
 from sft_ray.search.warm_start import warm_configurations
@@ -81,7 +81,7 @@ def run_search(
         TrialError: the search could not go on; what was finished is kept.
         KeyboardInterrupt: interrupted; the same call goes on where it stopped.
     """
-    screen, started = Screen(quiet), time.monotonic()
+    screen, startup = Screen(quiet), Startup()
     if extend:
         experiment = extended(experiment, extend)
     checked = check_experiment(experiment, capacity_here(address))
@@ -111,7 +111,9 @@ def run_search(
             facts, objective = checked.facts(), checked.objective
             warm = warm_configurations(checked.experiment, facts, objective)
     store.check_free()  # before Ray starts in vain
+    startup.end("checks")
     with connected(address, beside=lambda: checked.model.num_parameters):
+        startup.end("ray")
         prepared = with_default_space(checked)
         experiment = prepared.experiment
         check_storage_everywhere(store.anchored()[0])
@@ -135,16 +137,14 @@ def run_search(
                 say_unconfirmed(store, screen)
             environment = _write_what_runs(prepared, store, layout)
             say_truth(screen, prepared, layout, store.location, study)
-            startup_seconds = None
             if not is_over:
-                conductor = _run(prepared, store, study, layout, screen, tracker)
-                startup_seconds = conductor.startup_seconds(started)
+                _run(prepared, store, study, layout, screen, tracker, startup)
                 store.tidy()  # of workers that were killed
                 _forget_what_is_over(store, study)
                 best = _best_since(before, store, study, screen)
             if best and before and before[CONFIRMATION] and experiment.confirm is None:
                 say_unconfirmed(store, screen)
-            result = _conclude(prepared, store, study, best, before, environment, startup_seconds)
+            result = _conclude(prepared, store, study, best, before, environment, startup)
         say_outcome(screen, result, prepared, source)
         return _confirmed(experiment, store, result, address, quiet)
 
@@ -286,7 +286,8 @@ def _run(
     layout: Layout,
     screen: Screen,
     tracker: Tracker,
-) -> Conductor:
+    startup: Startup,
+) -> None:
     """Run trials until the study is over."""
     from sft_ray.search.live_view import live_view
     from sft_ray.search.tune_run import run_on_slots  # brings Ray
@@ -299,6 +300,7 @@ def _run(
         layout.slots,
         lambda: store.push_journal(now=False),
         tracker,
+        startup,
     )
     try:
         with closing(tracker), live_view(screen, conductor.board):
@@ -307,7 +309,6 @@ def _run(
         if not store.is_taken_over:
             study.note_wall_seconds()  # it may have ended between two trials
             store.push_journal()
-    return conductor
 
 
 def _without_model(store: RunStore, study: SearchStudy) -> frozenset[int]:
@@ -374,7 +375,7 @@ def _conclude(
     best: FrozenTrial | None,
     before: dict[str, Any] | None,
     environment: dict[str, Any],
-    startup_seconds: float | None,
+    startup: Startup,
 ) -> SearchResult:
     """Put the winner in best/ and write results.json last.
 
@@ -388,7 +389,8 @@ def _conclude(
         "direction": prepared.direction,
         "costs": list(study.costs),
         "wall_seconds": study.wall_seconds(),
-        "startup_seconds": startup_seconds,
+        "startup_seconds": startup.seconds,
+        "startup_parts": None if startup.seconds is None else startup.parts,
         "ended_by": None if ended_by is None else ended_by[0],
         "best": before and before["best"],
         "pareto": pareto_rows(study.trials, study.pareto_set(), study.costs),

@@ -271,14 +271,11 @@ class Keeper:
 
     def consider(self, progress: Progress) -> None:
         best = progress.best
-        if best is None:
-            return
-        if best.percent != self._begun_percent:
+        if best is not None and best.percent != self._begun_percent:
             self._write(best, progress.finished)
-        # What a trial that ends here has left must be known: with its last message, or with any
-        # that may become the last of a search in which nothing finished.
-        if progress.finished or self._assignment["save_unfinished"]:
-            self._uploads.join()
+        # Any mark may end the trial.  What it has left must be known with its last message, and its
+        # state must not arrive in storage when the driver has removed it.
+        self._uploads.join()
 
     def _write(self, best: Best, finished: bool) -> None:
         if is_to_be_saved(self._assignment, self._sign * best.score, finished=finished):

@@ -22,6 +22,23 @@ async def ready_box(workers: int = 2) -> Mailbox:
     return box
 
 
+def test_loading_takes_from_the_last_worker_that_came_up_to_the_last_that_is_ready() -> None:
+    async def scenario() -> None:
+        box = Mailbox(2)
+        await box.register(0)
+        await asyncio.sleep(0.1)
+        await box.register(1)
+        assert await box.next_assignment(0, 0) is None
+        assert await box.ready() is None
+        await asyncio.sleep(0.05)
+        assert await box.next_assignment(1, 0) is None
+        told = await box.ready()
+        assert told is not None
+        assert 0.08 < told["loading"] < 1
+
+    asyncio.run(scenario())
+
+
 def test_an_assignment_reaches_every_rank_and_goes_on_by_permission() -> None:
     async def scenario() -> None:
         box = await ready_box()

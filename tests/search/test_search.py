@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForTokenClassification
 
 from sft_ray.analysis.results import SearchResult
+from sft_ray.analysis.tables import STARTUP
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, ResourceError, TrialError
 from sft_ray.run_store import JOURNAL, METRICS, RunStore
@@ -122,7 +123,11 @@ def test_a_search_ends_with_the_best_checkpoint_and_the_same_command_only_shows_
     assert result.best["validation"]["accuracy"] == top
     assert result.best["complete"]
     assert result.best["gain_over_default"] == pytest.approx(top - tree["trials"][0]["value"])
-    assert tree["startup_seconds"] > 0
+    parts = tree["startup_parts"]
+    assert list(parts) == list(STARTUP)
+    assert all(seconds > 0 for seconds in parts.values())
+    assert sum(parts.values()) == pytest.approx(tree["startup_seconds"])
+    assert "\nstartup " in printed
 
     accuracy, labels = rescore(result, experiment, tmp_path)
     assert accuracy == pytest.approx(top, abs=0.003)

@@ -19,7 +19,7 @@ def slot_with(messages: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -
     slot = Slot.__new__(Slot)
     slot._pulse = SimpleNamespace(enter=lambda activity: None)
     slot._watch = SimpleNamespace(works_on=SimpleNamespace(remote=lambda *_: None))
-    slot._name, slot._returned_at = "a", time.monotonic() - 20
+    slot._name, slot._returned_at, slot._startup = "a", time.monotonic() - 20, None
     slot._mailbox = SimpleNamespace(
         **{name: SimpleNamespace(remote=lambda *_: None) for name in ("assign", "advance")},
         message=SimpleNamespace(remote=lambda index: messages[index]),
@@ -44,3 +44,15 @@ def test_a_trial_that_fails_where_it_was_taken_up_has_taken_what_it_took_before(
     slot._free_since = time.monotonic() - 20
     slot._mailbox.message.remote = lambda index: {"failed": "at once", "traceback": ""}
     assert 20 <= seconds_of(slot) < 30
+
+
+def test_a_slot_tells_of_its_start_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = [{"percent": 33, "seconds_before": 3000.0}, {"percent": 100}]
+    slot = slot_with(marks, monkeypatch)
+    slot._began_at, slot._free_since = time.monotonic() - 10, None
+    slot._wait = lambda ask, arguments, _: ask(*arguments)
+    slot._mailbox.ready = SimpleNamespace(remote=lambda: {"loading": 7.0})
+    told = json.loads(slot.step()["message"])["startup"]
+    assert told == {"workers": pytest.approx(3, abs=0.5), "loading": 7.0, "ready": told["ready"]}
+    assert 0 <= told["ready"] < 0.5  # without what the trial took before
+    assert "startup" not in json.loads(slot.step()["message"])

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from sft_ray.analysis.report import facts
 from sft_ray.analysis.report.blocks import Block, Cell, Code, Fold, Grid, Table, Text
 from sft_ray.analysis.report.run import Run
-from sft_ray.run_store import ERROR_LOG, EXPERIMENT
+from sft_ray.analysis.results import reading
+from sft_ray.analysis.tables import padding_line, startup_line
+from sft_ray.run_store import ERROR_LOG, EXPERIMENT, RESULTS
 from sft_ray.screen import count, duration
 
 MOST_CAUSES = 30
@@ -64,9 +66,10 @@ def cost(run: Run, spent: Sequence[facts.Spent], price: float | None) -> list[Bl
     parts = [f"Time of all workers, {run.workers} per trial."]
     if tree.get("wall_seconds") is not None:
         what = "search" if run.is_search else "training"
-        parts.append(f"The {what} took {duration(tree['wall_seconds'])} by the clock")
-        started = tree.get("startup_seconds")
-        parts[-1] += f"; its slots took {duration(started)} to start." if started else "."
+        parts.append(f"The {what} took {duration(tree['wall_seconds'])} by the clock.")
+    with reading(run.store.path_of(RESULTS)):
+        parts += [f"Its first slot was ready after {w}." for w in startup_line(tree).values()]
+        parts += [f"Padding: {words}." for words in padding_line(run.result.trials).values()]
     if price is not None:
         parts.append(f"At ${price:g} per worker and hour; idle and starting workers not counted.")
     else:
