@@ -27,7 +27,9 @@ class Setup:
 
     Attributes:
         micro_batches: what the probe found for (frozen layers, longest text, number format,
-            compiled, recorded; on a GPU also batch size, states of the optimiser, most to try).
+            compiled, recorded, with dropout, with smoothed labels, with class weights; on a GPU
+            also batch size, states of the optimiser, most to try).  All that decides what a pass
+            keeps, so that it does not matter which trial came first.
         constant_losses: label smoothing and class weights -> loss of the best constant answer.
         trunk_cache: outputs of frozen trunks; None computes them each time.
     """
@@ -37,7 +39,7 @@ class Setup:
     pretrained: Pretrained
     tokenizer: Any
     world: World
-    micro_batches: dict[tuple[int | str | bool, ...], Probe] = field(default_factory=dict)
+    micro_batches: dict[tuple[int | str | bool | None, ...], Probe] = field(default_factory=dict)
     constant_losses: dict[str, float | None] = field(default_factory=dict)
     trunk_cache: TrunkCache | None = None
 

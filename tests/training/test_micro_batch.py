@@ -321,6 +321,28 @@ def test_a_cpu_is_asked_once_whatever_the_batch_size_and_the_optimiser(
     assert len(setup.micro_batches) == 1
 
 
+@pytest.mark.parametrize(
+    "changes", [{"dropout": 0.1}, {"label_smoothing": 0.1}, {"class_weights": "balanced"}]
+)
+def test_what_a_trial_keeps_does_not_depend_on_who_came_before(
+    tiny_bert, toy: Dataset, changes: dict
+) -> None:
+    pretrained = load_tiny(tiny_bert, toy)
+
+    def kept(setup: Setup, settings: dict) -> int:
+        train = Train.model_validate({"precision": "fp32", "dropout": 0.0, **settings})
+        pretrained.reset(0, dropout=train.dropout)
+        options = forward.loss_options(train, setup)
+        return Backward(train, setup, torch.float32, options).memory_bytes([])
+
+    def setup() -> Setup:
+        return Setup(TASK, toy, pretrained, SimpleNamespace(pad_token_id=PAD), World())
+
+    alone, shared = [kept(setup(), settings) for settings in ({}, changes)], setup()
+    assert alone[0] < alone[1]
+    assert [kept(shared, settings) for settings in ({}, changes, {})] == [*alone, alone[0]]
+
+
 def of_graphs() -> int:
     """How many tensors there are that passes have made, and may want back."""
     gc.collect()
