@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from sft_ray.search.layout import Layout
 from sft_ray.training import batches
 from sft_ray.training.fitting import Trial
 from sft_ray.training.forward import evaluate
-from sft_ray.training.micro_batch import NothingFitsError
+from sft_ray.training.micro_batch import NothingFitsError, num_cpus
 from sft_ray.training.passes import trunk_output
 from sft_ray.training.preparation import Prepared
 from sft_ray.training.setup import Setup, load_setup
@@ -198,7 +197,7 @@ def _gain_of_two(
         own_seconds: per example, with the threads that a worker has.
         seconds: about so long for each number of threads.
     """
-    if (os.cpu_count() or 1) < 2:
+    if num_cpus() < 2:
         return None
     own = torch.get_num_threads()
     is_alone = layout.slots * layout.workers_per_trial == 1

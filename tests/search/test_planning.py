@@ -18,7 +18,7 @@ from sft_ray.config import Experiment, Train
 from sft_ray.errors import ConfigError, SftError
 from sft_ray.recipes import default_recipe
 from sft_ray.run_store import ENVIRONMENT, RunStore, write_experiment
-from sft_ray.search import planning
+from sft_ray.search import cluster, planning
 from sft_ray.search import speed as speed_module
 from sft_ray.search.draws import DRAWS, drawn_trials
 from sft_ray.search.estimate import STARTUP_SECONDS, Plan
@@ -285,6 +285,15 @@ def test_a_constant_depth_is_measured_alone_and_threads_stay(experiment: Experim
     plan = plan_of(experiment, {"space": {**RATES, "train.frozen_layers": "all"}})
     assert list(plan.speed.train_seconds) == [2]
     assert torch.get_num_threads() == 2
+
+
+def test_a_container_has_as_many_cpus_as_ray_will_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray._private.utils._get_docker_cpus", lambda: 3.0)
+    monkeypatch.delenv("RAY_USE_MULTIPROCESSING_CPU_COUNT", raising=False)
+    has = cluster.capacity_here("local")
+    assert has is not None
+    assert has["CPU"] == 3
 
 
 def test_a_line_leads_through_the_depths_that_were_measured() -> None:

@@ -166,6 +166,7 @@ def test_a_worker_has_its_share_of_the_containers_memory(monkeypatch, tmp_path: 
     limit = tmp_path / "memory.max"
     limit.write_text(f"{1024 * MIB}\n")
     monkeypatch.setattr(micro_batch, "CGROUP_LIMIT", limit)
+    monkeypatch.setattr(micro_batch, "CGROUP_CPUS", tmp_path / "none")
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert micro_batch.worker_memory_bytes() == 256 * MIB
@@ -175,6 +176,24 @@ def test_a_worker_has_its_share_of_the_containers_memory(monkeypatch, tmp_path: 
     assert micro_batch.worker_memory_bytes() > 1024 * MIB
     monkeypatch.setattr(micro_batch, "CGROUP_LIMIT", tmp_path / "none")
     assert micro_batch.worker_memory_bytes() > 1024 * MIB
+
+
+@pytest.mark.parametrize(
+    ("quota", "cpus"),
+    [("400000 100000", 4), ("350000 100000", 3), ("50000 100000", 1), ("max 100000", 64)],
+)
+def test_a_containers_memory_is_shared_by_the_cpus_of_its_quota(
+    monkeypatch, tmp_path: Path, quota: str, cpus: int
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    limits = {name: tmp_path / name for name in ("memory.max", "cpu.max")}
+    limits["memory.max"].write_text(f"{1024 * MIB}\n")
+    limits["cpu.max"].write_text(f"{quota}\n")
+    monkeypatch.setattr(micro_batch, "CGROUP_LIMIT", limits["memory.max"])
+    monkeypatch.setattr(micro_batch, "CGROUP_CPUS", limits["cpu.max"])
+    assert micro_batch.num_cpus() == cpus
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert micro_batch.worker_memory_bytes() == 1024 * MIB / cpus
 
 
 # -- in a trial ----------------------------------------------------------------------------------
