@@ -78,13 +78,13 @@ def load_setup(
     if not reads_segments(pretrained.model):
         parts = {s: replace(getattr(dataset, s), segments=None) for s in ("train", "validation")}
         dataset = replace(dataset, **parts)
-    gigabytes = experiment.resources.trunk_cache_gb
     trunk_cache = TrunkCache(
         pretrained,
         dataset,
         world,
         tokenizer.pad_token_id,
-        budget_bytes=None if gigabytes == "auto" else int(gigabytes * 1e9),
+        budget_bytes=experiment.resources.trunk_cache_bytes,
         uses=trunk_uses,
+        depths=experiment.search.trunk_depths,
     )
     return Setup(task, dataset, pretrained, tokenizer, world, trunk_cache=trunk_cache)
