@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +44,7 @@ from sft_ray.training.world import World
 FORMAT = 2  # change when the files change their meaning
 FREE_SHARE = 0.25  # of the free disk, if no budget is given
 CHUNK_TOKENS = 4096  # of a file, padding of its examples included
+GONE_SECONDS = 30 * 86400  # after which a host that used none of its trunks will not
 WAIT_SECONDS = 0.05  # between looks at what others compute
 COMPLETE, RESERVED, USED, LOCK = "complete.json", "reserved.json", "used", "lock"
 BUILDING = "trunk cache"  # what a worker is at, for whoever watches it
@@ -242,7 +245,8 @@ class _Build:
         Raises:
             OSError, pyarrow.ArrowException: a file is missing or torn.
         """
-        (self.folder / USED).touch()
+        for used in (self.folder, trunks_root()):
+            (used / USED).touch()
         chunk_of = np.zeros(len(self.examples), dtype=np.int64)
         start_of = np.zeros(len(self.examples), dtype=np.int64)
         for number, items in enumerate(self.chunks):
@@ -359,8 +363,21 @@ def _may_stop(error: Exception) -> bool:
 
 
 def trunks_root() -> Path:
-    """Where the trunks of this machine lie."""
-    return cache_root() / "trunks"
+    """Where the trunks of this machine lie.
+
+    Apart from those of others that share the folder: on NFS, what makes way on one machine is lost
+    to those that have mapped it on another.
+    """
+    return cache_root() / "trunks" / socket.gethostname()
+
+
+def _remove_of_gone_hosts(root: Path) -> None:
+    """Containers have new names every time, and nobody would make their trunks make way."""
+    for other in root.parent.glob("*/"):
+        with suppress(OSError):
+            used = max(other.stat().st_mtime, _last_used(other))
+            if time.time() - used > GONE_SECONDS:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def room_bytes(budget_bytes: int | None) -> int:
@@ -390,6 +407,8 @@ def make_room(wanted: Mapping[Path, int], budget_bytes: int | None) -> bool:
     """
     root = trunks_root()
     root.mkdir(parents=True, exist_ok=True)
+    (root / USED).touch()
+    _remove_of_gone_hosts(root)
     with FileLock(root / LOCK):
         sizes = {}
         for found in root.glob("*/*/"):

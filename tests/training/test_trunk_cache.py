@@ -262,6 +262,30 @@ def test_a_deeper_trunk_is_made_from_the_one_whose_room_it_takes(
     assert {*began} == {(1, None), (2, 1)}
 
 
+def test_machines_that_share_a_folder_take_nothing_from_each_other(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as there:
+        there.setattr("socket.gethostname", lambda: "other")
+        theirs = trunks_root() / "key" / "train-1"
+        assert make_room({theirs: 100}, 100)
+    assert make_room({root / "key" / "train-2": 100}, 100)
+    assert theirs.exists()
+
+
+def test_what_a_machine_that_is_gone_has_left_is_removed(root: Path) -> None:
+    lately, long_ago = (time.time() - days * 86400 for days in (29, 31))
+    gone, back, new = (root.parent / name for name in ("gone", "back", "new"))
+    for host in (gone, back, new):
+        (host / "key" / "train-1").mkdir(parents=True)
+    for host, used in ((gone, long_ago), (back, lately)):
+        (host / trunk_cache.USED).touch()
+        os.utime(host / trunk_cache.USED, (used, used))
+        os.utime(host, (long_ago, long_ago))
+    assert make_room({root / "key" / "train-1": 100}, 100)
+    assert [host.exists() for host in (gone, back, new)] == [False, True, True]
+
+
 def test_what_was_used_longest_ago_makes_way(root: Path) -> None:
     folders = [root / "key" / f"train-{k}" for k in range(4)]
     for age, folder in enumerate(folders[:3]):
