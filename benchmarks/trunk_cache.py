@@ -22,7 +22,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -45,7 +45,7 @@ from sft_ray.training.fitting import Trial, fit
 from sft_ray.training.passes import Pass, trunk_output
 from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup, load_setup
-from sft_ray.training.trunk_cache import TrunkCache, _read, _write, trunks_root
+from sft_ray.training.trunk_cache import Split, TrunkCache, _read, _write, trunks_root
 from sft_ray.training.world import World, resolve_precision
 
 SEED, EPOCHS = 0, 3
@@ -102,9 +102,9 @@ class Kept(TrunkCache):
     def pays(self, *_: object) -> bool:
         return True
 
-    def open(self, *which: Any) -> Trunk:
-        found = super().open(*which)
-        assert found is not None, "there was no room for the trunk"
+    def open(self, splits: Sequence[Split], *which: Any) -> dict[Split, Trunk]:
+        found = super().open(splits, *which)
+        assert len(found) == len(splits), "there was no room for the trunk"
         return found
 
 

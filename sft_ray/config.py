@@ -6,6 +6,7 @@ problems are reported together.  The resolved tree is written into the run folde
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -313,12 +314,20 @@ class Search(Section):
     @property
     def trials_per_depth(self) -> float:
         """How many trials freeze the same number of layers, on average."""
+        return self.trials / len(self._depths())
+
+    @property
+    def trunk_depths(self) -> int:
+        """How many numbers of frozen layers trials ask for, beside 0."""
+        return max(1, len({*self._depths()} - {0}))
+
+    def _depths(self) -> Sequence[Any]:
         domain = spaces.domains(self.domains).get("train.frozen_layers")
         if domain is None:
-            return self.trials
+            return [None]  # the one of `train`
         if isinstance(domain, spaces.Choice):
-            return self.trials / len(domain.options)
-        return self.trials / (domain.high - domain.low + 1)
+            return domain.options
+        return range(int(domain.low), int(domain.high) + 1)
 
 
 class Confirm(Section):
@@ -356,6 +365,11 @@ class Resources(Section):
     trials_per_gpu: Annotated[int, Field(ge=1)] | Literal["auto"] = 1  # auto measures one trial
     # Of disk on every machine, for the outputs of frozen layers; 0 computes them each time.
     trunk_cache_gb: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+
+    @property
+    def trunk_cache_bytes(self) -> int | None:
+        """Of the outputs of frozen layers; None for a part of the free disk."""
+        return None if self.trunk_cache_gb == "auto" else int(self.trunk_cache_gb * 1e9)
 
     @model_validator(mode="after")
     def _ranks_never_share_a_gpu(self) -> Self:

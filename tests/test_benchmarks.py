@@ -384,11 +384,12 @@ def test_the_bench_of_trunks_measures_what_was_kept(
         TASK, dataset, pretrained, SimpleNamespace(pad_token_id=PAD), World(), trunk_cache=cache
     )
     trunk_cache.measure(setup, 1, 8)
-    asked = ("train", 1, torch.float32)
-    assert not cache.pays(*asked, 0.0)
+    asked = (1, torch.float32)
+    assert not cache.pays("train", *asked, 0.0)
     caches = [setup.trunk_cache for setup in setups if setup.trunk_cache is not None]
     assert len(caches) == 3
-    assert all(kept.pays(*asked, 0.0) and kept.open(*asked, no_beat) for kept in caches)
+    assert all(kept.pays("train", *asked, 0.0) for kept in caches)
+    assert all(kept.open(["train"], *asked, no_beat) for kept in caches)
     no_room = dataclasses.replace(caches[0], budget_bytes=0)
     with pytest.raises(AssertionError, match="no room"):
-        no_room.open("train", 2, torch.float32, no_beat)
+        no_room.open(["train"], 2, torch.float32, no_beat)

@@ -250,10 +250,11 @@ def test_applied_values_replace_fields_of_train() -> None:
 
 
 @pytest.mark.parametrize(
-    ("domain", "per_depth"),
-    [({"int": [0, 6]}, 3.0), ({"choice": [0, 2, "all"]}, 7.0), (None, 21)],
+    ("domain", "per_depth", "depths"),
+    [({"int": [0, 6]}, 3.0, 6), ({"choice": [0, 2, "all"]}, 7.0, 2), (None, 21, 1)],
 )
-def test_trials_of_a_search_share_frozen_depths(domain: Any, per_depth: float) -> None:
+def test_trials_of_a_search_share_frozen_depths(domain: Any, per_depth: float, depths: int) -> None:
     space = {"train.learning_rate": {"log_uniform": [1e-5, 1e-3]}}
     space |= {} if domain is None else {"train.frozen_layers": domain}
-    assert Search(space=space, trials=21).trials_per_depth == per_depth
+    search = Search(space=space, trials=21)
+    assert (search.trials_per_depth, search.trunk_depths) == (per_depth, depths)

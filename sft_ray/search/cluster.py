@@ -179,7 +179,10 @@ def capacity_here(address: str | None) -> dict[str, float] | None:
     ray = _import_ray()
     if ray.is_initialized() or not _starts(address):
         return None
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    from ray._private.utils import get_num_cpus  # in a container, what its quota is worth
+
+    cpus = get_num_cpus(override_docker_cpu_warning=True)
+    return {"CPU": float(cpus), "GPU": float(torch.cuda.device_count())}
 
 
 def _starts(address: str | None) -> bool:

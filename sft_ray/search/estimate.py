@@ -14,6 +14,7 @@ from sft_ray.search.speed import Speed
 from sft_ray.training.batches import steps_per_epoch
 from sft_ray.training.preparation import Prepared
 from sft_ray.training.progress import Mark, schedule_marks
+from sft_ray.training.trunk_cache import room_bytes
 
 STARTUP_SECONDS = 20.0  # assumed: Ray, processes, model and data, once per search
 RESUME_STATE_MODELS = 4  # weights, two moments of Adam, best weights
@@ -130,7 +131,7 @@ def _slot_seconds(
     """
     marks, dataset = _marks(prepared, train), prepared.dataset
     examples = train.epochs * len(dataset.train)
-    uses = prepared.experiment.search.trials_per_depth
+    uses = speed.trunk_uses
     train_seconds = speed.of_training(train) - speed.spared(train, train.epochs * uses)
     eval_seconds = speed.eval_seconds - speed.spared(train, len(marks) * uses)
     step_seconds = max(train_seconds, 0.0) * examples / marks[-1].step
@@ -156,10 +157,9 @@ def _slot_seconds_in_budget(experiment: Experiment, layout: Layout) -> float:
 
 def _trunk_bytes(prepared: Prepared, speed: Speed, drawn: Sequence[DrawnTrial]) -> int:
     """The outputs of frozen layers, of every depth that may be kept."""
-    budget = prepared.experiment.resources.trunk_cache_gb
+    room = room_bytes(prepared.experiment.resources.trunk_cache_bytes)
     depths = {trial.train.frozen_depth(prepared.model.num_layers) for trial in drawn} - {0}
-    wanted = len(depths) * speed.trunk_bytes
-    return wanted if budget == "auto" else min(wanted, int(budget * 1e9))
+    return min(len(depths) * speed.trunk_bytes, room)
 
 
 def _disk_bytes(prepared: Prepared, layout: Layout, trials: int, longest_seconds: float) -> int:

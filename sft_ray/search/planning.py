@@ -31,7 +31,7 @@ from sft_ray.search.sharing import (
     trains_of_search,
     without_probe,
 )
-from sft_ray.search.speed import measure
+from sft_ray.search.speed import Speed, measure
 from sft_ray.search.warm_start import warm_configurations
 from sft_ray.training.preparation import Prepared, check_data, collect
 
@@ -163,7 +163,7 @@ def say_plan(
         f"are assumed for starting{pruning}",
         "work": f"{_between(plan.worker_hours, _number)} worker hours",
     }
-    facts["frozen"] = _trunks(plan, prepared)
+    facts["frozen"] = _trunks(plan.speed)
     if plan.dollars is not None:
         facts["price"] = _between(plan.dollars, lambda dollars: f"${dollars:,.2f}")
     facts["disk"] = f"up to {plan.disk_bytes / 1e6:,.0f} MB"
@@ -193,9 +193,8 @@ def _why_slots(resources: Resources, layout: Layout, gain_of_two: float) -> str:
     return f"{measured}: resources.workers_per_trial={twice} may finish as many trials, sooner each"
 
 
-def _trunks(plan: Plan, prepared: Prepared) -> str:
+def _trunks(speed: Speed) -> str:
     """Whether the output of frozen layers is kept, and what for."""
-    speed, search = plan.speed, prepared.experiment.search
     if not speed.trunk_seconds:
         return "computed each time"
     depth = max(speed.trunk_seconds, key=lambda depth: (speed.trunk_seconds[depth] > 0, depth))
@@ -204,7 +203,7 @@ def _trunks(plan: Plan, prepared: Prepared) -> str:
     share = speed.trunk_seconds[depth] / speed.train_seconds[depth]
     few = [k for k, seconds in speed.trunk_seconds.items() if k and not seconds]
     return (
-        f"computed once for about {_number(search.trials_per_depth)} trials, then read from disk; "
+        f"computed once for about {_number(speed.trunk_uses)} trials, then read from disk; "
         f"{100 * share:.0f}% of a training step with {count(depth, 'layer')} frozen"
         + (f"; computed each time with {count(max(few), 'layer')}" if few else "")
     )

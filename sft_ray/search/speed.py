@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from sft_ray.search.layout import Layout
 from sft_ray.training import batches
 from sft_ray.training.fitting import Trial
 from sft_ray.training.forward import evaluate
-from sft_ray.training.micro_batch import NothingFitsError
+from sft_ray.training.micro_batch import NothingFitsError, num_cpus
 from sft_ray.training.passes import trunk_output
 from sft_ray.training.preparation import Prepared
 from sft_ray.training.setup import Setup, load_setup
@@ -41,6 +40,7 @@ class Speed:
         trunk_seconds: frozen layers -> of either for what these compute; spared where their output
             is known.  0 where keeping it does not pay, empty if nothing is ever kept.
         trunk_bytes: that the output of one depth takes on disk, the most of those that are kept.
+        trunk_uses: how many trials read what one has made, the least of the depths that are kept.
         gain_of_two: how many times as fast a worker with twice the CPUs trains, the most that two
             workers could do for a trial; None where it decides nothing.
     """
@@ -50,6 +50,7 @@ class Speed:
     eval_seconds: float
     trunk_seconds: dict[int, float] = field(default_factory=dict)
     trunk_bytes: int = 0
+    trunk_uses: float = 1.0
     gain_of_two: float | None = None
 
     def of_training(self, train: Train) -> float:
@@ -88,8 +89,8 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
     torch.set_num_threads(max(1, int(layout.cpus_per_worker)))  # as a worker has
     try:
         world = World(device=torch.device("cuda" if on_gpu else "cpu"))
-        experiment, uses = prepared.experiment, prepared.experiment.search.trials_per_depth
-        setup = load_setup(experiment, prepared.dataset_folder, world, trunk_uses=uses)
+        experiment, trunk_uses = prepared.experiment, prepared.experiment.search.trials_per_depth
+        setup = load_setup(experiment, prepared.dataset_folder, world, trunk_uses=trunk_uses)
         cache = setup.trunk_cache
         setup = replace(setup, trunk_cache=None)  # nothing is written here
         train_seconds, trunk_seconds, trunk_bytes, gain_of_two = {}, {}, 0, None
@@ -109,12 +110,11 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
                 gain_of_two = _gain_of_two(layout, step, train_seconds[depth], world, share)
             if depth and cache is not None and cache.may_keep:
                 trunk_seconds[depth] = 0.0
-                num_bytes = cache.num_bytes(depth, dtype)
-                has_room = cache.budget_bytes is None or num_bytes <= cache.budget_bytes
-                if has_room and cache.pays("train", depth, dtype, epochs):
+                if cache.pays("train", depth, dtype, epochs):
                     below = _trunk(setup, train, depth)
                     trunk_seconds[depth] = _seconds_per_example(below, world, share / 4)
-                    trunk_bytes = max(trunk_bytes, num_bytes)
+                    trunk_bytes = max(trunk_bytes, cache.num_bytes(depth, dtype))
+                    trunk_uses = min(trunk_uses, cache.likely_uses(depth, dtype))
         look = _evaluation(setup, prepared.experiment.train.precision)
         eval_seconds = _seconds_per_example(look, world, seconds * EVAL_SHARE)
     finally:
@@ -127,6 +127,7 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
         eval_seconds,
         trunk_seconds,
         trunk_bytes,
+        trunk_uses,
         gain_of_two,
     )
 
@@ -198,7 +199,7 @@ def _gain_of_two(
         own_seconds: per example, with the threads that a worker has.
         seconds: about so long for each number of threads.
     """
-    if (os.cpu_count() or 1) < 2:
+    if num_cpus() < 2:
         return None
     own = torch.get_num_threads()
     is_alone = layout.slots * layout.workers_per_trial == 1

@@ -125,7 +125,11 @@ class Backward:
         if on_gpu and self._train.micro_batch != "auto":
             return Probe(self._train.micro_batch)
         longest = self._setup.dataset.train.longest
-        how = (str(self._dtype), self.compiles, self.records)
+        dropout, options = self._train.dropout, self._options
+        # A mask takes the same however much it drops.
+        drops = None if dropout is None else dropout > 0
+        changes = (drops, options.label_smoothing > 0, options.class_weights is not None)
+        how = (str(self._dtype), self.compiles, self.records, *changes)
         most = min(share, most_examples or share)
         # What an example keeps on a CPU does not depend on how many there are, nor on these.
         tried = (self._train.batch_size, num_states(self._train), most) if on_gpu else ()

@@ -201,17 +201,13 @@ class Trial:
             split: self.world.minimum(int(cache.pays(split, depth, self.dtype, times)))
             for split, times in passes.items()
         }
-        opened = {
-            split: cache.open(split, depth, self.dtype, self.beat) if pays[split] else None
-            for split in passes
-        }
+        wanted = [split for split in passes if pays[split]]
+        opened = cache.open(wanted, depth, self.dtype, self.beat)
         # On another machine it may take longer, and may not work.
         self.world.wait_for_all(lambda: self.beat(BUILDING))
-        for split, trunk in opened.items():
-            if self.world.minimum(int(trunk is not None)) == 0:
-                opened[split] = None
+        has_all = {split: self.world.minimum(int(split in opened)) for split in passes}
         self.clock.enter("other")
-        return opened
+        return {split: opened[split] if has_all[split] else None for split in passes}
 
     def constant_loss(self, known: dict[str, float | None]) -> float | None:
         """Training loss of the best constant answer, once per kind of loss."""

@@ -14,6 +14,7 @@ import torch
 from sft_ray.training.encoding import IntArray
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUP_CPUS = Path("/sys/fs/cgroup/cpu.max")
 # How a lack of memory reads where it is no error of a kind of its own.
 SIGNS = (
     "DefaultCPUAllocator",
@@ -155,11 +156,24 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def worker_memory_bytes() -> float:
-    """This worker's part of the machine's memory: its share of the cores."""
+    """This worker's part of the machine's, or its container's, memory: its share of the CPUs."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if CGROUP_LIMIT.is_file() and (limit := CGROUP_LIMIT.read_text().strip()) != "max":
         total = min(total, int(limit))
-    return total * min(1.0, torch.get_num_threads() / (os.cpu_count() or 1))
+    return total * min(1.0, torch.get_num_threads() / num_cpus())
+
+
+def num_cpus() -> int:
+    """CPUs of this machine or, in a container, what its quota is worth, as Ray counts them.
+
+    So all workers that Ray starts here have all of the memory together.  On which CPUs a process
+    may run does not count: Ray does not look at it, and workers would take what others have.
+    """
+    if CGROUP_CPUS.is_file():
+        quota, period = CGROUP_CPUS.read_text().split()
+        if quota != "max":
+            return max(1, int(quota) // int(period))
+    return os.cpu_count() or 1
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -27,7 +27,9 @@ class Setup:
 
     Attributes:
         micro_batches: what the probe found for (frozen layers, longest text, number format,
-            compiled, recorded; on a GPU also batch size, states of the optimiser, most to try).
+            compiled, recorded, with dropout, with smoothed labels, with class weights; on a GPU
+            also batch size, states of the optimiser, most to try).  All that decides what a pass
+            keeps, so that it does not matter which trial came first.
         constant_losses: label smoothing and class weights -> loss of the best constant answer.
         trunk_cache: outputs of frozen trunks; None computes them each time.
     """
@@ -37,7 +39,7 @@ class Setup:
     pretrained: Pretrained
     tokenizer: Any
     world: World
-    micro_batches: dict[tuple[int | str | bool, ...], Probe] = field(default_factory=dict)
+    micro_batches: dict[tuple[int | str | bool | None, ...], Probe] = field(default_factory=dict)
     constant_losses: dict[str, float | None] = field(default_factory=dict)
     trunk_cache: TrunkCache | None = None
 
@@ -76,13 +78,13 @@ def load_setup(
     if not reads_segments(pretrained.model):
         parts = {s: replace(getattr(dataset, s), segments=None) for s in ("train", "validation")}
         dataset = replace(dataset, **parts)
-    gigabytes = experiment.resources.trunk_cache_gb
     trunk_cache = TrunkCache(
         pretrained,
         dataset,
         world,
         tokenizer.pad_token_id,
-        budget_bytes=None if gigabytes == "auto" else int(gigabytes * 1e9),
+        budget_bytes=experiment.resources.trunk_cache_bytes,
         uses=trunk_uses,
+        depths=experiment.search.trunk_depths,
     )
     return Setup(task, dataset, pretrained, tokenizer, world, trunk_cache=trunk_cache)

@@ -11,8 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import socket
 import time
 import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +44,7 @@ from sft_ray.training.world import World
 FORMAT = 2  # change when the files change their meaning
 FREE_SHARE = 0.25  # of the free disk, if no budget is given
 CHUNK_TOKENS = 4096  # of a file, padding of its examples included
+GONE_SECONDS = 30 * 86400  # after which a host that used none of its trunks will not
 WAIT_SECONDS = 0.05  # between looks at what others compute
 COMPLETE, RESERVED, USED, LOCK = "complete.json", "reserved.json", "used", "lock"
 BUILDING = "trunk cache"  # what a worker is at, for whoever watches it
@@ -103,6 +107,7 @@ class TrunkCache:
         budget_bytes: most that all trunks of this machine take on disk; None takes a part of what
             is free, 0 keeps none.
         uses: how many trials will ask for the same depth, roughly.
+        depths: how many of these there are.
         rates: of this machine, by number format, where they had to be measured.
     """
 
@@ -112,6 +117,7 @@ class TrunkCache:
     pad_token: int
     budget_bytes: int | None = None
     uses: float = 1.0
+    depths: int = 1
     rates: dict[torch.dtype, Rates] = field(default_factory=dict)
 
     @property
@@ -122,7 +128,8 @@ class TrunkCache:
     def pays(self, split: Split, depth: int, dtype: torch.dtype, passes: float) -> bool:
         """Whether to keep the outputs of the first `depth` layers, as far as this worker knows.
 
-        Whatever is there already: else a trial's numbers would depend on who ran before.
+        Whatever is there already: else a trial's numbers would depend on who ran before.  Not where
+        there is no room for both splits: they would take it from each other, trial by trial.
 
         Args:
             dtype: of matrix products.
@@ -131,33 +138,60 @@ class TrunkCache:
         if depth == 0 or not self.may_keep:
             return False
         try:
-            return _Build(self, split, depth, dtype).costs().pays(passes * self.uses)
+            uses = self.likely_uses(depth, dtype)
+            return uses > 0 and _Build(self, split, depth, dtype).costs().pays(passes * uses)
         except Exception as error:  # where rates are measured
             if _may_stop(error):
                 raise
             return False
+
+    def likely_uses(self, depth: int, dtype: torch.dtype) -> float:
+        """How many trials read what one has made, before its room is taken; 0 if there is none.
+
+        With room for some of the depths, those of the last trials are kept.  The next trial finds
+        its own among them in `fit` of `depths` cases, and makes it in all others.
+        """
+        fit = room_bytes(self.budget_bytes) // self.num_bytes(depth, dtype)
+        if fit >= self.depths:
+            return self.uses
+        return min(self.uses, self.depths / (self.depths - fit)) if fit else 0.0
 
     def num_bytes(self, depth: int, dtype: torch.dtype) -> int:
         """What the outputs of the first `depth` layers take on disk, of both splits."""
         splits: tuple[Split, ...] = ("train", "validation")
         return sum(_Build(self, split, depth, dtype).num_bytes for split in splits)
 
-    def open(self, split: Split, depth: int, dtype: torch.dtype, beat: Beat) -> Trunk | None:
+    def open(
+        self, splits: Sequence[Split], depth: int, dtype: torch.dtype, beat: Beat
+    ) -> dict[Split, Trunk]:
         """Outputs of the first `depth` layers, made now if they are missing.
 
         All workers of the machine that ask for the same share the work; one that is killed leaves
         its part to the others.
 
+        Args:
+            splits: all that a trial reads; there is room for all of them, or they are not made.
+
         Returns:
-            None if the trunk shall be computed each time, because there is no room on disk, or
+            Without those that shall be computed each time, because there is no room on disk, or
             because somebody asks for a pause.
         """
-        build = _Build(self, split, depth, dtype)
+        builds = [_Build(self, split, depth, dtype) for split in splits]
+        try:
+            # Before room is made, which may take what these are made from: a map keeps its file.
+            below = {b.split: b.deepest_below() for b in builds if not b.is_complete()}
+            sizes = {build.folder: build.num_bytes for build in builds}
+            if below and not make_room(sizes, self.budget_bytes):
+                return {}
+        except OSError:
+            return {}
+        found = {b.split: self._opened(b, below.get(b.split), beat) for b in builds}
+        return {split: trunk for split, trunk in found.items() if trunk is not None}
+
+    def _opened(self, build: _Build, below: Trunk | None, beat: Beat) -> Trunk | None:
         try:
             if not build.is_complete():
-                if not make_room(build.folder, build.num_bytes, self.budget_bytes):
-                    return None
-                if not build.run(beat):
+                if not build.run(below, beat):
                     return None
                 give_back_free_memory()
             return build.open()
@@ -211,7 +245,8 @@ class _Build:
         Raises:
             OSError, pyarrow.ArrowException: a file is missing or torn.
         """
-        (self.folder / USED).touch()
+        for used in (self.folder, trunks_root()):
+            (used / USED).touch()
         chunk_of = np.zeros(len(self.examples), dtype=np.int64)
         start_of = np.zeros(len(self.examples), dtype=np.int64)
         for number, items in enumerate(self.chunks):
@@ -221,13 +256,15 @@ class _Build:
         maps = [_read(self.path(number)) for number in range(len(self.chunks))]
         return Trunk(self.depth, maps, chunk_of, start_of, self.most_tokens)
 
-    def run(self, beat: Beat) -> bool:
+    def run(self, below: Trunk | None, beat: Beat) -> bool:
         """Make what is missing, together with others.
+
+        Args:
+            below: outputs of fewer layers to go on from.
 
         Returns:
             False where somebody else wanted the room, or asks for a pause.
         """
-        below = self._deepest_below()
         first = self.cache.world.rank * len(self.chunks) // self.cache.world.size
         order = [*range(first, len(self.chunks)), *range(first)]
         while missing := [number for number in order if not self.path(number).exists()]:
@@ -274,7 +311,7 @@ class _Build:
             hidden_TH = hidden_TH[torch.from_numpy(np.cumsum(lengths) - lengths).to(device)]
         return hidden_TH.cpu()
 
-    def _deepest_below(self) -> Trunk | None:
+    def deepest_below(self) -> Trunk | None:
         """Outputs to go on from."""
         for depth in range(self.depth - 1, 0, -1):
             found = _Build(self.cache, self.split, depth, self.dtype)
@@ -326,23 +363,52 @@ def _may_stop(error: Exception) -> bool:
 
 
 def trunks_root() -> Path:
-    """Where the trunks of this machine lie."""
-    return cache_root() / "trunks"
+    """Where the trunks of this machine lie.
+
+    Apart from those of others that share the folder: on NFS, what makes way on one machine is lost
+    to those that have mapped it on another.
+    """
+    return cache_root() / "trunks" / socket.gethostname()
 
 
-def make_room(folder: Path, num_bytes: int, budget_bytes: int | None) -> bool:
-    """Reserve room for a folder of trunk outputs; those used longest ago make way.
+def _remove_of_gone_hosts(root: Path) -> None:
+    """Containers have new names every time, and nobody would make their trunks make way."""
+    for other in root.parent.glob("*/"):
+        with suppress(OSError):
+            used = max(other.stat().st_mtime, _last_used(other))
+            if time.time() - used > GONE_SECONDS:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def room_bytes(budget_bytes: int | None) -> int:
+    """Most that all trunks of this machine may take: the budget, or a part of the free disk.
+
+    What they have taken of it already counts as free.
+    """
+    if budget_bytes is not None:
+        return budget_bytes
+    root = trunks_root()
+    taken = sum(_reserved(found) for found in root.glob(f"*/*/{RESERVED}"))
+    there = next(folder for folder in (root, *root.parents) if folder.exists())
+    return int(FREE_SHARE * (shutil.disk_usage(there).free + taken))
+
+
+def make_room(wanted: Mapping[Path, int], budget_bytes: int | None) -> bool:
+    """Reserve room for folders of trunk outputs together; those used longest ago make way.
 
     Whoever has mapped what goes keeps it: the files live as long as their maps.
 
     Args:
+        wanted: bytes of each folder.
         budget_bytes: for all trunks together; None takes a part of what is free or theirs.
 
     Returns:
-        False if it is too large.
+        False if they are too large.
     """
     root = trunks_root()
     root.mkdir(parents=True, exist_ok=True)
+    (root / USED).touch()
+    _remove_of_gone_hosts(root)
     with FileLock(root / LOCK):
         sizes = {}
         for found in root.glob("*/*/"):
@@ -350,20 +416,17 @@ def make_room(folder: Path, num_bytes: int, budget_bytes: int | None) -> bool:
                 sizes[found] = _reserved(found / RESERVED)
             else:  # of who wrote on where room had been made
                 shutil.rmtree(found, ignore_errors=True)
-        if budget_bytes is None:
-            free = shutil.disk_usage(root).free
-            budget_bytes = int(FREE_SHARE * (free + sum(sizes.values())))
-        sizes.pop(folder, None)
-        oldest_first = sorted(sizes, key=lambda found: _last_used(found))
-        if num_bytes > budget_bytes:
+        room = room_bytes(budget_bytes) - sum(wanted.values())
+        if room < 0:
             return False
-        while sum(sizes.values()) + num_bytes > budget_bytes:
-            oldest = oldest_first.pop(0)
-            del sizes[oldest]
-            shutil.rmtree(oldest, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / USED).touch()
-        _write_text(folder / RESERVED, json.dumps({"bytes": num_bytes}))
+        others = sizes.keys() - wanted.keys()
+        oldest_first = sorted(others, key=lambda found: _last_used(found))
+        while sum(sizes[found] for found in oldest_first) > room:
+            shutil.rmtree(oldest_first.pop(0), ignore_errors=True)
+        for folder, num_bytes in wanted.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / USED).touch()
+            _write_text(folder / RESERVED, json.dumps({"bytes": num_bytes}))
     return True
 
 

@@ -18,7 +18,7 @@ from sft_ray.config import Experiment, Train
 from sft_ray.errors import ConfigError, SftError
 from sft_ray.recipes import default_recipe
 from sft_ray.run_store import ENVIRONMENT, RunStore, write_experiment
-from sft_ray.search import planning
+from sft_ray.search import cluster, planning
 from sft_ray.search import speed as speed_module
 from sft_ray.search.draws import DRAWS, drawn_trials
 from sft_ray.search.estimate import STARTUP_SECONDS, Plan
@@ -30,7 +30,7 @@ from sft_ray.single_trial import run_training
 from sft_ray.training import fitting as fit_module
 from sft_ray.training import forward as forward_module
 from sft_ray.training.batches import Batch
-from sft_ray.training.trunk_cache import trunks_root
+from sft_ray.training.trunk_cache import FREE_SHARE, trunks_root
 from tests.models import task_rows, write_jsonl
 
 TRAIN_SECONDS, EVAL_SECONDS = 0.01, 0.001  # per example, where nothing is measured
@@ -287,6 +287,15 @@ def test_a_constant_depth_is_measured_alone_and_threads_stay(experiment: Experim
     assert torch.get_num_threads() == 2
 
 
+def test_a_container_has_as_many_cpus_as_ray_will_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray._private.utils._get_docker_cpus", lambda: 3.0)
+    monkeypatch.delenv("RAY_USE_MULTIPROCESSING_CPU_COUNT", raising=False)
+    has = cluster.capacity_here("local")
+    assert has is not None
+    assert has["CPU"] == 3
+
+
 def test_a_line_leads_through_the_depths_that_were_measured() -> None:
     speed = Speed("CPU", {0: 4.0, 4: 2.0, 6: 1.0}, 1.0)
     depths = (0, 1, 4, 5, 6, "all")
@@ -320,6 +329,14 @@ def test_a_plan_measures_frozen_layers_and_leaves_no_cache(
     without = run_plan(little, probe_seconds=1, quiet=True)
     assert without.speed.trunk_seconds == {0: 0, 1: 0, 2: 0}
     assert 0 < plan.disk_bytes - without.disk_bytes <= 2 * plan.speed.trunk_bytes
+    assert plan.speed.trunk_uses == 4  # 12 trials, 3 depths
+    room = 1.5 * plan.speed.trunk_bytes / FREE_SHARE  # for one of two trunks
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=room))
+    tight = run_plan(
+        changed(experiment, {"space": space, "trials": 12}), probe_seconds=1, quiet=True
+    )
+    assert tight.speed.trunk_uses == 2
+    assert tight.disk_bytes - without.disk_bytes == int(1.5 * plan.speed.trunk_bytes)
     none = changed(experiment, {"space": space}, resources={"slots": 1, "trunk_cache_gb": 0})
     assert run_plan(none, probe_seconds=1, quiet=True).speed.trunk_seconds == {}
 

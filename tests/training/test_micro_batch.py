@@ -166,6 +166,7 @@ def test_a_worker_has_its_share_of_the_containers_memory(monkeypatch, tmp_path: 
     limit = tmp_path / "memory.max"
     limit.write_text(f"{1024 * MIB}\n")
     monkeypatch.setattr(micro_batch, "CGROUP_LIMIT", limit)
+    monkeypatch.setattr(micro_batch, "CGROUP_CPUS", tmp_path / "none")
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert micro_batch.worker_memory_bytes() == 256 * MIB
@@ -175,6 +176,24 @@ def test_a_worker_has_its_share_of_the_containers_memory(monkeypatch, tmp_path: 
     assert micro_batch.worker_memory_bytes() > 1024 * MIB
     monkeypatch.setattr(micro_batch, "CGROUP_LIMIT", tmp_path / "none")
     assert micro_batch.worker_memory_bytes() > 1024 * MIB
+
+
+@pytest.mark.parametrize(
+    ("quota", "cpus"),
+    [("400000 100000", 4), ("350000 100000", 3), ("50000 100000", 1), ("max 100000", 64)],
+)
+def test_a_containers_memory_is_shared_by_the_cpus_of_its_quota(
+    monkeypatch, tmp_path: Path, quota: str, cpus: int
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    limits = {name: tmp_path / name for name in ("memory.max", "cpu.max")}
+    limits["memory.max"].write_text(f"{1024 * MIB}\n")
+    limits["cpu.max"].write_text(f"{quota}\n")
+    monkeypatch.setattr(micro_batch, "CGROUP_LIMIT", limits["memory.max"])
+    monkeypatch.setattr(micro_batch, "CGROUP_CPUS", limits["cpu.max"])
+    assert micro_batch.num_cpus() == cpus
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert micro_batch.worker_memory_bytes() == 1024 * MIB / cpus
 
 
 # -- in a trial ----------------------------------------------------------------------------------
@@ -321,6 +340,28 @@ def test_a_cpu_is_asked_once_whatever_the_batch_size_and_the_optimiser(
     assert len(setup.micro_batches) == 1
 
 
+@pytest.mark.parametrize(
+    "changes", [{"dropout": 0.1}, {"label_smoothing": 0.1}, {"class_weights": "balanced"}]
+)
+def test_what_a_trial_keeps_does_not_depend_on_who_came_before(
+    tiny_bert, toy: Dataset, changes: dict
+) -> None:
+    pretrained = load_tiny(tiny_bert, toy)
+
+    def kept(setup: Setup, settings: dict) -> int:
+        train = Train.model_validate({"precision": "fp32", "dropout": 0.0, **settings})
+        pretrained.reset(0, dropout=train.dropout)
+        options = forward.loss_options(train, setup)
+        return Backward(train, setup, torch.float32, options).memory_bytes([])
+
+    def setup() -> Setup:
+        return Setup(TASK, toy, pretrained, SimpleNamespace(pad_token_id=PAD), World())
+
+    alone, shared = [kept(setup(), settings) for settings in ({}, changes)], setup()
+    assert alone[0] < alone[1]
+    assert [kept(shared, settings) for settings in ({}, changes, {})] == [*alone, alone[0]]
+
+
 def of_graphs() -> int:
     """How many tensors there are that passes have made, and may want back."""
     gc.collect()
@@ -393,5 +434,5 @@ def test_a_trunk_that_does_not_fit_into_memory_is_computed_each_time(
     monkeypatch.setattr(trunk_cache, "RATES", {})  # so that they are measured
     monkeypatch.setattr(trunk_cache, "trunk_output", full)
     assert not cache.pays("train", 1, torch.float32, passes=100)
-    assert cache.open("train", 1, torch.float32, no_beat) is None
+    assert cache.open(["train"], 1, torch.float32, no_beat) == {}
     assert not cache.folder("train", 1, torch.float32).exists()

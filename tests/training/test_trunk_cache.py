@@ -9,6 +9,8 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,20 +18,24 @@ import torch
 
 from sft_ray.config import Train
 from sft_ray.training import trunk_cache
+from sft_ray.training.batches import Trunk
 from sft_ray.training.beat import no_beat
 from sft_ray.training.compiled import CompiledLayers
+from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import Dataset
 from sft_ray.training.families import FAMILIES
 from sft_ray.training.fitting import Trial, fit
 from sft_ray.training.forward import evaluate
 from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup
+from sft_ray.training.tasks import TASKS
 from sft_ray.training.trunk_cache import Costs, Rates, TrunkCache, make_room, trunks_root
 from sft_ray.training.world import World
 from tests.models import (
     PAD,
     TASK,
     load_tiny,
+    task_dataset,
     tiny_model_folder,
     tiny_tokenizer,
     toy_dataset,
@@ -37,6 +43,7 @@ from tests.models import (
 
 LAYERS = 3
 FP32 = torch.float32
+PER_TOKEN = ("token-classification", "question-answering")
 
 
 @pytest.fixture
@@ -55,10 +62,31 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model_folder(tmp_path_factory.mktemp("bert"), "bert", LAYERS)
 
 
-def setup_of(folder: Path, dataset: Dataset, *, uses: float = 1.0, budget: int | None = None):
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp(request.param), request.param, LAYERS)
+
+
+@pytest.fixture(scope="module")
+def of_task(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> dict[str, Dataset]:
+    folder = tmp_path_factory.mktemp("tasks")
+    return {
+        name: task_dataset(folder / name, name, tiny_bert, train=24, validation=24)
+        for name in ("text-classification", *PER_TOKEN)
+    }
+
+
+def setup_of(
+    folder: Path,
+    dataset: Dataset,
+    *,
+    uses: float = 1.0,
+    depths: int = 1,
+    budget: int | None = None,
+) -> Setup:
     pretrained = load_tiny(folder, dataset)
     tokenizer = tiny_tokenizer(folder)
-    cache = TrunkCache(pretrained, dataset, World(), PAD, budget, uses)
+    cache = TrunkCache(pretrained, dataset, World(), PAD, budget, uses, depths)
     return Setup(TASK, dataset, pretrained, tokenizer, World(), trunk_cache=cache)
 
 
@@ -82,9 +110,7 @@ def kept(root: Path) -> set[str]:
     return {path.parent.name for path in root.glob(f"*/*/{trunk_cache.COMPLETE}")}
 
 
-@pytest.mark.parametrize(
-    ("family", "k"), [*((family, 2) for family in FAMILIES), ("bert", 1), ("bert", 3), ("mpnet", 3)]
-)
+@pytest.mark.parametrize(("family", "k"), [*((family, 2) for family in FAMILIES), ("bert", LAYERS)])
 def test_a_trial_on_cached_outputs_is_the_trial_without(
     family: str, k: int, toy: Dataset, tmp_path: Path, root: Path
 ) -> None:
@@ -104,8 +130,7 @@ def test_bf16_is_kept_as_it_is(toy: Dataset, bert: Path, root: Path) -> None:
     settings = {"frozen_layers": 2, "precision": "bf16"}
     made, found = (run(setup, **settings) for _ in range(2))
     plain = run(replace(setup, trunk_cache=None), **settings)
-    trunk = setup.trunk_cache.open("train", 2, torch.bfloat16, no_beat)
-    assert trunk is not None
+    trunk = setup.trunk_cache.open(["train"], 2, torch.bfloat16, no_beat)["train"]
     assert sum(chunk.nbytes for chunk in trunk.maps) == 2 * 32 * len(toy.train.tokens)
     for one, again, without in zip(made, found, plain, strict=True):
         assert one.train_loss == again.train_loss
@@ -129,15 +154,22 @@ def test_layers_above_cached_outputs_can_be_compiled(
     assert (found[-1].padding_share > 0) == (k < LAYERS)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_validation_logits_are_equal(k: int, toy: Dataset, bert: Path, root: Path) -> None:
-    setup = setup_of(bert, toy)
-    setup.pretrained.reset(k)
-    trunk = setup.trunk_cache.open("validation", k, FP32, no_beat)
-    assert trunk is not None
-    assert (trunk.most_tokens == 1) == (k == LAYERS)
-    arguments = (setup.pretrained.model, TASK, toy.validation, PAD, World(), FP32, no_beat)
-    np.testing.assert_allclose(evaluate(*arguments, trunk), evaluate(*arguments), atol=1e-5)
+@pytest.mark.parametrize("name", ["text-classification", *PER_TOKEN])
+def test_validation_logits_are_equal_at_every_depth_of_every_family(
+    family_folder: Path, name: str, of_task: dict[str, Dataset], root: Path
+) -> None:
+    """Made from nothing, and from fewer layers."""
+    task, dataset = TASKS[name], of_task[name]
+    pretrained = load_tiny(family_folder, dataset, task=task)
+    cache = TrunkCache(pretrained, dataset, World(), PAD)
+    arguments = (pretrained.model, task, dataset.validation, PAD, World(), FP32, no_beat)
+    plain = evaluate(*arguments)
+    for k in (LAYERS, *range(1, LAYERS)):
+        pretrained.reset(k)
+        trunk = cache.open(["validation"], k, FP32, no_beat)["validation"]
+        assert trunk.depth == k
+        assert (trunk.most_tokens == 1) == (k == LAYERS and name not in PER_TOKEN)
+        np.testing.assert_allclose(evaluate(*arguments, trunk), plain, atol=1e-5)
 
 
 def test_the_same_numbers_whether_found_or_made_and_from_whatever_depth(
@@ -149,7 +181,7 @@ def test_the_same_numbers_whether_found_or_made_and_from_whatever_depth(
     found = run(setup, frozen_layers=2)
     monkeypatch.setenv("SFT_RAY_CACHE", str(tmp_path / "other"))
     run(setup, frozen_layers=1)
-    began = trunk_cache._Build(setup.trunk_cache, "train", 2, FP32)._deepest_below()
+    began = trunk_cache._Build(setup.trunk_cache, "train", 2, FP32).deepest_below()
     assert began is not None
     assert began.depth == 1
     chained = run(setup, frozen_layers=2)
@@ -193,15 +225,99 @@ def test_a_budget_of_nothing_keeps_nothing(toy: Dataset, bert: Path, root: Path)
     assert not root.exists()
 
 
+def test_a_depth_is_kept_with_both_splits_or_not_at_all(
+    toy: Dataset, bert: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, wrote = trunk_cache._write, []
+
+    def write(path: Path, hidden_TH: torch.Tensor) -> None:
+        wrote.append(path)
+        honest(path, hidden_TH)
+
+    monkeypatch.setattr(trunk_cache, "_write", write)
+    both = setup_of(bert, toy).trunk_cache.num_bytes(2, FP32)
+    run(setup_of(bert, toy, budget=both - 1), frozen_layers=2)
+    assert wrote == []
+    assert not root.exists()
+    for k in (1, 2, 2):
+        run(setup_of(bert, toy, budget=both), frozen_layers=k)
+        assert kept(root) == {f"train-{k}", f"validation-{k}"}
+    assert len(wrote) == len({*wrote})  # the last has found both
+
+
+def test_a_free_disk_without_room_for_a_depth_keeps_none(
+    toy: Dataset, bert: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = setup_of(bert, toy).trunk_cache
+    free = round(cache.num_bytes(2, FP32) / trunk_cache.FREE_SHARE)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    assert cache.pays("train", 2, FP32, 3)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free - 4))
+    assert not cache.pays("train", 2, FP32, 3)
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(("fit", "uses"), [(0.9, 0), (1, 4 / 3), (2.5, 2), (3, 4), (4, 5), (9, 5)])
+def test_outputs_are_used_less_often_where_others_take_their_room(
+    toy: Dataset, bert: Path, fit: float, uses: float
+) -> None:
+    one = setup_of(bert, toy).trunk_cache.num_bytes(2, FP32)
+    cache = setup_of(bert, toy, uses=5, depths=4, budget=int(fit * one)).trunk_cache
+    assert cache.likely_uses(2, FP32) == pytest.approx(uses)
+    assert cache.pays("train", 2, FP32, 0.9) == (uses > 1.5)
+    assert replace(cache, uses=1.2).likely_uses(2, FP32) == min(uses, 1.2)
+
+
+def test_a_deeper_trunk_is_made_from_the_one_whose_room_it_takes(
+    toy: Dataset, bert: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, began = trunk_cache._Build._compute, []
+
+    def compute(build: Any, items: IntArray, below: Trunk | None) -> torch.Tensor:
+        began.append((build.depth, below and below.depth))
+        return honest(build, items, below)
+
+    monkeypatch.setattr(trunk_cache._Build, "_compute", compute)
+    budget = setup_of(bert, toy).trunk_cache.num_bytes(2, FP32)
+    for k in (1, 2):
+        run(setup_of(bert, toy, budget=budget), frozen_layers=k)
+    assert kept(root) == {"train-2", "validation-2"}
+    assert {*began} == {(1, None), (2, 1)}
+
+
+def test_machines_that_share_a_folder_take_nothing_from_each_other(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as there:
+        there.setattr("socket.gethostname", lambda: "other")
+        theirs = trunks_root() / "key" / "train-1"
+        assert make_room({theirs: 100}, 100)
+    assert make_room({root / "key" / "train-2": 100}, 100)
+    assert theirs.exists()
+
+
+def test_what_a_machine_that_is_gone_has_left_is_removed(root: Path) -> None:
+    lately, long_ago = (time.time() - days * 86400 for days in (29, 31))
+    gone, back, new = (root.parent / name for name in ("gone", "back", "new"))
+    for host in (gone, back, new):
+        (host / "key" / "train-1").mkdir(parents=True)
+    for host, used in ((gone, long_ago), (back, lately)):
+        (host / trunk_cache.USED).touch()
+        os.utime(host / trunk_cache.USED, (used, used))
+        os.utime(host, (long_ago, long_ago))
+    assert make_room({root / "key" / "train-1": 100}, 100)
+    assert [host.exists() for host in (gone, back, new)] == [False, True, True]
+
+
 def test_what_was_used_longest_ago_makes_way(root: Path) -> None:
     folders = [root / "key" / f"train-{k}" for k in range(4)]
     for age, folder in enumerate(folders[:3]):
-        assert make_room(folder, 100, 300)
+        assert make_room({folder: 100}, 300)
         os.utime(folder / trunk_cache.USED, (1000 + age, 1000 + age))
     os.utime(folders[0] / trunk_cache.USED, (2000, 2000))
-    assert make_room(folders[3], 150, 300)
+    assert make_room({folders[3]: 150}, 300)
     assert [folder.exists() for folder in folders] == [True, False, False, True]
-    assert not make_room(root / "key" / "train-9", 301, 300)
+    assert not make_room({root / "key" / "train-9": 301}, 300)
     assert [folder.exists() for folder in folders] == [True, False, False, True]
 
 
@@ -227,14 +343,14 @@ def test_who_loses_the_room_while_building_leaves_nothing(
     def beat(what: str) -> bool:
         written.append(what)
         if len(written) == 3:
-            assert make_room(root / "other" / "train-1", 10**9, 10**9)
+            assert make_room({root / "other" / "train-1": 10**9}, 10**9)
         return False
 
-    assert setup.trunk_cache.open("train", 2, FP32, beat) is None
+    assert setup.trunk_cache.open(["train"], 2, FP32, beat) == {}
     assert len(written) == 3
     assert {path.name for path in root.glob("*/*/")} == {"train-1"}
     (root / "key" / "train-5").mkdir(parents=True)  # of who wrote on all the same
-    assert make_room(root / "other" / "train-2", 100, 10**9 + 100)
+    assert make_room({root / "other" / "train-2": 100}, 10**9 + 100)
     assert {path.name for path in root.glob("*/*/")} == {"train-1", "train-2"}
 
 
@@ -311,8 +427,8 @@ def test_a_pause_that_is_asked_for_is_not_kept_waiting(
 ) -> None:
     setup = setup_of(bert, toy)
     said: list[str] = []
-    opened = setup.trunk_cache.open("train", 2, FP32, lambda what: not said.append(what))
-    assert opened is None
+    opened = setup.trunk_cache.open(["train"], 2, FP32, lambda what: not said.append(what))
+    assert opened == {}
     assert said == [trunk_cache.BUILDING]
     assert kept(root) == set()
 
@@ -333,7 +449,7 @@ def _build(folder: str, dataset: Dataset, cache: str, slow: bool, rank: int, out
 
     trunk_cache._write = write
     setup.pretrained.reset(2)
-    opened = cached.open("train", 2, FP32, no_beat)
+    opened = cached.open(["train"], 2, FP32, no_beat)
     out.put((rank, "opened" if opened else "none"))
 
 
