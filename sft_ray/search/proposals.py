@@ -35,6 +35,7 @@ from sft_ray.training.seeds import derived_seed
 PRIOR_STRENGTH = 10  # n0: trials after which half of the draws come from the sampler
 # Draws to find a point that was not tried.  One of gp fits a model.
 ATTEMPTS = {"tpe": 20, "nsga2": 20, "random": 20, "qmc": 20, "gp": 2}
+BLIND_ATTEMPTS = 1000
 SAMPLERS_THAT_LOOK = ("tpe", "gp", "nsga2")  # at the trials before
 
 
@@ -178,19 +179,22 @@ def propose(
     if seen == begun and not repeats:
         return fixed
     tried = keys_of_trained(begun) if repeats else frozenset[str]()
+
+    def is_new(point: dict[str, Any]) -> bool:
+        return key_of_point(search.domains, experiment.train, point) not in tried
+
     rehearsal = rehearsal_of(study, seen, search, seed, number)
     for _ in range(ATTEMPTS[search.sampler]):
         if fixed:
             rehearsal.enqueue_trial(fixed)
         drawn = ask(rehearsal, search.domains)
-        if key_of_point(search.domains, experiment.train, drawn) not in tried:
+        if is_new(drawn):
             return drawn
     chance = derived_seed(seed, "untried", number)
     if untried is None:  # of so many points chance soon finds another
         blind = optuna.create_study(sampler=optuna.samplers.RandomSampler(chance))
-        while key_of_point(search.domains, experiment.train, drawn) in tried:
-            drawn = ask(blind, search.domains)
-        return drawn
+        blindly = (ask(blind, search.domains) for _ in range(BLIND_ATTEMPTS))
+        return next(filter(is_new, blindly), drawn)
     left = [p for p in untried.values() if fixed.items() <= p.items()] or list(untried.values())
     return left[int(np.random.default_rng(chance).integers(len(left)))]
 

@@ -220,12 +220,12 @@ class SearchStudy:
         if budget := self.budget_used_up():
             return f"budget: {budget}"
         search, stopped = self.experiment.search, self._frozen(number).user_attrs.get("stopped")
-        if stopped is not None:  # before a kill, which came before its end was told
-            return str(stopped)
+        if stopped is not None and percent >= stopped:  # a kill came before its end was told
+            return f"rung {stopped}"
         if is_settled or self.costs or percent not in search.rungs or is_yardstick(live.trial):
             return None
         if prune_at(self.pruner, self.study, self._frozen(number), percent):
-            live.trial.set_user_attr("stopped", f"rung {percent}")
+            live.trial.set_user_attr("stopped", percent)
             return f"rung {percent}"
         return None
 

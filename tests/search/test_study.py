@@ -578,6 +578,7 @@ def test_who_was_stopped_at_a_rung_before_a_kill_is_stopped_again(tmp_path: Path
         planned = again.next_trial()
         assert planned is not None
         assert planned.number == 1
+        assert again.mark(1, 20, 0.6, 1.0) is None
         assert again.mark(1, at, 0.7, 1.0) == "rung 33"
 
 
