@@ -261,14 +261,7 @@ def check_row(row: Any, where: str) -> None:
     Raises:
         ConfigError: the file is damaged.
     """
-    parts = {
-        "number": int,
-        "state": str,
-        "role": str,
-        "params": dict,
-        "train": dict,
-        "metrics": dict,
-    }
+    parts = {"number": int, "state": str, "role": str, "params": dict, "metrics": dict}
     number = (int, float, type(None))
     if not isinstance(row, dict) or not _holds(row, parts):
         raise ConfigError(f"{where}: damaged: a trial must hold {', '.join(parts)}")

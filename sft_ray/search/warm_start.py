@@ -62,22 +62,21 @@ def warm_configurations(
             with reading(location):
                 likeness = _likeness(run, model_facts, objective)
                 best = run.best_rows(round(MOST_PER_RUN * likeness.weight) or 1)
+                found = [_within(space, _trained(row)) for row in best]
         except SftError as error:
             problems += [f"search.warm_start.{i}: {problem}" for problem in error.problems]
             continue
-        for rank, row in enumerate(best):
-            fixed = {f"train.{name}": value for name, value in row["train"].items()}
-            params = _within(space, spaces.parameters(fixed) | row["params"])
+        for rank, params in enumerate(found):
             known = len(params) / max(len(_asked(space, params)), 1)
             ranked.append((likeness.weight * known / (1 + rank), i, params))
     if problems:
         raise ConfigError(*problems)
     ranked.sort(key=lambda entry: -entry[0])
-    found: list[dict[str, Any]] = []
+    first: list[dict[str, Any]] = []
     for _, _, params in ranked:
-        if params and params not in found:
-            found.append(params)
-    return found
+        if params and params not in first:
+            first.append(params)
+    return first
 
 
 @dataclass(frozen=True)
@@ -145,6 +144,12 @@ def _likeness(run: _Run, facts: dict[str, Any], objective: str) -> Likeness:
     else:
         task = 0.7
     return Likeness(model, task)
+
+
+def _trained(row: dict[str, Any]) -> dict[str, Any]:
+    """What a trial was trained with, searched or not."""
+    train = {f"train.{name}": value for name, value in row["train"].items()}
+    return spaces.parameters(train) | dict(row["params"])
 
 
 def _within(space: Space, params: dict[str, Any]) -> dict[str, Any]:
