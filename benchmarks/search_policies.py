@@ -148,24 +148,25 @@ def read_pool(path: Path) -> Pool:
     """
     runs = _runs(path)
     worst = min(score for run in runs for _, score in _scores(run) if math.isfinite(score))
-    depths = [run.get("frozen_layers", 0) for run in runs]
-    counted = [run.get("num_layers", 0) for run in runs] + [n for n in depths if n != "all"]
-    num_layers = max(map(int, counted), default=0)
+    depths = [_recorded(run, "frozen_layers", 0) for run in runs]
+    counted = [_recorded(run, "num_layers", 0) for run in runs] + [n for n in depths if n != "all"]
+    num_layers = max(map(int, counted))
     trains = [
         {
             "learning_rate": run["learning_rate"],
-            "batch_size": run.get("train_batch_size", 32),
-            "epochs": run.get("num_train_epochs", 1),
+            "batch_size": _recorded(run, "train_batch_size", 32),
+            "epochs": _recorded(run, "num_train_epochs", 1),
             "frozen_layers": num_layers if depth == "all" else depth,
-            "regularization": run.get("regularization", {"kind": "none"}),
+            "regularization": _recorded(run, "regularization", {"kind": "none"}),
         }
         for run, depth in zip(runs, depths, strict=True)
     ]
     name = path.stem.lower()
     families = [model_type for known, model_type in FAMILIES.items() if known in name]
-    model_type = runs[0].get("model_type", max(families, key=len, default=""))
+    model_type = _recorded(runs[0], "model_type", max(families, key=len, default=""))
     size = next((size for word, size in SIZES.items() if word in name), BASE_SIZE)
-    layer_parameters = runs[0].get("layer_parameters", runs[0].get("num_parameters", size))
+    num_parameters = _recorded(runs[0], "num_parameters", size)
+    layer_parameters = _recorded(runs[0], "layer_parameters", num_parameters)
     recipe = recipe_of(model_type, layer_parameters)
     searched = [
         f"train.{name}"
@@ -209,6 +210,12 @@ def _runs(path: Path) -> list[dict[str, Any]]:
     if not runs:
         raise ConfigError(f"{path}: no run with a score")
     return runs
+
+
+def _recorded(run: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    """What a run says; null says nothing."""
+    found = run.get(name)
+    return otherwise if found is None else found
 
 
 def _scores(run: Mapping[str, Any]) -> list[tuple[float, float]]:
@@ -272,13 +279,8 @@ POLICIES = {
         HF_RANGE, False, {**PLAIN, **EARLY, "sampler": "random"}, absolute_rungs=(0.25, 1.0)
     ),
 }
-EVERY_SLOTS = (
-    "default",
-    "random_hf",
-    "tpe_hf",
-    "tpe_rungs_hf",
-    "asha_hf",
-)  # the others with one slot
+# The others with one slot.
+EVERY_SLOTS = ("default", "random_hf", "tpe_hf", "tpe_rungs_hf", "asha_hf")
 
 
 def space_of(policy: Policy, pool: Pool) -> dict[str, Any]:

@@ -327,7 +327,7 @@ def test_family_and_size_are_read_from_a_files_name(
 ) -> None:
     path = tmp_path / f"{name}.jsonl"
     recorded = [bare_run(1e-5), {**bare_run(2e-5), "frozen_layers": "all"}]
-    recorded += [{**bare_run(2e-5), "frozen_layers": 4, "num_layers": 12}]
+    recorded += [{**bare_run(2e-5), "frozen_layers": 4, "num_layers": 12, "regularization": None}]
     path.write_text("\n".join(map(json.dumps, recorded)))
     pool = read_pool(path)
     assert pool.recipe is RECIPES[recipe]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -47,9 +47,8 @@ class FiniteSpace:
         """Equal for parameters that train the same configuration."""
         return key_of_point(self.space, self.train, params)
 
-    def untried(self, trials: Sequence[FrozenTrial]) -> dict[str, dict[str, Any]]:
-        """The points that no trial has trained, by key."""
-        tried = keys_of_trained(trials)
+    def untried(self, tried: Container[str]) -> dict[str, dict[str, Any]]:
+        """The points that are not among these keys of trained ones, by key."""
         return {key: point for key, point in self.points.items() if key not in tried}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -99,15 +98,12 @@ def _patience_problems(experiment: Experiment) -> list[str]:
 def _depth_problems(experiment: Experiment, model: ModelFacts) -> list[str]:
     """Every depth that can be drawn must exist, beside every number of re-initialised layers."""
     paths = ("train.frozen_layers", "train.reinit_layers")
-
-    def counted(layers: Any) -> int:
-        return model.num_layers if layers == "all" else int(layers)
-
-    fixed = {path: getattr(experiment.train, path.removeprefix("train.")) for path in paths}
-    most = {path: counted(layers) for path, layers in fixed.items()}
+    train = experiment.train
+    fixed = (train.frozen_depth(model.num_layers), train.reinit_layers)
+    most = dict(zip(paths, fixed, strict=True))
     problems = []
     searched = [
-        (path, counted(value))
+        (path, model.num_layers if value == "all" else value)
         for path, value in spaces.boundary_values(experiment.search.domains)
         if path in paths
     ]

@@ -169,16 +169,15 @@ def propose(
         finite: the space, if its points are kept count of.
     """
     search, seed = experiment.search, experiment.seed
-    untried = None if finite is None else finite.untried(study.get_trials(deepcopy=False))
+    begun, repeats = trials_begun(study), num_points(search.domains) < math.inf
+    tried = keys_of_trained(begun) if repeats else frozenset[str]()
+    untried = None if finite is None else finite.untried(tried)
     if untried is not None and (not untried or search.sampler == "grid"):
         return next(iter(untried.values()), {})
     fixed = prior_draw(search.domains, seed, number, experiment.train, num_layers)
-    begun = trials_begun(study)
     seen = as_seen_now(begun, search, study.directions)
-    repeats = num_points(search.domains) < math.inf
     if seen == begun and not repeats:
         return fixed
-    tried = keys_of_trained(begun) if repeats else frozenset[str]()
 
     def is_new(point: dict[str, Any]) -> bool:
         return key_of_point(search.domains, experiment.train, point) not in tried

@@ -28,7 +28,7 @@ from sft_ray.folder_rule import BUDGET, SPACE, TRIALS
 from sft_ray.run_store import trial_folder
 from sft_ray.screen import short_params
 from sft_ray.search.board import Board, EndedTrial
-from sft_ray.search.finite_space import FiniteSpace
+from sft_ray.search.finite_space import FiniteSpace, keys_of_trained
 from sft_ray.search.proposals import first_trials, propose, suggest
 from sft_ray.search.pruners import build_pruner, prune_at
 from sft_ray.search.samplers import build_sampler
@@ -316,7 +316,7 @@ class SearchStudy:
         """Every point of a finite space has started, and what was first in line."""
         if self._waiting() or self.finite is None:
             return False
-        return not self.finite.untried(self.trials)
+        return not self.finite.untried(keys_of_trained(self.trials))
 
     def wall_seconds(self) -> float:
         """Of all sessions of this search."""
@@ -340,7 +340,11 @@ class SearchStudy:
         """What a live view shows at first: what is planned, and what has ended before."""
         search, workers = self.experiment.search, self.experiment.resources.workers_per_trial
         minutes, hours = search.budget.wall_minutes, search.budget.worker_hours
-        there = math.inf if self.finite is None else len(self.finite.untried(self.trials))
+        there = (
+            math.inf
+            if self.finite is None
+            else len(self.finite.untried(keys_of_trained(self.trials)))
+        )
         board = Board(
             objective,
             int(min(search.trials, len(self.trials) + there)),

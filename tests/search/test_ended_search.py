@@ -102,6 +102,22 @@ def confirm(run: Path) -> None:
     write_results(store, store.read_json(RESULTS))
 
 
+def cleared(experiment: Experiment) -> tuple[Experiment, SearchResult, Path]:
+    """A confirmed run without its trials' folders."""
+    experiment, result, run = searched(experiment)
+    confirm(run)
+    shutil.rmtree(run / "trials")
+    return experiment, result, run
+
+
+def cut_off(experiment: Experiment, run: Any) -> None:
+    """Extend a run by two trials, and interrupt it in place of its slots."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuner, "_run", run)
+        with pytest.raises(KeyboardInterrupt):
+            run_search(experiment, extend=2)
+
+
 def with_search(experiment: Experiment, **search: Any) -> Experiment:
     tree = experiment.to_tree()
     return Experiment.from_tree({**tree, "search": tree["search"] | search})
@@ -110,9 +126,7 @@ def with_search(experiment: Experiment, **search: Any) -> Experiment:
 def test_a_confirmed_run_whose_trials_were_cleared_keeps_its_outcome(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiment, result, run = searched(experiment)
-    confirm(run)
-    shutil.rmtree(run / "trials")
+    experiment, result, run = cleared(experiment)
     starts_nothing(monkeypatch)
     again = run_search(experiment, quiet=True)
     assert again.best == result.best
@@ -124,9 +138,7 @@ def test_a_confirmed_run_whose_trials_were_cleared_keeps_its_outcome(
 
 
 def test_new_trials_of_a_run_whose_models_are_gone_keep_theirs(experiment: Experiment) -> None:
-    experiment, _, run = searched(experiment)
-    confirm(run)
-    shutil.rmtree(run / "trials")
+    experiment, _, run = cleared(experiment)
     result = run_search(experiment, quiet=True, extend=3)
     assert result.best["trial"] == 4  # worse than the four whose models are gone
     assert sorted(path.parent.name for path in run.glob("trials/*/best")) == ["4", "5"]
@@ -140,15 +152,10 @@ def test_new_trials_of_a_run_whose_models_are_gone_keep_theirs(experiment: Exper
 def test_the_winner_stays_where_no_trial_since_has_left_a_model(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    experiment, before, run = searched(experiment)
-    confirm(run)
-    shutil.rmtree(run / "trials")
+    experiment, before, run = cleared(experiment)
     monkeypatch.setattr(tuner, "_run", partial(invented, pruned_from=4))
     for trials in (6, 8):
-        with monkeypatch.context() as patch:
-            patch.setattr(tuner, "_run", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                run_search(experiment, extend=2)
+        cut_off(experiment, interrupted)
         capsys.readouterr()
         result = run_search(experiment, extend=2)
         assert "no trial since has left a model" in capsys.readouterr().out
@@ -164,18 +171,13 @@ def test_the_winner_stays_where_no_trial_since_has_left_a_model(
 def test_the_winner_stays_where_a_kill_came_behind_the_last_trial(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    experiment, before, run = searched(experiment)
-    confirm(run)
-    shutil.rmtree(run / "trials")
+    experiment, before, run = cleared(experiment)
 
     def ended_and_killed(*arguments: Any) -> Any:
         invented(*arguments, pruned_from=4)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(tuner, "_run", ended_and_killed)
-        with pytest.raises(KeyboardInterrupt):
-            run_search(experiment, extend=2)
+    cut_off(experiment, ended_and_killed)
     monkeypatch.setattr(tuner, "_run", lambda *_: pytest.fail("trials were run"))
     capsys.readouterr()
     result = run_search(experiment, extend=2)
@@ -205,9 +207,7 @@ def test_a_confirmation_that_goes_with_damage_is_spoken_of(
 def test_an_outcome_stays_where_no_other_can_be_made(
     experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    experiment, _, run = searched(experiment)
-    confirm(run)
-    shutil.rmtree(run / "trials")
+    experiment, _, run = cleared(experiment)
     (run / "best/model.safetensors").write_text("damaged")
     before = (run / RESULTS).read_text()
     with pytest.raises(TrialError, match="none of 4 trials left a whole model"):
