@@ -31,7 +31,12 @@ Overrides = Annotated[
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Set an existing run folder aside and begin again.")
 ]
-Address = Annotated[str | None, typer.Option(help="Ray cluster, for example auto.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray cluster, for example auto.  Default: RAY_ADDRESS, one running here, or a new one."
+    ),
+]
 Price = Annotated[float | None, typer.Option(min=0, help="Dollars per worker and hour.")]
 Model = Annotated[str, typer.Argument(help="Model folder, hub id, or run folder.")]
 
@@ -50,8 +55,21 @@ app = typer.Typer(
 )
 
 
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        from sft_ray import __version__
+        from sft_ray.screen import Screen
+
+        Screen().say(f"sft-ray {__version__}")
+        raise typer.Exit
+
+
 @app.callback(epilog=examples("sft-ray init reviews.csv", "sft-ray search reviews.yaml"))
-def _verbs() -> None:
+def _verbs(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say the version.", callback=_say_version)
+    ] = False,
+) -> None:
     """Search the hyperparameters of fine-tuning BERT-type encoders on Ray."""
 
 
@@ -73,7 +91,8 @@ def init(
         str | None, typer.Option(help="Default: guessed, for example text-classification.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Hub id or folder.  Default: one for the texts' script.")
+        str | None,
+        typer.Option(help="Hub id or folder, not looked at.  Default: one for the texts' script."),
     ] = None,
     out: Annotated[
         str | None, typer.Option(help="File to write.  Default: the data's name with .yaml.")
@@ -353,15 +372,27 @@ def push(
 @app.command(epilog=examples("sft-ray confirm runs/my --top 3 --seeds 5"))
 def confirm(
     run: Annotated[str, typer.Argument(help="Folder of a finished search.")],
-    top: Annotated[int, typer.Option(min=1, max=100, help="Configurations, by search score.")] = 3,
-    seeds: Annotated[int, typer.Option(min=2, max=100, help="Fresh seeds for each.")] = 5,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=100, help="Configurations, by search score.  Default: the run's own, or 3."
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=2, max=100, help="Fresh seeds for each.  Default: the run's own, or 5."),
+    ] = None,
     address: Address = None,
 ) -> None:
     """Train a search's best configurations on fresh seeds; score the test split once."""
     from sft_ray.config import Confirm
+    from sft_ray.run_store import open_run, read_experiment
     from sft_ray.search.confirm import run_confirm
 
-    run_confirm(run, Confirm(top=top, seeds=seeds), address=address)
+    store = open_run(run)
+    plan = read_experiment(store).confirm or Confirm()
+    asked = {key: n for key, n in (("top", top), ("seeds", seeds)) if n is not None}
+    run_confirm(store, plan.model_copy(update=asked), address=address)
 
 
 @app.command(
@@ -509,11 +540,11 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(args=arguments, prog_name="sft-ray", standalone_mode=False)
     except TyperException as error:  # a misspelt verb or option
         message = error.format_message()
-        asked_for_nothing = message.startswith("Usage:")  # typer's answer is the help itself
-        lines = (
-            message.splitlines() if asked_for_nothing else [f"error: {message}; see sft-ray --help"]
-        )
-        _end(2, *lines)
+        if message.startswith("Usage:"):  # typer's answer to nothing is the help itself
+            _end(2, *message.splitlines())
+        is_override = message.startswith("No such option: --") and "." in message
+        mend = "an override has no dashes, as in train.epochs=3" if is_override else ""
+        _end(2, f"error: {message.rstrip('.')}; {mend or 'see sft-ray --help'}")
     except TrialError as error:
         _end(1, str(error))
     except SftError as error:

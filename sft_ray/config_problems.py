@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from sft_ray.errors import did_you_mean
 
 UNION_TAG = re.compile(r"^(constrained-)?(int|float|str|(literal|list|dict)\[.*)$")
+MOST_KEYS = 5  # of a section, as a hint
 QUOTED = re.compile(r"'([^']*)'")
 # Keys as other tools call them -> ours.
 ALIASES = {
@@ -56,6 +57,11 @@ def _explanation(problem: Any, root: type[BaseModel]) -> str:
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     got, hint = problem["input"], ""
+    if problem["type"] == "model_type":
+        section = _section_at(root, [*map(str, _without_union_tags(problem["loc"]))])
+        keys = [*section.model_fields]
+        more = ", …" if len(keys) > MOST_KEYS else ""
+        return f"takes keys of its own, got {got!r}; they are {', '.join(keys[:MOST_KEYS])}{more}"
     if problem["type"] == "literal_error" and isinstance(got, str):
         hint = f"; {did_you_mean(got, re.findall(QUOTED, problem['ctx']['expected']))}"
     elif problem["type"] == "string_type" and isinstance(got, bool | int | float):

@@ -6,6 +6,7 @@ Names below are relative to the run folder.  A reader that finds `results.json` 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,6 +102,20 @@ class RunStore(FileStore):
     def check_free(self) -> None:
         """See `RunLock.check_free`."""
         self._lock.check_free()
+
+    def check_writable(self) -> None:
+        """Tell early where no folder can be made; object stores are asked when a search starts.
+
+        Raises:
+            ResourceError: what is there is no folder, or may not be written to.
+        """
+        if self.local_root is None:
+            return
+        there = next(p for p in (self.local_root, *self.local_root.parents) if p.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise ResourceError(
+                f"storage: {there} is no folder that can be written to; name another storage=…"
+            )
 
     def set_aside(self) -> str:
         """Rename the run folder so that a fresh one can take its name; return the new name.

@@ -160,7 +160,10 @@ def _read(place: str) -> tuple[dict[str, Any], dict[str, pa.Table]]:
     """The `data` section for a place, without columns, and the tables by split."""
     folder = Path(place)
     if not folder.exists():
-        raise DataError(f"{place}: no such file or folder")
+        raise DataError(
+            f"{place}: no such file or folder; for a hub data set write data.path, as "
+            "experiments/sst2.yaml does"
+        )
     if not folder.is_dir():
         return {"train": place, "split": True}, {"train": read_file(place)}
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):

@@ -197,7 +197,7 @@ def test_nothing_is_overwritten_and_bad_data_is_refused_before_writing(capsys) -
     with pytest.raises(SystemExit) as exit_:
         cli.main(["init", "holes.csv"])
     assert exit_.value.code == 2
-    assert "column 'text' is empty in 1 rows" in capsys.readouterr().err
+    assert "column 'text' is empty in row" in capsys.readouterr().err
     assert not Path("holes.yaml").exists()
     Path("empty").mkdir()
     with pytest.raises(DataError, match="neither a save_to_disk folder"):

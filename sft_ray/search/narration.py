@@ -13,7 +13,7 @@ from sft_ray.analysis.outcome import slot_seconds_of
 from sft_ray.analysis.results import SearchResult
 from sft_ray.analysis.rows import why_no_gain
 from sft_ray.analysis.tables import padding_line, startup_line
-from sft_ray.config import Budget, Experiment
+from sft_ray.config import Budget, Experiment, Train
 from sft_ray.folder_rule import BUDGET, SPACE, TARGET, TRIALS
 from sft_ray.run_store import RunStore
 from sft_ray.screen import Screen, count, duration, short_params
@@ -46,10 +46,7 @@ def say_truth(
             "search by": search_rules(prepared),
             "budget": budget(prepared),
             "default": short_params(spaces.parameters(study.recipe)),
-            "space": "; ".join(
-                f"{path.removeprefix('train.')} {spaces.describe(domain)}"
-                for path, domain in study.space.items()
-            ),
+            **space_lines(experiment),
         }
     )
     screen.say()
@@ -74,6 +71,21 @@ def search_rules(prepared: Prepared) -> str:
     else:
         rule = f"{asked} is judged by {search.pruner}"
     return f"{search.sampler}; {rule}; evaluated there and at every epoch's end"
+
+
+def space_lines(experiment: Experiment) -> dict[str, str]:
+    """What is searched, and what `train` says in vain."""
+    space, train = experiment.search.domains, experiment.train
+    searched = "; ".join(
+        f"{path.removeprefix('train.')} {spaces.describe(domain)}" for path, domain in space.items()
+    )
+    names = [path.removeprefix("train.") for path in space]
+    in_vain = [name for name in names if getattr(train, name) != getattr(Train(), name)]
+    said = ", ".join(f"train.{name}" for name in in_vain)
+    return {
+        "space": searched or "nothing: `train` names all that is searched by default",
+        **({"not used": f"{said} as written: search.space decides"} if said else {}),
+    }
 
 
 def budget(prepared: Prepared) -> str:

@@ -21,7 +21,7 @@ from sft_ray.search.cluster import capacity, capacity_here, connected, free_gpus
 from sft_ray.search.draws import drawn_trials
 from sft_ray.search.estimate import STARTUP_SECONDS, Plan, Range, estimate
 from sft_ray.search.layout import Layout, plan_layout, with_room
-from sft_ray.search.narration import budget, layout_in_words, search_rules
+from sft_ray.search.narration import budget, layout_in_words, search_rules, space_lines
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.sharing import (
     LATER,
@@ -68,6 +68,7 @@ def run_plan(
     prepared = prepare_experiment(experiment, has)
     experiment = prepared.experiment
     store, problems = RunStore(experiment.storage, experiment.name), list[str]()
+    collect(problems, store.check_writable)
     collect(problems, check_made_by, store, "search")
     relation = collect(problems, check_folder_rule, store, experiment)
     collect(problems, check_data, prepared, kept_environment(store), store.location)
@@ -154,6 +155,7 @@ def say_plan(
         **({} if sharing is None else {"sharing": sharing}),
         "search by": search_rules(prepared),
         "budget": budget(prepared),
+        **space_lines(prepared.experiment),
         "trials": f"{plan.trials}{confirm if plan.confirm_runs else ''}",
         "a trial": f"{_between(plan.steps, _number)} optimizer steps and "
         f"{_between(plan.marks, _number)} evaluations, unless it is pruned",

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pydantic import ValidationError
 
 from sft_ray import space as spaces
-from sft_ray.config import Experiment, Train, apply_values
+from sft_ray.config import Experiment, Resources, Train, apply_values
 from sft_ray.config_problems import explain
 from sft_ray.errors import ConfigError, did_you_mean
 from sft_ray.recipes import recipe_of
@@ -44,6 +44,7 @@ def check_experiment(experiment: Experiment, has: Mapping[str, float] | None = N
     if experiment.search.space is not None:
         problems += _space_problems(experiment, model)
     problems += _schedule_problems(experiment)
+    problems += _sharing_problems(experiment.resources)
     if has is not None:
         collect(problems, plan_layout, experiment, has)
     return prepare_with_model(experiment, model, problems)
@@ -51,6 +52,8 @@ def check_experiment(experiment: Experiment, has: Mapping[str, float] | None = N
 
 def with_default_space(checked: Prepared) -> Prepared:
     """The default space of the model's family and size, where the experiment names none.
+
+    What its `train` section names is as it says, and left out of that space.
 
     Raises:
         ConfigError: the configuration describes no model, or what it says beside the space does
@@ -61,7 +64,9 @@ def with_default_space(checked: Prepared) -> Prepared:
     if experiment.search.space is not None:
         return checked
     recipe = recipe_of(model.model_type, size)
-    experiment = experiment.with_space(spaces.default_space(model.num_layers, recipe))
+    written = {f"train.{name}" for name in experiment.train.model_fields_set}
+    default = spaces.default_space(model.num_layers, recipe)
+    experiment = experiment.with_space({p: d for p, d in default.items() if p not in written})
     if problems := _space_problems(experiment, model):
         raise ConfigError(*problems)
     return replace(checked, experiment=experiment)
@@ -74,6 +79,17 @@ def _space_problems(experiment: Experiment, model: ModelFacts | None) -> list[st
     if experiment.search.sampler == "grid":
         collect(problems, grid_points, experiment.search.domains)
     return problems
+
+
+def _sharing_problems(resources: Resources) -> list[str]:
+    """A written share of a GPU leaves nothing for `trials_per_gpu` to say."""
+    shared, gpus = resources.trials_per_gpu, resources.gpus_per_worker
+    if shared == 1 or gpus == "auto":
+        return []
+    return [
+        f"resources.trials_per_gpu: {shared} goes with gpus_per_worker auto, got {gpus:g}; write "
+        "one of the two"
+    ]
 
 
 def _patience_problems(experiment: Experiment) -> list[str]:

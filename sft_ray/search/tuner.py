@@ -110,7 +110,8 @@ def run_search(
         if fresh or not store.exists(JOURNAL):
             facts, objective = checked.facts(), checked.objective
             warm = warm_configurations(checked.experiment, facts, objective)
-    store.check_free()  # before Ray starts in vain
+    store.check_writable()  # before Ray starts in vain
+    store.check_free()
     startup.end("checks")
     with connected(address, beside=lambda: checked.model.num_parameters):
         startup.end("ray")

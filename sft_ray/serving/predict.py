@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -150,7 +151,9 @@ def load_predictor(
     except ConfigError:
         raise
     except Exception as error:  # the library raises many kinds for a bad id or folder
-        reason = first_line(error)
+        reason = first_line(error).rstrip(".")
+        if not os.path.exists(model):  # noqa: PTH110  # unlike Path, it takes any name
+            reason = f"no such folder, and as a hub id: {reason}"
         raise ConfigError(
             f"model: {model!r} cannot be loaded: {reason}; give a model folder or a run folder"
         ) from None

@@ -21,6 +21,7 @@ from sft_ray.errors import did_you_mean
 
 UNLABELLED = -1  # GLUE and others mark hidden labels so
 MIXED = b"sft_ray: mixed"  # of a table: its columns that are left out, for they have no one type
+LARGEST = 1e18  # label; the square of its error fits into float32
 SHOWN = 60  # characters of a wrong value that are worth showing
 
 
@@ -238,10 +239,14 @@ def number(values: pa.ChunkedArray) -> Iterator[str]:
         yield f"must hold numbers, got {kind}"
         return
     yield from _empty(values)
-    wrong = pc.invert(pc.is_finite(values.cast(pa.float64(), safe=False)))
+    size = pc.abs(values.cast(pa.float64(), safe=False))
+    wrong = pc.invert(pc.less_equal(size, LARGEST))  # NaN is not, either
     if pc.any(wrong).as_py():
         row = pc.index(wrong, True).as_py()
-        yield f"must hold finite numbers, got {values[row].as_py()} in row {row + 1}; remove it"
+        yield (
+            f"must hold finite numbers up to {LARGEST:.0e}, got {values[row].as_py()} in row "
+            f"{row + 1}; remove it"
+        )
 
 
 def words(values: pa.ChunkedArray) -> Iterator[str]:
@@ -373,8 +378,9 @@ def _empty(values: pa.ChunkedArray) -> Iterator[str]:
 
 def _missing(missing: pa.ChunkedArray) -> Iterator[str]:
     if rows := pc.sum(missing).as_py():
-        row = pc.index(missing, True).as_py()
-        yield f"is empty in {rows} rows, first in row {row + 1}; fill or remove them"
+        row = pc.index(missing, True).as_py() + 1
+        where = f"{rows} rows, first in row {row}" if rows > 1 else f"row {row}"
+        yield f"is empty in {where}; fill or remove {'them' if rows > 1 else 'it'}"
 
 
 def _minus_one(values: pa.ChunkedArray) -> Iterator[str]:

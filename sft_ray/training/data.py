@@ -153,6 +153,8 @@ def with_classes(source: Source, data: Data, task: Task) -> tuple[dict[str, pa.T
     """
     tables, target = source.tables, task.fields.target_name
     if not task.classes:
+        if target == "label":
+            labels.check_values(tables["train"], target, str(data.columns.get(target) or target))
         rows = tables["train"].column(target).to_pylist() if target == "answers" else []
         return dict(tables), LabelSet((), "" if any(not answer_pairs(v) for v in rows) else None)
     column = str(data.columns.get(target) or target)

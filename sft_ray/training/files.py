@@ -9,6 +9,7 @@ import codecs
 import csv
 import json
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from sft_ray.training.columns import MIXED, is_text
 
 DELIMITED = (".csv", ".tsv")
 FILE_TYPES = (*DELIMITED, ".json", ".jsonl", ".parquet")
+ROW = re.compile(r" in row (\d+)$")
 # What readers raise for a damaged file; deep nesting and huge numbers included.
 READ_ERRORS = (
     pa.ArrowException,
@@ -47,6 +49,8 @@ def read_file(path: str, texts: Collection[str] = ()) -> pa.Table:
     suffix = Path(path).suffix.lower()
     if suffix not in FILE_TYPES:
         raise DataError(f"{path}: a data file ends in {', '.join(FILE_TYPES)}, got {suffix!r}")
+    if "://" in path:
+        raise DataError(f"{path}: data files are local; copy it to every machine that trains")
     if not os.path.isfile(path):  # noqa: PTH113  # unlike Path, it takes any name
         raise DataError(f"{path}: no such file; paths are relative to the working directory")
     if suffix == ".csv" and (mark := _other_delimiter(path)):
@@ -58,6 +62,8 @@ def read_file(path: str, texts: Collection[str] = ()) -> pa.Table:
         table.validate(full=True)  # texts that are no UTF-8, for one
     except READ_ERRORS as error:
         reason = first_line(error)
+        if suffix == ".jsonl":  # Arrow counts them from 0
+            reason = ROW.sub(lambda found: f" in row {int(found[1]) + 1}", reason)
         foreign = ("UTF8" in reason or "utf-8" in reason) and "surrogates" not in reason
         mend = "; save the file as UTF-8" if foreign else ""
         raise DataError(f"{path}: cannot be read as {suffix[1:]}: {reason[:300]}{mend}") from None
@@ -104,7 +110,7 @@ def _values(rows: list[dict[str, Any]], name: str) -> pa.Array | None:
         return pa.array([row.get(name) for row in rows])
     except (pa.ArrowException, OverflowError):
         if name in rows[0]:
-            raise
+            raise ValueError(f"column {name!r} is not of one type in all rows; mend it") from None
         return None
 
 

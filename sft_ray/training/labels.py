@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sft_ray.config import label_name
 from sft_ray.errors import DataError
@@ -54,6 +55,20 @@ def choose_classes(
             f"data: all {len(present)} labels in {column!r} differ; is it the column of the labels?"
         )
     return known or tuple(label_name(value) for value in present)
+
+
+def check_values(train: pa.Table, field: str, column: str) -> None:
+    """Numbers that are all the same cannot be learned.
+
+    Raises:
+        DataError: they are.
+    """
+    values = train.column(field)
+    if pc.count_distinct(values).as_py() < 2:
+        raise DataError(
+            "data: at least two different values are needed in the training split, got only "
+            f"{values[0].as_py()} in {column!r}"
+        )
 
 
 def are_nameless(train: pa.Table, field: str) -> bool:

@@ -81,8 +81,11 @@ def read_splits(data: Data, fields: Fields, seed: int) -> Source:
         raise DataError(f"data.split: {data.path} has a validation split already; remove `split`")
     if "validation" not in selected:
         split = data.split or Split()
-        if "test" in selected:  # there is one already
-            split = split.model_copy(update={"test": 0.0})
+        if "test" in selected and split.test:
+            raise DataError(
+                f"data.split.test: {data.path or data.test} is a test split already, or has one; "
+                "remove `test`"
+            )
         selected |= _cut(selected["train"], split, fields, seed)
     known = tuple(data.label_names) if data.label_names else names.get(target)
     return Source(selected, known, where, num_left_out)
@@ -246,11 +249,12 @@ def _read_dataset(data: Data) -> tuple[dict[str, pa.Table], dict[str, tuple[str,
                 named = data.splits.model_dump(exclude_none=True)
                 parts = {split: load(split=spec) for split, spec in named.items()}
     except Exception as error:  # hub, network and parser errors have no common base
-        reason = first_line(error)
+        mend = "give a hub id, a save_to_disk folder, or data.train with a file"
+        if folder.is_dir():
+            mend = "its files must be called train, validation and test, with their endings"
         raise DataError(
             f"data.path: the data set {data.path!r} cannot be loaded: {type(error).__name__}: "
-            f"{reason}; "
-            "give a hub id, a save_to_disk folder, or data.train with a file"
+            f"{first_line(error)}; {mend}"
         ) from None
     names = _class_names(next(iter(parts.values())))
     if data.splits is None:

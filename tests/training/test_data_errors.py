@@ -72,27 +72,27 @@ CASES: dict[str, Case] = {
     ),
     "null text": (
         lambda at: {"train": parquet(at / "a.parquet", {"text": ["a", None], "label": [0, 1]})},
-        ["data.train", "a.parquet", "'text' is empty in 1 rows", "row 2"],
+        ["data.train", "a.parquet", "'text' is empty in row 2"],
     ),
     "null label": (
         lambda at: {"train": raw(at / "a.jsonl", b'{"text":"a","label":"x"}\n{"text":"b"}\n')},
-        ["data.train", "a.jsonl", "'label' is empty in 1 rows", "row 2"],
+        ["data.train", "a.jsonl", "'label' is empty in row 2"],
     ),
     "empty label of numbers in a csv": (
         lambda at: {"train": csv(at / "a.csv", [("a", 1), ("b", ""), ("c", 2)])},
-        ["data.train", "a.csv", "'label' is empty in 1 rows", "row 2"],
+        ["data.train", "a.csv", "'label' is empty in row 2"],
     ),
     "empty label of texts in a csv": (
         lambda at: {"train": csv(at / "a.csv", [*GOOD, ("cat", "")])},
-        ["data.train", "a.csv", "'label' is empty in 1 rows", "row 31"],
+        ["data.train", "a.csv", "'label' is empty in row 31"],
     ),
     "labels beside NA in a csv": (
         lambda at: {"train": csv(at / "a.csv", [("a", "01"), ("b", "02"), ("c", "NA")])},
-        ["data.train", "a.csv", "'label' is empty in 1 rows", "row 3"],
+        ["data.train", "a.csv", "'label' is empty in row 3"],
     ),
     "truth beside NA in a csv": (
         lambda at: {"train": csv(at / "a.csv", [("a", "TRUE"), ("b", "FALSE"), ("c", "NA")])},
-        ["data.train", "a.csv", "'label' is empty in 1 rows", "row 3"],
+        ["data.train", "a.csv", "'label' is empty in row 3"],
     ),
     "scores for labels in a csv": (
         lambda at: {
