@@ -311,6 +311,14 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ),
         ["finite", "row 6"],
     ),
+    "one number in all rows": (
+        over([{**row, "label": 2.5} for row in NUMBERS], REG),
+        ["at least two different values", "got only 2.5 in 'label'"],
+    ),
+    "a number whose square is too large": (
+        over(changed(NUMBERS, 3, label=-2e18), REG),
+        ["'label' must hold finite numbers up to 1e+18, got -2e+18 in row 4", "remove it"],
+    ),
     "texts in a regression": (over(ROWS, REG), ["'label'", "numbers"]),
     "labels that are one text": (
         over([{**r, "labels": "a"} for r in TOPICS], MULTI),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from sft_ray import __version__
 from sft_ray.cli import app, main
 from tests.models import toy_rows, write_csv
 from tests.processes import processes_with
@@ -230,6 +231,13 @@ def test_a_cluster_that_is_gone_is_told_by_the_file_that_names_it(
     assert line.startswith("error: no Ray at '127.0.0.1:1'")
     assert line.endswith(f"{note} still names it; if it is gone, `ray stop` forgets it")
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert not caught.value.code
+    assert capsys.readouterr().out == f"sft-ray {__version__}\n"
 
 
 def test_no_command_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from sft_ray.analysis.confirm import Candidate, candidates, confirmation, is_out_of_the_race
+from sft_ray.cli import main
+from sft_ray.config import Confirm, Experiment
 from sft_ray.recipes import YARDSTICK
-from sft_ray.run_store import TEST_ACCESS, RunStore
+from sft_ray.run_store import TEST_ACCESS, RunStore, write_experiment
 from sft_ray.serving.evaluate import record_test, recorded_test
 
 DEFAULT = Candidate(YARDSTICK, None, {"train.learning_rate": 2e-5}, {"learning_rate": 2e-5}, None)
@@ -233,6 +235,34 @@ def test_a_default_recipe_that_failed_on_a_seed_cannot_win_and_is_still_measured
     assert (winner["arm"], winner["behind"]) == ("trial 0", False)
     assert default["behind"]
     assert winner["over_default"]["n"] == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "words", "asked"),
+    [
+        (None, "", Confirm(top=3, seeds=5)),
+        (Confirm(top=2, seeds=4), "", Confirm(top=2, seeds=4)),
+        (Confirm(top=2, seeds=4), "--seeds 9", Confirm(top=2, seeds=9)),
+        (Confirm(top=2, seeds=4), "--top 1 --seeds 2", Confirm(top=1, seeds=2)),
+    ],
+)
+def test_the_command_asks_for_what_the_run_itself_names(
+    experiment: Experiment,
+    monkeypatch: pytest.MonkeyPatch,
+    written: Confirm | None,
+    words: str,
+    asked: Confirm,
+) -> None:
+    found = list[Confirm]()
+    monkeypatch.setattr(
+        "sft_ray.search.confirm.run_confirm", lambda run, plan, address: found.append(plan)
+    )
+    store = RunStore(experiment.storage, "mine")
+    write_experiment(store, experiment.model_copy(update={"confirm": written}))
+    with pytest.raises(SystemExit) as caught:
+        main(["confirm", store.location, *words.split()])
+    assert not caught.value.code
+    assert found == [asked]
 
 
 def test_a_model_is_scored_on_the_test_split_once_wherever_its_run_lies(tmp_path: Path) -> None:

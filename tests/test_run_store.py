@@ -85,6 +85,23 @@ def test_a_file_in_the_way_of_the_storage_is_a_clear_error(tmp_path: Path) -> No
         pass
 
 
+def test_where_no_folder_can_be_made_is_told_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for storage in (file, file / "below"):
+        with pytest.raises(ResourceError, match=r"storage: .*file is no folder that can be writ"):
+            RunStore(str(storage), "x").check_writable()
+    RunStore(str(tmp_path / "new" / "newer"), "x").check_writable()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(ResourceError, match="is no folder that can be written to"):
+        RunStore(str(tmp_path / "new"), "x").check_writable()
+    away = "s3://bucket/x?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
+    RunStore(away, "x").check_writable()  # is asked when a search starts
+
+
 def test_an_old_folder_is_set_aside_never_deleted(store: RunStore) -> None:
     for expected in ("x.old-1", "x.old-2"):
         store.write_text("note", expected)

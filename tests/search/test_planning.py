@@ -92,6 +92,16 @@ def test_one_constant_configuration_by_hand(experiment: Experiment) -> None:
 
 
 @pytest.mark.usefixtures("known_speed")
+def test_what_is_searched_and_what_is_not_used_is_said(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = changed(experiment, {"space": RATES, "trials": 2}, train={"learning_rate": 1e-3})
+    run_plan(fixed)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert " space learning_rate 0.0001 .. 0.01 log not used train.learning_rate as writ" in shown
+
+
+@pytest.mark.usefixtures("known_speed")
 @pytest.mark.parametrize(
     ("pruner", "share"),
     [("successive_halving", 1 / 3), ("hyperband", 1 / 3), ("median", 1 / 2), ("none", 1.0)],

@@ -10,15 +10,24 @@ import optuna
 import pytest
 
 from sft_ray.config import Experiment
-from sft_ray.errors import ConfigError, ResourceError
+from sft_ray.errors import ConfigError, ResourceError, SftError
 from sft_ray.run_store import RunStore
 from sft_ray.search.cluster import connected
 from sft_ray.search.layout import plan_layout
-from sft_ray.search.preflight import prepare_experiment
+from sft_ray.search.narration import space_lines
+from sft_ray.search.planning import run_plan
+from sft_ray.search.preflight import check_experiment, prepare_experiment
 from sft_ray.search.tuner import _open_study, run_search
 from tests.models import toy_rows
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+SEARCHED_BY_DEFAULT = {
+    "train.learning_rate",
+    "train.batch_size",
+    "train.epochs",
+    "train.regularization",
+    "train.frozen_layers",
+}
 
 
 def test_the_quickstart_resolves_as_it_is() -> None:
@@ -26,13 +35,7 @@ def test_the_quickstart_resolves_as_it_is() -> None:
     assert (prepared.model.num_layers, prepared.model.model_type) == (6, "bert")
     assert (len(prepared.dataset.train), len(prepared.dataset.validation)) == (800, 300)
     assert prepared.dataset.label_names[0] == "numpy"
-    assert set(prepared.experiment.search.domains) == {
-        "train.learning_rate",
-        "train.batch_size",
-        "train.epochs",
-        "train.regularization",
-        "train.frozen_layers",
-    }
+    assert set(prepared.experiment.search.domains) == SEARCHED_BY_DEFAULT
     assert prepared.objective == "accuracy"
 
 
@@ -47,6 +50,57 @@ def test_local_files_resolve_with_a_default_space_for_the_models_depth(
     assert (len(prepared.dataset.train), len(prepared.dataset.validation)) == (280, 60)
     assert prepared.experiment.search.space is not None
     assert prepared.experiment.search.space["train.frozen_layers"] == {"int": [0, 2]}
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "fixed"),
+    [
+        ("{}", [], set()),
+        ("{warmup: 0.1}", [], set()),  # is not searched in any case
+        ("{epochs: 2}", [], {"epochs"}),
+        ("{}", ["train.epochs=3"], {"epochs"}),  # its default, but named
+        ("{epochs: 2}", ["train.regularization={kind: none}"], {"epochs", "regularization"}),
+        (
+            "{learning_rate: 1.0e-4, epochs: 2, frozen_layers: 0}",
+            ["train.batch_size=16", "train.regularization={kind: none}"],
+            {"learning_rate", "epochs", "frozen_layers", "batch_size", "regularization"},
+        ),
+    ],
+)
+def test_what_train_names_is_not_searched_by_default(
+    tiny_model: Path, toy_csv: Path, tmp_path: Path, text: str, overrides: list[str], fixed: set
+) -> None:
+    file = tmp_path / "my.yaml"
+    data = f"{{train: {toy_csv}, max_length: 32}}"
+    file.write_text(f"name: my\nmodel: {tiny_model}\ndata: {data}\ntrain: {text}\n")
+    experiment = Experiment.load(file, overrides)
+    resolved = prepare_experiment(experiment).experiment
+    assert set(resolved.search.domains) == SEARCHED_BY_DEFAULT - {f"train.{n}" for n in fixed}
+    assert resolved.train == experiment.train
+    lines = space_lines(resolved)
+    assert set(lines) == {"space"}
+    names = {part.split()[0] for part in lines["space"].split("; ")}
+    if len(fixed) == len(SEARCHED_BY_DEFAULT):
+        assert lines["space"] == "nothing: `train` names all that is searched by default"
+    else:
+        assert names == {path.removeprefix("train.") for path in resolved.search.domains}
+    # What a run folder keeps names every key of `train`, and the space.
+    again = prepare_experiment(Experiment.from_tree(resolved.to_tree())).experiment
+    assert again == resolved
+
+
+def test_what_a_written_space_decides_is_not_taken_from_train(
+    experiment: Experiment,
+) -> None:
+    assert set(space_lines(experiment)) == {"space"}
+    tree = experiment.to_tree() | {"train": {"epochs": 2, "batch_size": 8, "warmup": 0.1}}
+    tree["search"]["space"] = {"train.epochs": {"int": [1, 4]}, "train.batch_size": 16}
+    prepared = prepare_experiment(Experiment.from_tree(tree))
+    assert set(prepared.experiment.search.domains) == {"train.epochs", "train.batch_size"}
+    assert space_lines(prepared.experiment) == {
+        "space": "epochs 1 .. 4 int; batch_size 16",
+        "not used": "train.epochs, train.batch_size as written: search.space decides",
+    }
 
 
 def test_sst2_resolves_on_a_local_copy_of_the_same_shape(tiny_model: Path, tmp_path: Path) -> None:
@@ -167,6 +221,32 @@ def test_a_second_driver_is_turned_away_before_ray_starts(
         run_search(experiment, quiet=True, fresh=fresh)
 
 
+@pytest.mark.parametrize("below", ["", "/runs"])
+def test_a_storage_that_cannot_be_written_is_told_before_ray_starts(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: str
+) -> None:
+    monkeypatch.setattr("sft_ray.search.tuner.connected", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr("sft_ray.search.planning.measure", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    moved = experiment.model_copy(update={"storage": f"{tmp_path}/file{below}"})
+    with pytest.raises(SftError, match="file is no folder that can be written to"):
+        run_search(moved, quiet=True)
+    with pytest.raises(SftError, match="file is no folder that can be written to"):
+        run_plan(moved, quiet=True)
+
+
+@pytest.mark.parametrize(("shared", "gpus"), [(2, 1), (4, 0.25), ("auto", 0.5)])
+def test_a_share_of_a_gpu_is_written_once(experiment: Experiment, shared: Any, gpus: float) -> None:
+    tree, has = experiment.to_tree(), {"CPU": 4.0, "GPU": 1.0}
+    both = {"trials_per_gpu": shared, "gpus_per_worker": gpus}
+    for resources in ({}, {"trials_per_gpu": shared}, {"gpus_per_worker": gpus}):
+        check_experiment(Experiment.from_tree({**tree, "resources": resources}), has)
+    with pytest.raises(ConfigError) as caught:
+        check_experiment(Experiment.from_tree({**tree, "resources": both}), has)
+    (line,) = caught.value.problems
+    assert line.startswith(f"resources.trials_per_gpu: {shared} goes with gpus_per_worker auto")
+
+
 @pytest.mark.parametrize(
     ("rungs", "epochs", "found"),
     [([33], 4, 2), ([33], 7, None), ([10, 20, 33], 1, None), ([], 9, 0)],
@@ -203,7 +283,7 @@ def test_what_does_not_go_with_the_default_space_is_told_before_ray_starts(
 ) -> None:
     monkeypatch.setattr("sft_ray.search.tuner.connected", lambda *_, **__: pytest.fail("started"))
     tree = experiment.to_tree()
-    del tree["search"]["space"]
+    del tree["search"]["space"], tree["train"]  # which would name all that is searched by default
     with pytest.raises(ConfigError, match=line):
         run_search(Experiment.from_tree({**tree, "search": tree["search"] | search}), quiet=True)
 

@@ -17,6 +17,7 @@ from sft_ray.training.data import prepare
 from tests.models import TASK, toy_rows, write_csv
 
 GOOD = toy_rows(30, seed=4)
+NONE = (None, None)
 
 
 def parquet(path: Path, columns: dict[str, Any]) -> str:
@@ -34,12 +35,12 @@ def doubled(path: Path, twice: str) -> str:
     return str(write_csv(path, [("a", text, label) for text, label in GOOD], header))
 
 
-def saved(folder: Path, labels: list[int]) -> str:
+def saved(folder: Path, labels: list[int], second: str = "validation") -> str:
     features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
     rows = {"text": ["cat"] * len(labels), "label": labels}
     part = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
     datasets.disable_progress_bars()
-    datasets.DatasetDict({"train": part, "validation": part}).save_to_disk(folder)
+    datasets.DatasetDict({"train": part, second: part}).save_to_disk(folder)
     return str(folder)
 
 
@@ -77,6 +78,10 @@ CASES: dict[str, Case] = {
     "null label": (
         lambda at: {"train": raw(at / "a.jsonl", b'{"text":"a","label":"x"}\n{"text":"b"}\n')},
         ["data.train", "a.jsonl", "'label' is empty in row 2"],
+    ),
+    "two null labels": (
+        lambda at: {"train": parquet(at / "a.parquet", {"text": ["a"] * 3, "label": [0, *NONE]})},
+        ["'label' is empty in 2 rows, first in row 2; fill or remove them"],
     ),
     "empty label of numbers in a csv": (
         lambda at: {"train": csv(at / "a.csv", [("a", 1), ("b", ""), ("c", 2)])},
@@ -180,6 +185,41 @@ CASES: dict[str, Case] = {
     "labels that are not UTF-8": (
         lambda at: {"train": raw(at / "a.csv", "text,label\na,café\nb,x\n".encode("latin1"))},
         ["a.csv", "save the file as UTF-8"],
+    ),
+    "json of numbers and texts": (
+        lambda at: {
+            "train": raw(at / "a.json", b'[{"text":"a","label":1},{"text":"b","label":"x"}]')
+        },
+        ["a.json: cannot be read as json: column 'label' is not of one type in all rows; mend it"],
+    ),
+    "jsonl of numbers and texts": (
+        lambda at: {
+            "train": raw(at / "a.jsonl", b'{"text":"a","label":1}\n{"text":"b","label":"x"}\n')
+        },
+        ["a.jsonl: cannot be read as jsonl: ", "(/label)", "in row 2"],
+    ),
+    "file in a bucket": (
+        lambda at: {"train": "s3://bucket/a.csv"},
+        ["s3://bucket/a.csv: data files are local; copy it to every machine that trains"],
+    ),
+    "a test part beside a test file": (
+        lambda at: {
+            "train": csv(at / "a.csv", GOOD),
+            "test": csv(at / "b.csv", GOOD),
+            "split": Split(validation=0.2, test=0.2),
+        },
+        ["data.split.test", "b.csv is a test split already", "remove `test`"],
+    ),
+    "a test part beside a test split": (
+        lambda at: {
+            "path": saved(at / "folder", [0, 1] * 20, second="test"),
+            "split": Split(validation=0.2, test=0.2),
+        },
+        ["data.split.test", "folder is a test split already, or has one", "remove `test`"],
+    ),
+    "folder of other files": (
+        lambda at: {"path": str(Path(raw(at / "notes.odt", b"x")).parent)},
+        ["data.path", "its files must be called train, validation and test, with their endings"],
     ),
     "jsonl of lists": (
         lambda at: {"train": raw(at / "a.jsonl", b'["a", 1]\n["b", 2]\n')},
