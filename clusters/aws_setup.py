@@ -29,10 +29,18 @@ def cidr(text: str) -> str:
 
 
 def make_bucket(s3: Any, bucket: str, region: str) -> None:
+    """The bucket, unless it is there and ours; ends with a line where it is somebody else's."""
     where = {} if region == "us-east-1" else {"LocationConstraint": region}
     options = {"CreateBucketConfiguration": where} if where else {}
-    with suppress(s3.exceptions.BucketAlreadyOwnedByYou):
+    try:
         s3.create_bucket(Bucket=bucket, **options)
+    except s3.exceptions.BucketAlreadyOwnedByYou:
+        pass
+    except s3.exceptions.BucketAlreadyExists:
+        raise SystemExit(
+            f"error: --bucket: {bucket} belongs to somebody else, and names of buckets are the "
+            "world's; take another name"
+        ) from None
 
 
 def make_group(ec2: Any, ssh_cidr: str) -> str:

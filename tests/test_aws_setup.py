@@ -63,6 +63,22 @@ def test_it_makes_what_the_cluster_file_names_and_fills_it_in(aws, tmp_path: Pat
     assert "mine" in [b["Name"] for b in aws.client("s3").list_buckets()["Buckets"]]
 
 
+def test_a_bucket_of_somebody_else_is_told_in_a_line(aws, tmp_path: Path) -> None:
+    role = "arn:aws:iam::111111111111:role/somebody"
+    found = aws.client("sts").assume_role(RoleArn=role, RoleSessionName="somebody")["Credentials"]
+    somebody = boto3.Session(
+        found["AccessKeyId"], found["SecretAccessKey"], found["SessionToken"], "us-west-2"
+    )
+    aws_setup.make_bucket(somebody.client("s3"), "theirs", "us-west-2")
+    file = tmp_path / "cluster.yaml"
+    shutil.copy(aws_setup.CLUSTER, file)
+    with pytest.raises(SystemExit, match=r"^error: --bucket: theirs belongs to somebody else.*$"):
+        aws_setup.main(["--ssh-cidr", CIDR, "--bucket", "theirs", "--file", str(file)])
+    assert file.read_text() == aws_setup.CLUSTER.read_text()
+    groups = aws.client("ec2").describe_security_groups()["SecurityGroups"]
+    assert "sft-ray" not in [group["GroupName"] for group in groups]
+
+
 @pytest.mark.parametrize("everybody", ["0.0.0.0/0", "::/0", "my house"])
 def test_ssh_is_not_opened_to_everybody(everybody: str, capsys) -> None:
     with pytest.raises(SystemExit) as caught:
