@@ -12,6 +12,7 @@ import optuna
 import pytest
 import typer
 
+from sft_ray import space as spaces
 from sft_ray.ablation_file import Ablation
 from sft_ray.cli import app
 from sft_ray.config import COSTS, Checkpoint, Confirm, Experiment, Search, Train, Watchdog
@@ -19,6 +20,8 @@ from sft_ray.recipes import RECIPES, default_recipe
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.search.study import SearchStudy
 from sft_ray.single_trial import run_training
+from sft_ray.space import FROZEN_LAYERS
+from sft_ray.training.files import read_file
 from sft_ray.training.preparation import prepare_training
 from sft_ray.training.tasks import TASKS
 from sft_ray.yaml_text import parse_yaml
@@ -93,18 +96,25 @@ def test_the_python_of_the_page_runs(tmp_path: Path, tiny_model: Path, monkeypat
     experiment = prepared(tmp_path, tiny_model, lines, tree)
     (tmp_path / "reviews.yaml").write_text(experiment.model_dump_json(), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    Path("wide.csv").write_text("text,bug,design\nships,1,1\nthank you,0,0\n", encoding="utf-8")
     scripts = [body for language, body in BLOCKS if language == "python"]
-    assert len(scripts) == 2
+    assert len(scripts) == 3
     for script in scripts:
         exec(script, {})
     assert "'probability'" in capsys.readouterr().out
+    found = read_file("issues.jsonl").to_pylist()
+    assert found == [
+        {"text": "ships", "labels": ["bug", "design"]},
+        {"text": "thank you", "labels": []},
+    ]
 
 
 @pytest.mark.parametrize("tree", SEARCHES, ids=[tree["name"] for tree in SEARCHES])
 def test_every_documented_search_resolves(tree, tmp_path, tiny_model) -> None:
     storage = str(tmp_path / "runs")
     if "space" in tree["search"]:
-        tree["search"]["space"]["train.reinit_layers"] = {"int": [0, 1]}  # of two layers
+        of_two_layers = {"train.reinit_layers": {"int": [0, 1]}, FROZEN_LAYERS: {"int": [0, 1]}}
+        tree = {**tree, "search": {"space": tree["search"]["space"] | of_two_layers}}
     data = {**tree["data"], "max_length": 64, "limit": {"train": 60, "validation": 30}}
     tree = {**tree, "model": str(tiny_model), "data": data, "storage": storage}
     prepared = prepare_experiment(Experiment.from_tree(tree))
@@ -119,6 +129,12 @@ def test_every_documented_search_resolves(tree, tmp_path, tiny_model) -> None:
     assert first is not None
     assert second is not None
     assert first.train.learning_rate == 1e-4
+
+
+def test_the_documented_default_space_is_that_of_the_code() -> None:
+    (tree,) = [tree for tree in SEARCHES if tree["name"] == "default-space"]
+    default = spaces.default_space(12, RECIPES["bert"])
+    assert spaces.parse_space(tree["search"]["space"]) == spaces.parse_space(default)
 
 
 def test_the_documented_recipes_are_those_of_the_code() -> None:
