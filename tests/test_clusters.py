@@ -64,6 +64,11 @@ def test_every_node_has_the_versions_the_token_and_the_storage(file: str) -> Non
     assert all(target.endswith((".ray/auth_token", "/sft_ray")) for target in tree["file_mounts"])
 
 
+def test_an_image_leaves_out_what_ray_up_leaves_out() -> None:
+    left_out = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert all(tree_of(file)["rsync_exclude"] == left_out for file in LAUNCHED)
+
+
 @pytest.mark.parametrize("file", LAUNCHED)
 def test_the_dashboard_is_on_localhost(file: str) -> None:
     head = commands_of(tree_of(file), "head_start_ray")
