@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from sft_ray import config
+from sft_ray.ablation_file import Ablation
 from sft_ray.cli import app
 from sft_ray.training.tasks import TASKS, Task
 
@@ -22,6 +23,28 @@ HEAD = """# Reference
 Made from the code by `make reference`; do not edit.
 
 """
+# Name -> what it does.
+VARIABLES = {
+    "SFT_RAY_STORAGE": "where run folders are kept, of experiments that name no `storage`; "
+    "default: `runs`",
+    "SFT_RAY_CACHE": "folder of encoded data and of the output of frozen layers; default: "
+    "`~/.cache/sft_ray`",
+    "SFT_RAY_VENV": "the environment that `clusters/slurm.sh` activates; default: `.venv`",
+    "RAY_ADDRESS": "the Ray cluster to use where no `--address` is given; `local` starts one of "
+    "its own",
+    "HF_TOKEN": "token of the hub, for `push` and for what is private or gated; else that of "
+    "`hf auth login`",
+    "HF_HUB_OFFLINE": "`1` asks the hub for nothing: models and data sets are those that it has "
+    "given before",
+    "MLFLOW_TRACKING_URI": "the server of `tracking: mlflow`; default: `mlflow.db` in the working "
+    "folder",
+    "MLFLOW_TRACKING_TOKEN": "its key",
+    "WANDB_API_KEY": "the key of `tracking: wandb`",
+    "WANDB_PROJECT": "its project; default: `sft_ray`",
+    "WANDB_MODE": "`offline` keeps what would be sent in `<run folder>/tracking/`",
+    "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY": "keys of `s3://…` as storage, on every machine; "
+    "none where machines have a role",
+}
 
 
 def reference() -> str:
@@ -29,25 +52,41 @@ def reference() -> str:
     verbs = "\n".join(_verb(name, command) for name, command in _commands().items())
     sections = "\n".join(_section(path, model) for path, model in _sections())
     tasks = "\n".join(
-        f"| `{task.name}` | {_codes(_read_by(task))} | "
+        f"| `{task.name}` | {_read_by(task)} | "
         f"`{task.fields.target_name}` | {_codes(task.metrics)} |"
         for task in TASKS.values()
+    )
+    variables = "\n".join(
+        f"| {_codes(names.split(', '))} | {meaning} |" for names, meaning in VARIABLES.items()
     )
     return (
         f"{HEAD}## Verbs\n\n{verbs}\n## Keys of an experiment\n\n"
         "On the command line `train.epochs=2` behind the file's name; unknown keys are refused.\n\n"
-        f"{sections}\n## Tasks\n\n"
+        f"{sections}\n## Keys of an ablation\n\n{_ablation()}\n## Tasks\n\n"
         "| task | reads | learns | metrics, the default objective first |\n|---|---|---|---|\n"
-        f"{tasks}\n"
+        f"{tasks}\n\n## Environment variables\n\n"
+        "`${NAME}` and `${NAME:-default}` in a path, a model or a storage take any variable.\n\n"
+        "| variable | what it does |\n|---|---|\n"
+        f"{variables}\n"
     )
 
 
-def _read_by(task: Task) -> list[str]:
+def _read_by(task: Task) -> str:
     """Fields as `data.columns` names them: the two ends of a span have one name."""
     fields = [*task.fields.inputs, *task.fields.optional]
-    spans = {name.removesuffix("_start") for name in fields if name.endswith("_start")}
-    whole = {f"{span}_{end}": span for span in spans for end in ("start", "end")}
-    return list(dict.fromkeys(whole.get(name, name) for name in fields))
+    spans = [name.removesuffix("_start") for name in fields if name.endswith("_start")]
+    ends = {span: [f"{span}_start", f"{span}_end"] for span in spans}
+    whole = {end: span for span, both in ends.items() for end in both}
+    return ", ".join(
+        f"`{name}` (columns {_codes(ends[name])})" if name in ends else f"`{name}`"
+        for name in dict.fromkeys(whole.get(name, name) for name in fields)
+    )
+
+
+def _ablation() -> str:
+    """The keys of an ablation's file; its first line says what it is."""
+    about = "A file for `sft-ray ablate`; `key=value` behind it replaces a key, as `seeds=10`."
+    return f"{about}\n\n{_table(Ablation)}\n"
 
 
 def _commands() -> dict[str, Any]:
@@ -89,12 +128,15 @@ def _sections() -> list[tuple[str, type[config.Section]]]:
 def _section(path: str, model: type[config.Section]) -> str:
     title = f"`{path}`" if path else "At the top"
     about = _cell((model.__doc__ or "").split("\n\n")[0])
+    return f"### {title}\n\n{about}\n\n{_table(model)}\n"
+
+
+def _table(model: type[config.Section]) -> str:
     rows = [
         f"| `{name}` | {_cell(kind)} | {_cell(default)} | {_cell(meaning)} |"
         for name, kind, default, meaning in _fields(model)
     ]
-    table = "\n".join(["| key | takes | default | |", "|---|---|---|---|", *rows])
-    return f"### {title}\n\n{about}\n\n{table}\n"
+    return "\n".join(["| key | takes | default | |", "|---|---|---|---|", *rows])
 
 
 def _fields(model: type[config.Section]) -> list[tuple[str, str, str, str]]:

@@ -29,15 +29,16 @@ class Ablation(Section):
     are configurations written out.  Both name only what departs from the base.
     """
 
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]
-    base: Location
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]  # of its folder
+    base: Location  # run folder, for its winner, or an experiment's YAML, for its `train`
+    # A grid: path -> values; every: each number of frozen layers.
     vary: dict[str, list[Any] | Literal["every"]] = {}
-    arms: list[dict[str, Any]] = []
-    # With batch sizes.
+    arms: list[dict[str, Any]] = []  # configurations written out: path -> value
+    # How the learning rate follows train.batch_size in `vary`; each makes an arm.
     learning_rate_scaling: Annotated[
         list[Literal["none", "sqrt", "linear"]], Field(min_length=1)
     ] = ["none"]
-    seeds: Annotated[int, Field(ge=2, le=1000)] = 5
+    seeds: Annotated[int, Field(ge=2, le=1000)] = 5  # the same for all arms
     costs: list[Literal["train_seconds", "trained_parameters", "memory_bytes"]] = []  # in figures
 
     @classmethod

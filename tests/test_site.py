@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import runpy
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 import typer
 
+from sft_ray.ablation_file import Ablation
 from sft_ray.cli import app
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError
 from sft_ray.serving.export import ROWS_COMPARED, TOLERANCE
 from sft_ray.serving.requests import Limits
 from sft_ray.serving.serve import REQUESTS_WAITING, ROWS_PER_BATCH
+from sft_ray.training.tasks import TASKS
 from sft_ray.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +66,17 @@ def test_the_reference_is_that_of_the_code() -> None:
     for verb in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
         assert f"### sft-ray {verb}\n" in made
     assert "| `every_minutes` | number (above 0) | `10` |" in made
+    ablation = made.split("## Keys of an ablation\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.+) \|$", ablation, re.MULTILINE)
+    assert [name for name, _ in rows] == list(Ablation.model_fields)
+
+
+def test_every_environment_variable_of_ours_is_listed() -> None:
+    sources = [*(ROOT / "sft_ray").rglob("*.py"), *(ROOT / "clusters").iterdir()]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources if path.is_file())
+    assert {*re.findall(r"\bSFT_RAY_[A-Z]+\b", text)} >= {"SFT_RAY_STORAGE", "SFT_RAY_CACHE"}
+    for name in re.findall(r"\bSFT_RAY_[A-Z]+\b", text):
+        assert f"| `{name}` |" in PAGES["reference.md"], name
 
 
 @pytest.mark.parametrize("page", ["tutorial.md", "cookbook.md"])
@@ -128,6 +142,22 @@ def test_the_limits_of_the_server_are_those_of_the_code() -> None:
     assert f"answer {ROWS_COMPARED} real texts" in page
     assert TOLERANCE == 1e-4
     assert "agree to 1e-4" in " ".join(page.split())
+
+
+def test_inputs_and_answers_of_the_serving_page_are_those_of_the_tasks() -> None:
+    rows = re.findall(
+        r"^\| (.+?) \| `(\{.+?\})` \| (?:`(\{.+\})`|the same) \|$", PAGES["serving.md"], re.M
+    )
+    assert len(rows) == len(TASKS) + 2
+    seen = []
+    for name, given, answer in rows:
+        if name.startswith("`"):
+            seen.append(name.strip("`"))
+        fields = TASKS[seen[-1]].fields
+        needs = {re.sub("_(start|end)$", "", field) for field in fields.inputs}
+        assert needs <= set(json.loads(given)) <= needs | set(fields.optional)
+        assert isinstance(json.loads(answer or "{}"), dict)
+    assert seen == list(TASKS)
 
 
 def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
