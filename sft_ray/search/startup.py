@@ -1,4 +1,7 @@
-"""Where the seconds go from a command to the first slot that is ready for its first trial."""
+"""Where the seconds go from the call of a search to the first slot that is ready for a trial.
+
+What a command takes before, above all its own imports, is not in them.
+"""
 
 from __future__ import annotations
 
