@@ -322,6 +322,19 @@ def test_every_scoring_of_the_test_split_is_recorded(run: Path, capsys) -> None:
     assert 0 < first["metrics"]["accuracy"] < 1
 
 
+def test_a_scoring_is_recorded_in_its_run_wherever_it_is_called(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = run / "test_access.jsonl"
+    for count, (folder, place) in enumerate(
+        [(run / "best", "."), (run, "best"), (run, "."), (run / "trials", "..")], start=1
+    ):
+        monkeypatch.chdir(folder)
+        assert run_evaluation(place, "test").recorded_in == str(record)
+        assert len(record.read_text().splitlines()) == count
+    assert not [path for path in run.parent.rglob("test_access.jsonl") if path != record]
+
+
 def test_a_model_from_elsewhere_is_scored_on_a_named_experiment(run: Path, tmp_path, make) -> None:
     elsewhere = tmp_path / "elsewhere"
     (run / "best").rename(elsewhere)

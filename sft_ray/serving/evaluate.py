@@ -128,7 +128,8 @@ def _find_run(place: str, experiment_file: str | None) -> tuple[Experiment, RunS
     if experiment_file is not None:
         experiment = Experiment.load(experiment_file)
         return experiment, RunStore(experiment.storage, experiment.name)
-    for folder in (Path(place), Path(place).parent):
+    here = Path(place).resolve()  # of `.` inside of best/, too, the folder above is the run's
+    for folder in (here, here.parent):
         if (folder / EXPERIMENT).is_file():
             experiment = Experiment.load(folder / EXPERIMENT)
             return experiment, RunStore(str(folder.parent), folder.name)
