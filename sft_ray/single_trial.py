@@ -82,7 +82,8 @@ def run_training(
     if not fresh:
         check_made_by(store, "train")
         relation = check_folder_rule(store, experiment)
-        if relation == "same" and not damaged_files(store):
+        # One training has no budget, so one that has grown changes nothing.
+        if relation != "new" and not damaged_files(store):
             tree = read_results(store)
         check_data(prepared, kept_environment(store), store.location)
     if tree is not None:

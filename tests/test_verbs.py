@@ -109,6 +109,17 @@ def test_training_leaves_a_run_like_a_search_and_the_same_command_shows_it(make,
     assert "is finished" in capsys.readouterr().out
 
 
+def test_a_budget_that_has_grown_trains_nothing_anew(make, capsys, monkeypatch) -> None:
+    result = run_training(make())
+    run = Path(result.location)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    monkeypatch.setattr(single_trial, "fit", lambda *_, **__: pytest.fail("trained anew"))
+    capsys.readouterr()
+    assert run_training(make(search={"rungs": [10, 33], "trials": 64})).tree == result.tree
+    assert "is finished; its outcome" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_the_run_folder_keeps_its_rules(make) -> None:
     run_training(make(), quiet=True)
     with pytest.raises(ConfigError, match=r"train\.epochs is 2 there and 1 here"):
