@@ -35,7 +35,7 @@ from sft_ray.run_store import (
 from sft_ray.screen import Screen, count
 from sft_ray.search.fixed_runs import FixedRun, Row, run_fixed
 from sft_ray.search.narration import say_confirmation
-from sft_ray.search.preflight import prepare_experiment
+from sft_ray.search.preflight import check_default_recipe, prepare_experiment
 from sft_ray.serving.evaluate import record_test, recorded_test, score_split
 from sft_ray.serving.predict import load_predictor
 from sft_ray.training.preparation import Prepared, check_data
@@ -90,6 +90,7 @@ def run_confirm(
     result = SearchResult(store.location, found)
     screen = Screen(quiet)
     prepared = prepare_experiment(experiment)
+    check_default_recipe(prepared)
     check_data(prepared, result.tree.get("environment"), store.location)
     sign = prepared.task.sign(prepared.objective)
     default = _default_recipe(experiment, prepared)

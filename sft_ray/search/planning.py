@@ -22,7 +22,11 @@ from sft_ray.search.draws import drawn_trials
 from sft_ray.search.estimate import STARTUP_SECONDS, Plan, Range, estimate
 from sft_ray.search.layout import Layout, plan_layout, with_room
 from sft_ray.search.narration import budget, layout_in_words, search_rules, space_lines
-from sft_ray.search.preflight import prepare_experiment
+from sft_ray.search.preflight import (
+    check_default_recipe,
+    prepare_experiment,
+    runs_default_recipe,
+)
 from sft_ray.search.sharing import (
     LATER,
     ask_the_cluster,
@@ -68,6 +72,8 @@ def run_plan(
     prepared = prepare_experiment(experiment, has)
     experiment = prepared.experiment
     store, problems = RunStore(experiment.storage, experiment.name), list[str]()
+    if runs_default_recipe(experiment):
+        collect(problems, check_default_recipe, prepared)
     collect(problems, store.check_writable)
     collect(problems, check_made_by, store, "search")
     relation = collect(problems, check_folder_rule, store, experiment)

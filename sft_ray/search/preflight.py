@@ -12,7 +12,7 @@ from sft_ray import space as spaces
 from sft_ray.config import Experiment, Resources, Train, apply_values
 from sft_ray.config_problems import explain
 from sft_ray.errors import ConfigError, did_you_mean
-from sft_ray.recipes import recipe_of
+from sft_ray.recipes import default_recipe, recipe_of
 from sft_ray.search.layout import plan_layout
 from sft_ray.search.samplers import grid_points
 from sft_ray.training.model_facts import ModelFacts, inspect_model
@@ -70,6 +70,28 @@ def with_default_space(checked: Prepared) -> Prepared:
     if problems := _space_problems(experiment, model):
         raise ConfigError(*problems)
     return replace(checked, experiment=experiment)
+
+
+def runs_default_recipe(experiment: Experiment) -> bool:
+    """Whether a search, or the confirmation behind it, trains the default recipe."""
+    return experiment.search.default_recipe or experiment.confirm is not None
+
+
+def check_default_recipe(prepared: Prepared) -> None:
+    """Whether the default recipe of the model's size goes with what `train` says beside it.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    recipe = default_recipe(prepared.model.layer_parameters)
+    try:
+        apply_values(prepared.experiment.train, recipe)
+    except ValidationError as error:  # no other rule of `train` is about two fields
+        most = round(1 - recipe["train.warmup"], 4)
+        raise ConfigError(
+            "train: does not go with the default recipe, which runs too: "
+            f"{explain(error, Train)[0]}; lower train.cooldown to {most:g}"
+        ) from None
 
 
 def _space_problems(experiment: Experiment, model: ModelFacts | None) -> list[str]:

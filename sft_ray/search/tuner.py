@@ -47,7 +47,12 @@ from sft_ray.search.everywhere import check_storage_everywhere
 from sft_ray.search.layout import Layout
 from sft_ray.search.mending import damage_found, mend, records_back, winner_back
 from sft_ray.search.narration import how_to_go_on, say_outcome, say_truth, say_unconfirmed
-from sft_ray.search.preflight import check_experiment, with_default_space
+from sft_ray.search.preflight import (
+    check_default_recipe,
+    check_experiment,
+    runs_default_recipe,
+    with_default_space,
+)
 from sft_ray.search.sharing import shared_layout, trains_of_search
 from sft_ray.search.startup import Startup
 from sft_ray.search.study import SearchStudy, open_storage
@@ -94,9 +99,12 @@ def run_search(
         or search.sampler == "grid"
         or search.pruner == "patient"
         or experiment.train.reinit_layers
+        or experiment.train.schedule == "constant_with_cooldown"
     )
     if store.is_there() or needs_space:  # and what does not go with it is told before Ray starts
         checked = with_default_space(checked)
+        if runs_default_recipe(experiment):
+            check_default_recipe(checked)
         tree = None
         if not fresh:
             check_made_by(store, "search")

@@ -9,14 +9,14 @@ import datasets
 import optuna
 import pytest
 
-from sft_ray.config import Experiment
-from sft_ray.errors import ConfigError, ResourceError, SftError
-from sft_ray.run_store import RunStore
+from sft_ray.config import Confirm, Experiment
+from sft_ray.errors import ConfigError, ResourceError
+from sft_ray.run_store import RunStore, write_experiment, write_results
 from sft_ray.search.cluster import connected
+from sft_ray.search.confirm import run_confirm
 from sft_ray.search.layout import plan_layout
-from sft_ray.search.narration import space_lines
 from sft_ray.search.planning import run_plan
-from sft_ray.search.preflight import check_experiment, prepare_experiment
+from sft_ray.search.preflight import check_default_recipe, prepare_experiment
 from sft_ray.search.tuner import _open_study, run_search
 from tests.models import toy_rows
 
@@ -346,3 +346,47 @@ def test_a_study_is_there_with_all_that_is_first_in_line_or_not_at_all(
         study = _open_study(prepared, store, 1, []).study
         assert len(study.get_trials()) == 1 + len(rates) - (1e-4 in rates)
     assert [path.name for path in store.journal.parent.iterdir()] == [store.journal.name]
+
+
+@pytest.mark.parametrize("changes", [{}, {"default_recipe": False, "confirm": {"top": 1}}])
+def test_what_does_not_go_with_the_default_recipe_is_told_before_ray_starts(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("sft_ray.search.tuner.connected", lambda *_, **__: pytest.fail("started"))
+    tree = experiment.to_tree()
+    tree["train"] = {"schedule": "constant_with_cooldown", "warmup": 0.05, "cooldown": 0.95}
+    tree["search"]["default_recipe"] = changes.get("default_recipe", True)
+    refused = Experiment.from_tree({**tree, "confirm": changes.get("confirm")})
+    said = (
+        "train: does not go with the default recipe, which runs too: warmup and cooldown together "
+        "must not exceed 1, got 0.06 + 0.95; lower train.cooldown to 0.94"
+    )
+    for begin in (run_search, run_plan):
+        with pytest.raises(ConfigError) as caught:
+            begin(refused, quiet=True)
+        assert caught.value.problems == (said,)
+    assert not Path(experiment.storage).exists()
+    tree["train"]["cooldown"] = 0.94
+    check_default_recipe(prepare_experiment(Experiment.from_tree(tree)))
+
+
+def test_a_search_without_the_default_recipe_may_differ_from_it_until_it_is_confirmed(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = experiment.to_tree()
+    tree["train"] = {"schedule": "constant_with_cooldown", "warmup": 0.05, "cooldown": 0.95}
+    tree["search"]["default_recipe"] = False
+    different = Experiment.from_tree(tree)
+
+    def begins(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sft_ray.search.tuner.connected", begins)
+    with pytest.raises(KeyboardInterrupt):
+        run_search(different, quiet=True)
+    store = RunStore(experiment.storage, experiment.name)
+    write_experiment(store, different)
+    best = {"trial": 0, "params": {}, "validation": {}}
+    write_results(store, {"trials": [], "best": best})
+    with pytest.raises(ConfigError, match=r"lower train\.cooldown to 0\.94"):
+        run_confirm(store, Confirm(top=1, seeds=2), quiet=True)
