@@ -254,12 +254,14 @@ def _taken_as_finished(trial: FrozenTrial, worst: list[float]) -> FrozenTrial:
     Args:
         worst: what a fault counts for, in every objective.
     """
-    if trial.state != TrialState.PRUNED:
+    is_pruned, shown = trial.state == TrialState.PRUNED, trial.intermediate_values
+    if not (is_pruned or trial.constraints):
         return trial
-    shown = trial.intermediate_values
     seen = copy.copy(trial)
-    is_fault = bool(trial.constraints) or not shown
-    seen.state, seen.values = TrialState.COMPLETE, worst if is_fault else [shown[max(shown)]]
+    if is_pruned:
+        is_fault = any(value > 0 for value in trial.constraints.values()) or not shown
+        seen.state, seen.values = TrialState.COMPLETE, worst if is_fault else [shown[max(shown)]]
+    # Gaussian processes take constraints of all trials or of none.
     seen.system_attrs = {
         name: v for name, v in trial.system_attrs.items() if not name.startswith("constraints")
     }

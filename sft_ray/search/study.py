@@ -147,6 +147,8 @@ class SearchStudy:
             number = self._interrupted.pop(0)
             self.study.sampler = self._sampler(number)
             trial = optuna.Trial(self.study, self._frozen(number)._trial_id)
+            if trial.constraints:  # a kill came before its end was told, which may be another now
+                self._mark_fault(trial, 0.0)
         else:
             asked = len(self.trials)
             if self.ended_by() is not None:
@@ -233,7 +235,7 @@ class SearchStudy:
         """Tell the true end of a trial."""
         live = self._live.pop(number)
         if outcome.fault:  # teaches TPE to stay away; a FAIL teaches it nothing
-            live.trial.set_constraint("fault", 1.0)
+            self._mark_fault(live.trial, 1.0)
         for name, value in outcome.to_attributes().items():
             live.trial.set_user_attr(name, value)
         # Clocks go back now and then.
@@ -246,6 +248,10 @@ class SearchStudy:
             assert outcome.score is not None  # a finished trial was evaluated
             values = [outcome.score, *(float(getattr(outcome, cost)) for cost in self.costs)]
         self.study.tell(number, values, state=state)
+
+    def _mark_fault(self, trial: optuna.Trial, value: float) -> None:
+        """`set_constraint`, which does not change a value that is there; above 0 it is violated."""
+        self.study._storage.set_trial_system_attr(trial._trial_id, "constraints:fault", value)
 
     def set_slots(self, slots: int) -> None:
         """There is room for more, or for fewer."""

@@ -280,6 +280,43 @@ def test_a_fault_is_a_violated_constraint_that_the_sampler_avoids(tmp_path: Path
     )
 
 
+def killed(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2"])
+def test_a_fault_whose_end_a_kill_left_untold_is_forgotten(tmp_path: Path, sampler: str) -> None:
+    exp = experiment(sampler=sampler, trials=14, default_recipe=False, pruner="none")
+    fault = Outcome(reason="gradient not finite", fault=True)
+    for is_fault in (False, True):
+        folder = tmp_path / str(is_fault)
+        folder.mkdir()
+        study = open_study(folder, exp)
+        planned = study.next_trial()
+        assert planned is not None
+        study.mark(planned.number, 10, 0.5, 1.0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(study.study, "tell", killed)
+            with pytest.raises(KeyboardInterrupt):
+                study.finish(planned.number, TrialState.PRUNED, fault)
+        again = open_study(folder, exp)
+        resumed = again.next_trial()
+        assert resumed is not None
+        assert (resumed.number, resumed.train) == (planned.number, planned.train)
+        if is_fault:
+            again.finish(0, TrialState.PRUNED, fault)
+        else:
+            run_one(again, resumed)
+        run_all(again)
+        for one in (again, open_study(folder, exp)):
+            trial = one.trials[0]
+            assert (trial.constraints["fault"] > 0) == is_fault == Outcome.of(trial).fault
+            assert len(one.trials) == 14
+    # Optuna's word, too, which knows no infeasible winner.
+    only = open_study(tmp_path / "False", exp)
+    assert only.study.best_value == max(trial.value for trial in only.trials)
+
+
 FULL = {
     "reason": "gradient not finite",
     "fault": True,
