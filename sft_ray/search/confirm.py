@@ -101,9 +101,7 @@ def run_confirm(
             for one in chosen
         ]
     seeds = fresh_seeds(experiment.seed, plan.seeds)
-    before = store.read_json(CONFIRMATION)
-    is_same_plan = bool(before) and (before.get("top"), before.get("seeds")) == (plan.top, seeds)
-    if seconds is not None and is_same_plan:
+    if is_confirmed(store, experiment.seed, plan) and seconds is not None:
         seconds = 0.0
     runs = [
         FixedRun(one.arm, train, one.params, seed, keep_model=seed == seeds[0])
@@ -150,6 +148,20 @@ def run_confirm(
 def fresh_seeds(seed: int, count: int) -> list[int]:
     """Seeds that no trial of the search has trained with."""
     return [derived_seed(seed, "confirm", i) for i in range(count)]
+
+
+def is_confirmed(store: RunStore, seed: int, plan: Confirm) -> bool:
+    """Whether a confirmation of this plan has ended.
+
+    Args:
+        seed: of the experiment.
+
+    Raises:
+        ConfigError: confirm.json is damaged.
+    """
+    before, seeds = store.read_json(CONFIRMATION), fresh_seeds(seed, plan.seeds)
+    with reading(store.path_of(CONFIRMATION)):
+        return bool(before) and (before.get("top"), before.get("seeds")) == (plan.top, seeds)
 
 
 def _default_recipe(experiment: Experiment, prepared: Prepared) -> Candidate:

@@ -88,7 +88,7 @@ def run_search(
     """
     screen, startup = Screen(quiet), Startup()
     if extend:
-        experiment = extended(experiment, extend)
+        experiment = extended(experiment, extend, screen)
     checked = check_experiment(experiment, capacity_here(address))
     store = RunStore(experiment.storage, experiment.name)
     warm = []
@@ -179,17 +179,37 @@ def _confirmed(
     return run_confirm(store, confirm, address=address, quiet=quiet, seconds=seconds).result
 
 
-def extended(experiment: Experiment, by: int) -> Experiment:
+def extended(experiment: Experiment, by: int, screen: Screen) -> Experiment:
     """The experiment with so many trials more than its finished run was made for.
 
-    A run that is not finished goes on with the trials it has: it may be this very extension.
+    A run that is not finished, or not confirmed as it asks for, goes on with the trials it has: it
+    may be this very extension.
     """
     store = RunStore(experiment.storage, experiment.name)
     is_new = experiment_text(store) is None
-    more = by if is_new or store.exists(RESULTS) else 0
     before = experiment if is_new else read_experiment(store)
-    search = experiment.search.model_copy(update={"trials": before.search.trials + more})
+    trials = before.search.trials
+    if is_new or (store.exists(RESULTS) and _has_its_confirmation(experiment, store)):
+        trials += by
+    elif store.exists(RESULTS):
+        screen.say(
+            f"{store.location} is not confirmed yet, so --extend adds no trials this time; "
+            f"search.trials={trials + by} would"
+        )
+    search = experiment.search.model_copy(update={"trials": trials})
     return experiment.model_copy(update={"search": search})
+
+
+def _has_its_confirmation(experiment: Experiment, store: RunStore) -> bool:
+    """Whether the run folder holds the confirmation that the experiment asks for, if it does."""
+    if experiment.confirm is None:
+        return True
+    from sft_ray.search.confirm import is_confirmed
+
+    try:
+        return is_confirmed(store, experiment.seed, experiment.confirm)
+    except ConfigError:  # damaged, and made anew
+        return False
 
 
 def _outcome(checked: Prepared, store: RunStore, screen: Screen, *, has_grown: bool) -> Any:

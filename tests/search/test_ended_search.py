@@ -7,6 +7,7 @@ import shutil
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from optuna.trial import TrialState
 
 from sft_ray.analysis.outcome import Outcome
 from sft_ray.analysis.results import SearchResult
-from sft_ray.config import Experiment
+from sft_ray.config import Confirm, Experiment
 from sft_ray.errors import TrialError
 from sft_ray.run_store import (
     BEFORE,
@@ -26,6 +27,7 @@ from sft_ray.run_store import (
     open_run,
     write_results,
 )
+from sft_ray.search import confirm as confirmation
 from sft_ray.search import tuner
 from sft_ray.search.layout import plan_layout
 from sft_ray.search.narration import grown_limits
@@ -325,3 +327,41 @@ def test_a_search_whose_trials_are_used_up_grows(
     assert "ended by" not in lines
     assert "sft-ray search my.yaml search.trials=8" in lines
     assert len(run_search(experiment, quiet=True, extend=4).trials) == 8
+
+
+def with_confirmation(experiment: Experiment, seeds: int = 2) -> Experiment:
+    return experiment.model_copy(update={"confirm": Confirm(top=1, seeds=seeds)})
+
+
+def confirms(store: RunStore, plan: Confirm, **_: Any) -> Any:
+    """In place of a confirmation: its file."""
+    seeds = confirmation.fresh_seeds(17, plan.seeds)
+    store.write_json(CONFIRMATION, {"top": plan.top, "seeds": seeds})
+    tree = store.read_json(RESULTS)
+    write_results(store, tree)
+    return SimpleNamespace(result=SearchResult(store.location, tree))
+
+
+def test_an_extension_that_was_interrupted_in_its_confirmation_adds_no_more_trials(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = with_confirmation(experiment)
+    assert experiment.seed == 17
+    monkeypatch.setattr(confirmation, "run_confirm", confirms)
+    first = run_search(experiment, quiet=True)
+    run = Path(first.location)
+    with monkeypatch.context() as patch:
+        patch.setattr(confirmation, "run_confirm", lambda *_, **__: interrupted())
+        for _ in range(2):  # the second time it goes on where it stopped
+            with pytest.raises(KeyboardInterrupt):
+                run_search(experiment, extend=2)
+            assert (run / RESULTS).exists()
+    assert len(run_search(experiment, quiet=True, extend=2).trials) == 6
+    assert "is not confirmed yet, so --extend adds no trials this time" in capsys.readouterr().out
+    assert (run / CONFIRMATION).exists()
+    other_plan = with_confirmation(experiment, seeds=3)
+    assert len(run_search(other_plan, quiet=True, extend=2).trials) == 6
+    (run / CONFIRMATION).write_text("{")
+    assert len(run_search(other_plan, quiet=True, extend=2).trials) == 6
+    assert len(run_search(other_plan, extend=2).trials) == 8
+    assert "is not confirmed" not in capsys.readouterr().out
