@@ -17,6 +17,7 @@ from sft_ray.analysis.confirm import (
     is_out_of_the_race,
 )
 from sft_ray.analysis.model_card import model_card
+from sft_ray.analysis.outcome import slot_seconds_of
 from sft_ray.analysis.results import SearchResult, check_tree, reading
 from sft_ray.config import Confirm, Experiment, apply_values
 from sft_ray.errors import ConfigError, TrialError
@@ -25,6 +26,7 @@ from sft_ray.run_store import (
     BEST,
     CONFIRMATION,
     RESULTS,
+    TRIAL,
     RunStore,
     open_run,
     put_winner,
@@ -162,6 +164,20 @@ def is_confirmed(store: RunStore, seed: int, plan: Confirm) -> bool:
     before, seeds = store.read_json(CONFIRMATION), fresh_seeds(seed, plan.seeds)
     with reading(store.path_of(CONFIRMATION)):
         return bool(before) and (before.get("top"), before.get("seeds")) == (plan.top, seeds)
+
+
+def seconds_taken(store: RunStore) -> float:
+    """Slot time of all runs of a confirmation that have ended.
+
+    Raises:
+        ConfigError: the record of one is damaged.
+    """
+    seconds = 0.0
+    for path in store.files_below(FOLDER):
+        if path.endswith(f"/{TRIAL}"):
+            with reading(store.path_of(path)):
+                seconds += slot_seconds_of(store.read_json(path))
+    return seconds
 
 
 def _default_recipe(experiment: Experiment, prepared: Prepared) -> Candidate:

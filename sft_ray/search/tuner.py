@@ -164,17 +164,18 @@ def _confirmed(
     """The outcome behind the confirmation that the experiment asks for, within its budget."""
     if experiment.confirm is None:
         return result
-    from sft_ray.search.confirm import run_confirm
+    from sft_ray.search.confirm import run_confirm, seconds_taken
 
     budget, tree = experiment.search.budget, result.tree
-    left = []
+    slots, left = tree["environment"].get("slots", 1), []
     if budget.wall_minutes is not None:
         left.append(60 * budget.wall_minutes - tree["wall_seconds"])
     if budget.worker_hours is not None:
         slot_seconds = sum(slot_seconds_of(row) for row in tree["trials"])
-        workers, slots = experiment.resources.workers_per_trial, tree["environment"].get("slots", 1)
+        workers = experiment.resources.workers_per_trial
         left.append((3600 * budget.worker_hours / workers - slot_seconds) / slots)
-    seconds = min(left, default=None)
+    # What runs of a confirmation that was interrupted have taken is not given again.
+    seconds = min(left) - seconds_taken(store) / slots if left else None
     confirm = experiment.confirm
     return run_confirm(store, confirm, address=address, quiet=quiet, seconds=seconds).result
 

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from sft_ray.analysis.outcome import Outcome
 from sft_ray.analysis.results import SearchResult
 from sft_ray.config import Confirm, Experiment
-from sft_ray.errors import TrialError
+from sft_ray.errors import ConfigError, TrialError
 from sft_ray.run_store import (
     BEFORE,
     CONFIRMATION,
@@ -365,3 +365,32 @@ def test_an_extension_that_was_interrupted_in_its_confirmation_adds_no_more_tria
     assert len(run_search(other_plan, quiet=True, extend=2).trials) == 6
     assert len(run_search(other_plan, extend=2).trials) == 8
     assert "is not confirmed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("budget", "left"), [({"worker_hours": 1}, 900 - 2), ({"wall_minutes": 40}, 2400)]
+)
+def test_runs_of_an_interrupted_confirmation_count_in_its_budget(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, budget: dict[str, Any], left: float
+) -> None:
+    """Trials of a second each, by two workers in two slots."""
+    given: list[float | None] = []
+
+    def interrupts(*_: Any, seconds: float | None, **__: Any) -> None:
+        given.append(seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(confirmation, "run_confirm", interrupts)
+    resources = experiment.resources.model_copy(update={"slots": 2})
+    asked = with_confirmation(with_search(experiment, budget=budget))
+    asked = asked.model_copy(update={"resources": resources})
+    store = RunStore(experiment.storage, experiment.name)
+    for number in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            run_search(asked, quiet=True)
+        times = {"train_seconds": 100.0, "eval_seconds": 20.0, "overhead_seconds": 5.0}
+        store.write_json(f"confirm/{number}/trial.json", times)
+    assert given == pytest.approx([left - 125 * n / 2 for n in range(3)], abs=10)
+    store.write_json("confirm/0/trial.json", [])
+    with pytest.raises(ConfigError, match=r"confirm/0/trial\.json: damaged"):
+        run_search(asked, quiet=True)
