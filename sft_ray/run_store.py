@@ -6,6 +6,7 @@ Names below are relative to the run folder.  A reader that finds `results.json` 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -260,6 +261,22 @@ def trial_records(store: RunStore) -> list[str]:
     paths = (path.split("/") for path in store.files_below("trials"))
     numbers = [int(p[1]) for p in paths if len(p) == 3 and p[2] == TRIAL and p[1].isdecimal()]
     return [f"{trial_folder(number)}/{TRIAL}" for number in sorted(numbers)]
+
+
+def scorings_of_test(store: RunStore) -> list[dict[str, Any]]:
+    """What test_access.jsonl tells of every scoring of the test split, in their order.
+
+    Lines that a kill has torn are left out.
+    """
+    found = []
+    for line in (store.read_text(TEST_ACCESS) or "").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
 
 
 def kept_environment(store: RunStore) -> Any:

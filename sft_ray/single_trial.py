@@ -13,7 +13,7 @@ from sft_ray.analysis.model_card import model_card, settings_of
 from sft_ray.analysis.outcome import Outcome, slot_seconds_of
 from sft_ray.analysis.results import SearchResult
 from sft_ray.analysis.rows import best_row, trial_row
-from sft_ray.analysis.tables import padding_line
+from sft_ray.analysis.tables import padding_line, scored_words
 from sft_ray.config import Experiment
 from sft_ray.environment import describe_environment
 from sft_ray.errors import ResourceError, TrialError
@@ -264,7 +264,8 @@ def _write_outcome(
         "trials": [row],
         "environment": environment,
     }
-    card = model_card(tree, experiment.to_tree(), prepared.dataset.label_names)
+    labels, scored = prepared.dataset.label_names, scored_words(store)
+    card = model_card(tree, experiment.to_tree(), labels, scored=scored)
     store.write_text(f"{BEST}/README.md", card)
     write_results(store, tree)
     return tree

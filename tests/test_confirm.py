@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from sft_ray.analysis.confirm import Candidate, candidates, confirmation, is_out_of_the_race
-from sft_ray.cli import main
-from sft_ray.config import Confirm, Experiment
+from sft_ray.analysis.results import SearchResult
+from sft_ray.analysis.tables import scored_words
 from sft_ray.recipes import YARDSTICK
-from sft_ray.run_store import TEST_ACCESS, RunStore, write_experiment
+from sft_ray.run_store import TEST_ACCESS, RunStore
+from sft_ray.screen import Screen
+from sft_ray.search.narration import say_confirmation
 from sft_ray.serving.evaluate import record_test, recorded_test
 
 DEFAULT = Candidate(YARDSTICK, None, {"train.learning_rate": 2e-5}, {"learning_rate": 2e-5}, None)
@@ -276,3 +279,40 @@ def test_a_model_is_scored_on_the_test_split_once_wherever_its_run_lies(tmp_path
     assert (found["metrics"], found["num_examples"]) == ({"accuracy": 0.5}, 10)
     assert recorded_test(store, "confirm/to/best") is None
     assert recorded_test(store, "confirm/b/best") is None
+
+
+def test_scorings_of_the_test_split_are_counted(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path), "mine")
+    assert scored_words(store) is None
+    said = []
+    for model in ("s3://b/mine/confirm/ab/best?region=x", "runs/mine/confirm/cd/best", "runs/mine"):
+        record_test(store, model, {"accuracy": 0.5}, 10)
+        said.append(scored_words(store))
+    store.append_text(TEST_ACCESS, '{"model": "runs/mine/confirm/to')  # killed here
+    assert scored_words(store) == "scored 3 times in this run"
+    assert said == [
+        "scored once",
+        "scored once with each of 2 models",
+        "scored 3 times in this run",
+    ]
+
+
+def test_a_model_that_is_scored_again_is_not_scored_once(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path), "mine")
+    for place in ("runs/mine", "moved"):
+        record_test(store, f"{place}/confirm/ab/best", {"accuracy": 0.5}, 10)
+    assert scored_words(store) == "scored 2 times in this run"
+
+
+def test_a_confirmation_says_how_often_the_test_split_was_scored(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = confirmation([DEFAULT], [run(YARDSTICK, seed, 0.5) for seed in (1, 2)], 1)
+    test = {YARDSTICK: {"metrics": {"accuracy": 0.5}, "num_examples": 40}}
+    tree = {"metric": "accuracy", "seeds": [1, 2], "configurations": rows, "test": test}
+    best = {"validation": {"accuracy": 0.5}, "checkpoint": "runs/mine/best"}
+    result = SearchResult("runs/mine", {"best": best})
+    prepared: Any = SimpleNamespace(say_next=lambda *_: None)
+    for scored, words in ((None, "scored once"), ("scored 3 times in this run",) * 2):
+        say_confirmation(Screen(), tree, result, prepared, scored)
+        assert f"accuracy 0.5000 (40 examples, {words})" in capsys.readouterr().out

@@ -12,7 +12,12 @@ from sft_ray.config import Experiment, Train
 from sft_ray.yaml_text import parse_yaml
 
 
-def card_of(model: str = "owner/base", train: dict[str, Any] | None = None, **best: Any) -> str:
+def card_of(
+    model: str = "owner/base",
+    train: dict[str, Any] | None = None,
+    scored: str | None = None,
+    **best: Any,
+) -> str:
     """Of a search of two trials whose default recipe did not finish."""
     experiment = Experiment.from_tree(
         {"name": "mine", "model": model, "data": {"train": "x.csv", "split": {"validation": 0.1}}}
@@ -32,7 +37,7 @@ def card_of(model: str = "owner/base", train: dict[str, Any] | None = None, **be
             **best,
         },
     }
-    return model_card(tree, experiment.to_tree(), ("a", "b"))
+    return model_card(tree, experiment.to_tree(), ("a", "b"), scored=scored)
 
 
 @pytest.mark.parametrize(
@@ -68,3 +73,18 @@ def test_it_says_how_far_to_trust_the_scores() -> None:
     unfinished = " ".join(card_of(complete=False).split())
     assert "No trial reached the end of its schedule: this one came furthest" in unfinished
     assert "the best of 2 trials" not in unfinished
+
+
+def test_it_says_how_often_the_test_split_was_scored() -> None:
+    twice = "scored 2 times in this run"
+    for best in ({}, {"complete": False}):
+        before, after = (" ".join(card_of(scored=s, **best).split()) for s in (None, twice))
+        assert "; the test split had not been scored when this card was written." in before
+        assert f"; the test split was {twice}." in after
+    expected = {"mean": 0.5, "low": None, "high": None, "n": 2}
+    test = {"metrics": {"accuracy": 0.75}, "num_examples": 40}
+    confirmed = card_of(scored=twice, expected=expected, test=test)
+    assert f"On the test split (40 examples), {twice} when this card was written: " in confirmed
+    assert "There was no test split to score." in card_of(expected=expected, test=None)
+    unnamed = card_of(scored="scored once", expected=expected, test=None)
+    assert "The test split was scored once." in unnamed

@@ -35,6 +35,7 @@ from sft_ray.run_store import (
     write_experiment,
 )
 from sft_ray.search.study import SearchStudy, open_storage
+from sft_ray.serving.evaluate import record_test
 from sft_ray.single_trial import run_training
 from tests.search.test_study import RECIPE, experiment
 from tests.test_results import search_run
@@ -181,6 +182,26 @@ def test_a_run_without_confirmation_says_so(tmp_path: Path) -> None:
     assert f"{study.best_score():.4f}" in page.text
     assert "confirm" not in page.sections
     assert "No result yet" not in page.text
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_page_says_how_often_the_test_split_was_scored(tmp_path: Path, is_named: bool) -> None:
+    store, _ = search_run(tmp_path)
+    tree = store.read_json(RESULTS)
+    expected = {"mean": 0.8, "sd": 0.01, "low": 0.79, "high": 0.81, "n": 3}
+    test = {"metrics": {"accuracy": 0.75}, "num_examples": 40}
+    tree["best"] |= {"expected": expected, "test": test if is_named else None}
+    store.write_json(RESULTS, tree)
+
+    def said() -> str:
+        return Page(render(Run.load(store.location))).text
+
+    if not is_named:
+        assert "No test split was scored." in said()
+    for words in ("scored once", "scored 2 times in this run"):
+        record_test(store, store.location, test["metrics"], 40)
+        assert (f"40 examples, {words} " if is_named else f"The test split was {words}.") in said()
+    assert "No test split was scored." not in said()
 
 
 def test_the_page_says_where_the_seconds_of_the_start_went(tmp_path: Path) -> None:

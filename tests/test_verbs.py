@@ -24,7 +24,7 @@ from sft_ray.run_store import RunStore, damaged_files, open_run
 from sft_ray.screen import Screen
 from sft_ray.search.mending import winner_back
 from sft_ray.search.tuner import run_search
-from sft_ray.serving.evaluate import run_evaluation, score_split
+from sft_ray.serving.evaluate import record_test, run_evaluation, score_split
 from sft_ray.serving.predict import Predictor, load_predictor, read_rows
 from sft_ray.serving.samples import sample_rows
 from sft_ray.single_trial import run_training
@@ -331,6 +331,20 @@ def test_every_scoring_of_the_test_split_is_recorded(run: Path, capsys) -> None:
     assert first["metrics"] == second["metrics"]
     assert first["num_examples"] > 10
     assert 0 < first["metrics"]["accuracy"] < 1
+
+
+def test_a_card_that_is_written_anew_says_how_often_the_test_split_was_scored(
+    run: Path, make
+) -> None:
+    def card() -> str:
+        return " ".join((run / "best" / "README.md").read_text().split())
+
+    assert "the test split had not been scored when this card was written" in card()
+    for _ in range(2):
+        record_test(RunStore(str(run.parent), run.name), str(run), {"accuracy": 0.5}, 40)
+    (run / "environment.json").write_text("{}")  # damaged, and the trial is there
+    run_training(make(), quiet=True)
+    assert "the test split was scored 2 times in this run" in card()
 
 
 def test_a_scoring_is_recorded_in_its_run_wherever_it_is_called(

@@ -31,14 +31,15 @@ The figures are of exactly these weights. {selection}
 {labels}Seed {seed}, data fingerprint `{fingerprint}`.
 """
 SEARCHED = """They are the best of {num_trials} trials on the same split, so expect somewhat less on
-new data; the test split was not scored. Gain over the default recipe: {gain}."""
+new data; {test}. Gain over the default recipe: {gain}."""
 CONFIRMED = """They are those of one training with a seed that was settled beforehand. Over {n}
 fresh seeds the configuration reaches {mean:.4f} {metric} on average{interval}, {gain} over
 the default recipe on the same seeds. {test}"""
 SINGLE = """They are the best evaluation of one training on the same split, so expect somewhat less
-on new data; the test split was not scored."""
+on new data; {test}."""
 UNFINISHED = """No trial reached the end of its schedule: this one came furthest and was stopped
-before its end, so it would likely have scored otherwise there; the test split was not scored."""
+before its end, so it would likely have scored otherwise there; {test}."""
+NOT_SCORED = "the test split had not been scored when this card was written"
 # Tasks that the hub's pipelines know by another name.
 PIPELINES = {
     "multi-label": "text-classification",
@@ -47,21 +48,33 @@ PIPELINES = {
 }
 
 
-def model_card(tree: dict[str, Any], experiment: dict[str, Any], labels: tuple[str, ...]) -> str:
-    """Markdown for the winner of results.json (`tree`) of a resolved experiment."""
+def model_card(
+    tree: dict[str, Any],
+    experiment: dict[str, Any],
+    labels: tuple[str, ...],
+    *,
+    scored: str | None,
+) -> str:
+    """Markdown for the winner of results.json (`tree`) of a resolved experiment.
+
+    Args:
+        scored: how often the test split was scored in the run, in words; None if it was not.
+    """
     best, environment, data = tree["best"], tree["environment"], experiment["data"]
     gain, task, num_trials = best["gain_over_default"], experiment["task"], len(tree["trials"])
+    test = NOT_SCORED if scored is None else f"the test split was {scored}"
     searched = SEARCHED.format(
         num_trials=num_trials,
+        test=test,
         gain=f"unknown: it {why_no_gain(tree['trials']).removeprefix('which ')}"
         if gain is None
         else f"{gain:+.4f} {tree['metric']}",
     )
-    selection = searched if num_trials > 1 else SINGLE
+    selection = searched if num_trials > 1 else SINGLE.format(test=test)
     if not best["complete"]:
-        selection = UNFINISHED
+        selection = UNFINISHED.format(test=test)
     if "expected" in best:
-        selection = _confirmed(tree)
+        selection = _confirmed(tree, scored)
     # The searched ones too where they are the defaults.
     params = settings_of(Train.model_validate(best["train"])) | best["params"]
     return CARD.format(
@@ -98,7 +111,7 @@ def _base_line(model: str) -> str:
     return "" if is_local else f"base_model: {model}\n"
 
 
-def _confirmed(tree: dict[str, Any]) -> str:
+def _confirmed(tree: dict[str, Any], scored: str | None) -> str:
     best, test = tree["best"], "There was no test split to score."
     expected, interval = best["expected"], ""
     if expected["low"] is not None:
@@ -106,7 +119,13 @@ def _confirmed(tree: dict[str, Any]) -> str:
     gain = best["gain_over_default"]  # None: the default recipe finished on none of them
     if best["test"] is not None:
         found = ", ".join(f"{k} {v:.4f}" for k, v in best["test"]["metrics"].items())
-        test = f"The test split ({best['test']['num_examples']} examples), scored once: {found}."
+        how_often = scored or "scored once"  # the record may be lost
+        test = (
+            f"On the test split ({best['test']['num_examples']} examples), {how_often} when this "
+            f"card was written: {found}."
+        )
+    elif scored is not None:  # which the experiment does not name
+        test = f"The test split was {scored}."
     return CONFIRMED.format(
         n=expected["n"],
         mean=expected["mean"],

@@ -7,6 +7,7 @@ from typing import Any
 
 from sft_ray.analysis.outcome import slot_seconds_of
 from sft_ray.analysis.results import SearchResult
+from sft_ray.run_store import RunStore, scorings_of_test
 from sft_ray.screen import count, duration, short_params
 
 WIDTH = 100  # columns of a screen
@@ -45,6 +46,18 @@ def trial_table(result: SearchResult, top: int | None = None) -> list[str]:
     if left_out := len(rows) - len(shown):
         lines.append(f"… and {count(left_out, 'more trial')}")
     return lines
+
+
+def scored_words(store: RunStore) -> str | None:
+    """How often the test split was scored in a run; None if no scoring is on record."""
+    models = [str(record.get("model")).partition("?")[0] for record in scorings_of_test(store)]
+    if len(models) <= 1:
+        return "scored once" if models else None
+    # A confirmation scores its winner and the default recipe; whose models have folders there.
+    confirmed = {tuple(model.split("/")[-3:]) for model in models if "/confirm/" in model}
+    if len(confirmed) == len(models):
+        return f"scored once with each of {len(models)} models"
+    return f"scored {len(models)} times in this run"
 
 
 def padding_line(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from sft_ray.analysis.confirm import (
 from sft_ray.analysis.model_card import model_card
 from sft_ray.analysis.outcome import slot_seconds_of
 from sft_ray.analysis.results import SearchResult, check_tree, reading
+from sft_ray.analysis.tables import scored_words
 from sft_ray.config import Confirm, Experiment, apply_values
 from sft_ray.errors import ConfigError, TrialError
 from sft_ray.recipes import YARDSTICK, default_recipe
@@ -67,8 +68,8 @@ def run_confirm(
 
     The best configurations of the search and the default recipe train on the same fresh seeds;
     one that is clearly behind is dropped.  best/ becomes the winner's model of the first of these
-    seeds, which was settled before it ran.  The test split is scored once, with that model and
-    the default recipe's.
+    seeds, which was settled before it ran.  The test split is scored once with that model, and
+    once with the default recipe's.
 
     Args:
         run: a finished run, or its path or URI.
@@ -143,7 +144,7 @@ def run_confirm(
         arm = winner["arm"]
         result = _conclude(prepared, store, result, tree, ended[arm], models[arm])
     confirmed = Confirmed(result, tree)
-    say_confirmation(screen, tree, result, prepared)
+    say_confirmation(screen, tree, result, prepared, scored_words(store))
     return confirmed
 
 
@@ -249,7 +250,12 @@ def _conclude(
         "checkpoint": store.path_of(BEST),
     }
     updated = {**result.tree, "best": best}
-    card = model_card(updated, prepared.experiment.to_tree(), prepared.dataset.label_names)
+    card = model_card(
+        updated,
+        prepared.experiment.to_tree(),
+        prepared.dataset.label_names,
+        scored=scored_words(store),
+    )
     put_winner(store, f"{FOLDER}/{run.key}/best", card)
     write_results(store, updated)
     return SearchResult(store.location, updated)

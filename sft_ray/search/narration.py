@@ -222,9 +222,17 @@ def say_pareto(screen: Screen, result: SearchResult) -> None:
 
 
 def say_confirmation(
-    screen: Screen, tree: dict[str, Any], result: SearchResult, prepared: Prepared
+    screen: Screen,
+    tree: dict[str, Any],
+    result: SearchResult,
+    prepared: Prepared,
+    scored: str | None,
 ) -> None:
-    """Every configuration over the fresh seeds, the two gaps, and what is in best/ now."""
+    """Every configuration over the fresh seeds, the two gaps, and what is in best/ now.
+
+    Args:
+        scored: how often the test split was scored in the run, in words.
+    """
     metric, test = tree["metric"], tree["test"] or {}
     screen.say()
     screen.say(f"over fresh seeds, {metric} (mean and 95 % interval):")
@@ -244,7 +252,7 @@ def say_confirmation(
     for arm, found in test.items():
         lines[f"test, {arm}"] = (
             ", ".join(f"{k} {v:.4f}" for k, v in found["metrics"].items())
-            + f" ({found['num_examples']} examples, scored once)"
+            + f" ({found['num_examples']} examples, {scored or 'scored once'})"
         )
     if winner["arm"] in test:
         gap = test[winner["arm"]]["metrics"][metric] - expected["mean"]

@@ -15,6 +15,7 @@ from sft_ray.analysis.model_card import model_card
 from sft_ray.analysis.outcome import slot_seconds_of
 from sft_ray.analysis.results import SearchResult, load_study
 from sft_ray.analysis.rows import best_row, gain_over_default, pareto_rows, ranking, row_of
+from sft_ray.analysis.tables import scored_words
 from sft_ray.config import Experiment
 from sft_ray.environment import describe_environment
 from sft_ray.errors import ConfigError, TrialError
@@ -431,7 +432,12 @@ def _conclude(
     if best is not None:
         gain = gain_over_default(study.trials, best, study.sign)
         tree["best"] = best_row(row_of(best, prepared.experiment.seed), gain, store.path_of(BEST))
-        card = model_card(tree, prepared.experiment.to_tree(), prepared.dataset.label_names)
+        card = model_card(
+            tree,
+            prepared.experiment.to_tree(),
+            prepared.dataset.label_names,
+            scored=scored_words(store),
+        )
         put_winner(store, f"{trial_folder(best.number)}/best", card)
     elif before is not None and before[CONFIRMATION] is not None:
         store.write_json(CONFIRMATION, before[CONFIRMATION])

@@ -12,7 +12,7 @@ import numpy as np
 
 from sft_ray.config import Experiment
 from sft_ray.errors import ConfigError, DataError
-from sft_ray.run_store import EXPERIMENT, TEST_ACCESS, RunStore
+from sft_ray.run_store import EXPERIMENT, TEST_ACCESS, RunStore, scorings_of_test
 from sft_ray.serving.predict import Predictor, load_predictor
 from sft_ray.training import labels, sources
 from sft_ray.training.columns import is_unlabelled
@@ -75,14 +75,10 @@ def record_test(
 
 def recorded_test(store: RunStore, path: str) -> dict[str, Any] | None:
     """The record of a model of the run, wherever that lay then; None if it was not scored."""
-    for line in (store.read_text(TEST_ACCESS) or "").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # torn by a kill
-            continue
-        model = str(record.get("model")) if isinstance(record, dict) else ""
+    for record in scorings_of_test(store):
+        model = str(record.get("model"))
         if model.partition("?")[0].endswith(f"/{path}"):  # behind the ? are a store's options
-            return dict(record)
+            return record
     return None
 
 

@@ -126,6 +126,8 @@ def test_a_search_ends_with_its_winner_confirmed_and_does_so_once(
     card = (run / "best" / "README.md").read_text()
     assert f"fresh seeds the configuration reaches {best['expected']['mean']:.4f}" in card
     assert f"Seed {seeds[0]}" in card
+    assert "scored once with each of 2 models when this card was written: " in card
+    assert printed.count("scored once with each of 2 models)") == 2
 
     records = [json.loads(line) for line in (run / TEST_ACCESS).read_text().splitlines()]
     assert len(records) == len({record["model"] for record in records}) == 2

@@ -34,6 +34,7 @@ from sft_ray.search.narration import grown_limits
 from sft_ray.search.study import SearchStudy
 from sft_ray.search.trials import is_to_be_saved
 from sft_ray.search.tuner import run_search
+from sft_ray.serving.evaluate import record_test
 from sft_ray.training.preparation import Prepared
 
 CONFIRMED = {"top": 1, "seeds": [1]}
@@ -394,3 +395,14 @@ def test_runs_of_an_interrupted_confirmation_count_in_its_budget(
     store.write_json("confirm/0/trial.json", [])
     with pytest.raises(ConfigError, match=r"confirm/0/trial\.json: damaged"):
         run_search(asked, quiet=True)
+
+
+def test_the_card_of_a_search_says_how_often_the_test_split_was_scored(
+    experiment: Experiment,
+) -> None:
+    experiment, _, run = searched(experiment)
+    card = run / "best" / "README.md"
+    assert "had not been scored when this card was written" in card.read_text()
+    record_test(open_run(str(run)), str(run), {"accuracy": 0.5}, 40)
+    run_search(experiment, quiet=True, extend=1)
+    assert "the test split was scored once" in card.read_text()

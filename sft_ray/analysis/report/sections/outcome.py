@@ -11,6 +11,7 @@ from sft_ray.analysis.report import facts
 from sft_ray.analysis.report.blocks import Block, Grid, Table, Text, Tile, Tiles
 from sft_ray.analysis.report.run import Run, Trial
 from sft_ray.analysis.report.words import figure, interval, setting_words, short_name
+from sft_ray.analysis.tables import scored_words
 from sft_ray.recipes import YARDSTICK
 from sft_ray.screen import count, duration
 
@@ -35,7 +36,8 @@ def outcome(run: Run, spent: Sequence[facts.Spent], price: float | None) -> list
     if found.test:
         tested = found.test["metrics"].get(run.metric)
         if tested is not None:
-            note = f"{found.test['num_examples']} examples, scored once"
+            how_often = scored_words(run.store) or "scored once"  # the record may be lost
+            note = f"{found.test['num_examples']} examples, {how_often}"
             tiles.append(Tile("test split", f"{tested:.4f}", note))
     blocks.append(Tiles([*tiles, *_cost_tiles(run, spent, price)]))
     blocks.append(Text(how_sure(run, found)))
@@ -82,7 +84,8 @@ def how_sure(run: Run, found: facts.Outcome) -> str:
             words = f"lies {'above' if found.gain_low > 0 else 'below'} zero"
         parts.append(f"The interval of the gain over the default recipe {words}.")
     if found.test is None:
-        parts.append("No test split was scored.")
+        scored = scored_words(run.store)
+        parts.append(f"The test split was {scored}." if scored else "No test split was scored.")
     return " ".join(parts)
 
 
