@@ -9,8 +9,9 @@ INSTALLED := $(VENV)/.installed
 search: $(INSTALLED)
 	$(BIN)/sft-ray search experiments/quickstart.yaml
 
+# Processes share the files of tests, the long ones first; each has a Ray, so they are few.
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Slow tests on a real Ray cluster, which `make test` leaves out.  Hosts of their own need root, sshd
 # and rsync, which Debian and its kin get here; elsewhere those tests skip, and say why.

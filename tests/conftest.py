@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, just below
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from sft_ray.config import Experiment
 from tests.models import tiny_model_folder, toy_rows, write_csv
@@ -118,6 +120,7 @@ def ray_cluster() -> Iterator[None]:
     ray.init(
         address="local",  # whatever else runs on this machine
         num_cpus=4,
+        include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
         runtime_env={

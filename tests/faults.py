@@ -11,7 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-FAULT_FOLDER = Path("/tmp") / f"sft_ray_faults_{os.getuid()}"
+# One for each process of tests, whose environment the workers of its Ray have.
+OF_PROCESS = os.environ.get("PYTEST_XDIST_WORKER", "")
+FAULT_FOLDER = Path("/tmp") / f"sft_ray_faults_{os.getuid()}{OF_PROCESS}"
 NO_LOADING = FAULT_FOLDER / "no_loading"
 
 

@@ -79,7 +79,7 @@ def run_group(module: str, size: int, arguments: list[Path], out: Path) -> None:
         workers.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log))
         log.close()
     try:
-        codes = [worker.wait(timeout=90) for worker in workers]
+        codes = [worker.wait(timeout=250) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
