@@ -24,8 +24,33 @@ def describe_environment(facts: dict[str, Any]) -> dict[str, Any]:
         "packages": {name: metadata.version(name) for name in REPORTED_PACKAGES},
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
+        "processor": processor(),
         **facts,
     }
+
+
+def continued(now: dict[str, Any], before: Any) -> dict[str, Any]:
+    """The environment of a run that goes on: what was otherwise stands under `earlier`, in order.
+
+    Args:
+        before: what environment.json said, if it could be read.
+    """
+    if not isinstance(before, dict):
+        return now
+    other = {key: value for key, value in before.items() if value != now.get(key)}
+    earlier = other.pop("earlier", None)
+    earlier = [*(earlier if isinstance(earlier, list) else []), *([other] if other else [])]
+    return {**now, "earlier": earlier} if earlier else now
+
+
+def processor() -> str | None:
+    """The CPU's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None)
 
 
 def _commit() -> str | None:

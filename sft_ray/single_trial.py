@@ -15,7 +15,7 @@ from sft_ray.analysis.results import SearchResult
 from sft_ray.analysis.rows import best_row, trial_row
 from sft_ray.analysis.tables import padding_line, scored_words
 from sft_ray.config import Experiment
-from sft_ray.environment import describe_environment
+from sft_ray.environment import continued, describe_environment
 from sft_ray.errors import ResourceError, TrialError
 from sft_ray.folder_rule import check_folder_rule, check_made_by
 from sft_ray.interrupt import interruptible
@@ -43,7 +43,7 @@ from sft_ray.training.checkpoint import save_model, save_predictions
 from sft_ray.training.fitting import fit
 from sft_ray.training.last_state import LastState
 from sft_ray.training.micro_batch import StepOutOfMemoryError
-from sft_ray.training.preparation import Prepared, check_data, prepare_training
+from sft_ray.training.preparation import Prepared, check_origin, prepare_training
 from sft_ray.training.progress import Progress
 from sft_ray.training.resume_state import ResumeState
 from sft_ray.training.setup import Setup, load_setup
@@ -85,7 +85,7 @@ def run_training(
         # One training has no budget, so one that has grown changes nothing.
         if relation != "new" and not damaged_files(store):
             tree = read_results(store)
-        check_data(prepared, kept_environment(store), store.location)
+        check_origin(prepared, kept_environment(store), store.location)
     if tree is not None:
         screen.say(f"{store.location} is finished; its outcome:")
         result = SearchResult(store.location, tree)
@@ -104,7 +104,9 @@ def run_training(
         for note in [*notes, *(f"{path} was damaged; {how}" for path in damaged)]:
             screen.say(note)
         write_experiment(store, experiment)
-        environment = describe_environment({"device": device.type, **prepared.facts()})
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        now = describe_environment({"device": where, **prepared.facts()})
+        environment = continued(now, kept_environment(store))
         store.write_json(ENVIRONMENT, environment)
         _say_truth(screen, prepared, store, device)
         if row:
@@ -130,7 +132,7 @@ class _Run:
         self._began = time.monotonic()
         experiment = prepared.experiment
         every_minutes, seed = experiment.checkpoint.every_minutes, experiment.seed
-        self.last = LastState(store, FOLDER, every_minutes, experiment.train, seed)
+        self.last = LastState(store, FOLDER, every_minutes, experiment.train, seed, self._facts)
         self._seconds_before = 0.0
 
     @property
@@ -152,6 +154,7 @@ class _Run:
                     seed=experiment.seed,
                     report=self.report,
                     beat=beat,
+                    last=self.last,
                     resume=self._take_up(),
                     most_examples=most_examples,
                 )
@@ -163,7 +166,7 @@ class _Run:
                 self.screen.event(f"out of memory; going on with {most_examples} examples per pass")
         if paused is not None:
             self._check_held()
-            self.last.write(paused, messages=self.messages, seconds_before=self._seconds())
+            self.last.write(paused)
             self.screen.event(f"paused at step {paused.facts['step']}")
             raise KeyboardInterrupt
         last = self.messages[-1]
@@ -193,8 +196,13 @@ class _Run:
         lines = "".join(f"{json.dumps(m)}\n" for m in self.messages)
         self.store.write_text(METRICS, lines)
         self._say_mark(progress)
-        self.last.consider(progress, messages=self.messages, seconds_before=message["seconds"])
+        self.last.consider(progress)
         return True
+
+    def _facts(self) -> dict[str, Any]:
+        """What goes with a state of this trial, if this driver may still write one."""
+        self._check_held()
+        return {"messages": self.messages, "seconds_before": self._seconds()}
 
     def _check_held(self) -> None:
         """Raise ResourceError if another driver holds the run: nothing may be written any more."""

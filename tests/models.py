@@ -20,6 +20,7 @@ from sft_ray.training.checkpoint import save_model
 from sft_ray.training.data import load_tokenizer, open_dataset, prepare
 from sft_ray.training.examples import Dataset
 from sft_ray.training.fitting import fit
+from sft_ray.training.last_state import LastState
 from sft_ray.training.model import Pretrained, load_pretrained
 from sft_ray.training.model_facts import quiet_transformers
 from sft_ray.training.progress import Progress
@@ -341,6 +342,19 @@ def load_tiny(
     return Pretrained(whole, loaded.from_scratch, used, loaded.seed)
 
 
+class EveryStep(LastState):
+    """Keeps a state before every step, in memory."""
+
+    def __init__(self) -> None:
+        self.states: list[ResumeState] = []
+
+    def is_due(self) -> bool:
+        return True
+
+    def write(self, state: ResumeState) -> None:
+        self.states.append(state)
+
+
 def run_fit(
     pretrained: Pretrained,
     dataset: Dataset,
@@ -357,6 +371,7 @@ def run_fit(
     end_diverged: bool = False,
     also: Callable[[Progress], Any] | None = None,
     beat: Callable[[str], bool] = lambda activity: False,
+    last: LastState | None = None,
     paused: list[ResumeState | None] | None = None,
     **train: Any,
 ) -> list[Progress]:
@@ -385,6 +400,7 @@ def run_fit(
         most_examples=most_examples,
         end_diverged=end_diverged,
         beat=beat,
+        last=last,
     )
     if paused is not None:
         paused.append(state)

@@ -12,8 +12,10 @@ import pytest
 from sft_ray.analysis.confirm import Candidate, candidates, confirmation, is_out_of_the_race
 from sft_ray.analysis.results import SearchResult
 from sft_ray.analysis.tables import scored_words
+from sft_ray.cli import main
+from sft_ray.config import Confirm, Experiment
 from sft_ray.recipes import YARDSTICK
-from sft_ray.run_store import TEST_ACCESS, RunStore
+from sft_ray.run_store import TEST_ACCESS, RunStore, write_experiment
 from sft_ray.screen import Screen
 from sft_ray.search.narration import say_confirmation
 from sft_ray.serving.evaluate import record_test, recorded_test

@@ -1,5 +1,6 @@
 """What only a GPU can show; skipped where there is none (`make test-gpu`)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,9 @@ from sft_ray.training.families import FAMILIES
 from sft_ray.training.fitting import fit
 from sft_ray.training.model import load_pretrained
 from sft_ray.training.progress import Progress
+from sft_ray.training.resume_state import ResumeState
 from sft_ray.training.setup import Setup
+from sft_ray.training.trunk_cache import TrunkCache, trunks_root
 from sft_ray.training.world import World, resolve_precision
 from tests.models import PAD, TASK, tiny_model_folder, toy_dataset
 
@@ -26,6 +29,8 @@ needs_gpu = pytest.mark.skipif(
 )
 
 
+Marks = list[Progress]
+Trial = Callable[..., Marks]
 HALF = 2e-3  # how far a loss may move in half precision; on a CPU it is up to 3e-4
 
 
@@ -177,6 +182,84 @@ def test_recorded_passes_train_as_others(
         for chosen in (True, False)
     )
     assert recorded == pytest.approx(plain, abs=1e-4 if precision == "fp32" else HALF)
+
+
+def trial_on(device: torch.device, model: Path, dataset: Dataset, *, cached: bool) -> Trial:
+    """Trains the tiny model, on kept outputs of frozen layers or not."""
+    pretrained = load_pretrained(
+        str(model),
+        TASK,
+        dataset.label_set,
+        seed=17,
+        device=device,
+        used_tokens=dataset.used_tokens,
+    )
+    world = World(device=device)
+    cache = TrunkCache(pretrained, dataset, world, PAD) if cached else None
+    tokenizer = SimpleNamespace(pad_token_id=PAD)
+    setup = Setup(TASK, dataset, pretrained, tokenizer, world, trunk_cache=cache)
+
+    def trial(*, resume: ResumeState | None = None, marks: int = 99, **train: object) -> Marks:
+        found: Marks = []
+        settings = {"epochs": 3, "batch_size": 16, "learning_rate": 1e-3, **train}
+        fit(
+            Train.model_validate(settings),
+            setup,
+            objective="accuracy",
+            rungs=[10, 33],
+            seed=17,
+            report=lambda progress: found.append(progress) or len(found) < marks,
+            resume=resume,
+        )
+        return found
+
+    return trial
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("train", [{}, {"frozen_layers": 1}, {"precision": "fp16"}])
+def test_a_trial_taken_up_on_a_gpu_has_the_losses_of_one_that_never_stopped(
+    tiny_model: Path, tmp_path: Path, train: dict[str, object]
+) -> None:
+    check_taken_up("cuda", tiny_model, tmp_path, {"precision": "fp32", **train})
+
+
+def check_taken_up(device: str, model: Path, folder: Path, train: dict[str, object]) -> None:
+    dataset = toy_dataset(folder, model)
+    trial = trial_on(torch.device(device), model, dataset, cached=False)
+    whole, first = trial(**train), trial(marks=2, **train)
+    state = first[-1].resume_state()
+    trial(marks=1, epochs=1)  # another one between them
+    rest = trial(resume=state, **train)
+    assert whole[-1].step - whole[1].step >= 20
+    close = 1e-4 if train["precision"] == "fp32" else HALF
+    losses, before = ([mark.train_loss for mark in marks] for marks in (rest, whole[2:]))
+    assert losses == pytest.approx(before, abs=close)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("frozen_layers", [1, 2])
+def test_on_a_gpu_kept_outputs_of_frozen_layers_train_as_those_made_each_time(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frozen_layers: int
+) -> None:
+    monkeypatch.setenv("SFT_RAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(TrunkCache, "pays", lambda *_: True)  # a model so small is as soon computed
+    check_kept_outputs("cuda", tiny_model, tmp_path, frozen_layers)
+
+
+def check_kept_outputs(device: str, model: Path, folder: Path, frozen_layers: int) -> None:
+    dataset = toy_dataset(folder, model)
+    train = {"precision": "fp32", "dropout": 0.0, "frozen_layers": frozen_layers}
+    cached, plain = (
+        trial_on(torch.device(device), model, dataset, cached=cached)(**train)
+        for cached in (True, False)
+    )
+    assert list(trunks_root().glob(f"*/train-{frozen_layers}"))
+    for mine, theirs in zip(cached, plain, strict=True):
+        assert mine.train_loss == pytest.approx(theirs.train_loss, abs=1e-4)
+        assert mine.metrics["loss"] == pytest.approx(theirs.metrics["loss"], abs=1e-4)
 
 
 @needs_gpu

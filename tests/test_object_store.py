@@ -374,7 +374,7 @@ class OneTrial:
         train = {"learning_rate": 1e-4}
         told = {"folder": "trials/0", "train": train, "seed": 17, "training_share": 1.0}
         told |= {"restarts": 0, "resumes": False, "halvings": 0, "most_examples": None}
-        told |= {"end_diverged": False, "save_unfinished": False}
+        told |= {"end_diverged": False, "save_unfinished": False, "trunks_read": None}
         worker.run_trial(told, 1, self.loaded)
 
 

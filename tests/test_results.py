@@ -38,7 +38,14 @@ from tests.search.test_study import RECIPE, experiment, run_all
 
 FIRST = ["state", "role", "reason", "value"]
 LAST = ["seed", "restarts", "schedule_percent", "epochs_run", "examples_per_second"]
-LAST += ["micro_batch", "padding_share", "trained_parameters", "memory_bytes"]
+LAST += [
+    "dtype",
+    "trunks_read",
+    "micro_batch",
+    "padding_share",
+    "trained_parameters",
+    "memory_bytes",
+]
 LAST += ["train_seconds", "eval_seconds", "overhead_seconds", "trunk_seconds"]
 
 

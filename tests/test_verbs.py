@@ -14,6 +14,7 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from sft_ray import cli, single_trial
@@ -27,6 +28,7 @@ from sft_ray.search.tuner import run_search
 from sft_ray.serving.evaluate import record_test, run_evaluation, score_split
 from sft_ray.serving.predict import Predictor, load_predictor, read_rows
 from sft_ray.serving.samples import sample_rows
+from sft_ray.serving.verify import run_verification
 from sft_ray.single_trial import run_training
 from sft_ray.training import fitting as fit_module
 from sft_ray.training.preparation import prepare_training
@@ -179,16 +181,49 @@ def test_a_training_does_not_go_on_with_other_data(
     write_csv(data, toy_rows(300, seed=8))
     environment = tmp_path / "runs/single/environment.json"
     before = environment.read_text()
-    with pytest.raises(DataError, match=r"was made from other data .* another name=…"):
+    with pytest.raises(ConfigError, match=r"was made from other data .* another name=…"):
         run_training(often, quiet=True)
     assert environment.read_text() == before
     environment.write_text("{")  # says nothing; what it said is written anew
     shutil.copy(toy_csv, data)
     assert run_training(often, quiet=True).best["complete"]
     write_csv(data, toy_rows(300, seed=8))
-    with pytest.raises(DataError, match="was made from other data"):
+    with pytest.raises(ConfigError, match="was made from other data"):
         run_training(often, quiet=True)
     assert run_training(often, fresh=True, quiet=True).best["complete"]
+
+
+def test_a_training_does_not_go_on_from_another_model(make, tiny_model: Path, tmp_path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    file = base / "model.safetensors"
+    experiment = make(model=str(base))
+    assert run_training(experiment, quiet=True).best["complete"]
+    whole, weights = file.read_bytes(), load_file(file)
+    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, file)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+    with pytest.raises(ConfigError, match=r"model: .* was made from another model .* name=…"):
+        run_training(experiment, quiet=True)
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+    file.write_bytes(whole)
+    assert run_training(experiment, quiet=True).best["complete"]
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_what_it_was_made_with(make, tmp_path: Path) -> None:
+    experiment = make()
+    run_training(experiment, quiet=True)
+    folder = tmp_path / "runs/single"
+    (folder / "results.json").unlink()  # so that it is made anew
+    told = json.loads((folder / "environment.json").read_text())
+    assert "earlier" not in told
+    then = {**told, "python": "2.7", "packages": {**told["packages"], "torch": "0.4"}}
+    (folder / "environment.json").write_text(json.dumps(then))
+    tree = run_training(experiment, quiet=True).tree
+    earlier = {"python": "2.7", "packages": then["packages"]}
+    assert tree["environment"] == {**told, "earlier": [earlier]}
+    (found,) = [check for check in run_verification(str(folder)).checks if check.name == "versions"]
+    assert found.ok is None
+    assert "torch 0.4 in an earlier session" in found.found
 
 
 def test_a_training_whose_run_was_taken_over_writes_no_more(make, monkeypatch) -> None:

@@ -23,6 +23,8 @@ class Outcome:
         score: best evaluation of the objective, and the percent of the schedule it was made at.
         metrics: of that evaluation.
         has_checkpoint: whether `trials/<n>/best` was written with the weights of `score`.
+        dtype: number format of matrix products, at the end.
+        trunks_read: which splits' outputs of frozen layers were read (`training.progress`).
         padding_share: of the positions that the first worker's layers computed in training.
         trained_parameters: how many numbers were trained.
         memory_bytes: most that the first worker's device held (see `training.backward`).
@@ -42,6 +44,8 @@ class Outcome:
     epochs_run: float = 0.0
     examples_seen: int = 0
     # From here on FIGURES, which a trial's last message tells under the same names.
+    dtype: str | None = None
+    trunks_read: str | None = None
     micro_batch: int = 0
     padding_share: float = 0.0
     trained_parameters: int = 0
@@ -95,7 +99,7 @@ class Outcome:
 
 _FIELDS = [f.name for f in fields(Outcome)]
 # What results.json and its table tell under the same names, in this order.
-FIGURES = tuple(_FIELDS[_FIELDS.index("micro_batch") :])
+FIGURES = tuple(_FIELDS[_FIELDS.index("dtype") :])
 
 
 def slot_seconds_of(row: Mapping[str, Any]) -> float:

@@ -21,7 +21,7 @@ from sft_ray.screen import Screen, count
 from sft_ray.search.fixed_runs import FixedRun, Row, run_fixed
 from sft_ray.search.narration import say_ablation
 from sft_ray.search.preflight import prepare_experiment
-from sft_ray.training.preparation import Prepared, arm_problems, check_data
+from sft_ray.training.preparation import Prepared, arm_problems, check_origin
 from sft_ray.training.seeds import derived_seed
 
 FOLDER = "ablations"  # below the run folder
@@ -70,7 +70,7 @@ def run_ablations(
     bases = {ablation.base: find_base(ablation.base) for ablation in ablations}
     prepared = {place: prepare_experiment(base.experiment) for place, base in bases.items()}
     for place, base in bases.items():
-        check_data(prepared[place], base.environment, place)
+        check_origin(prepared[place], base.environment, place)
     plans = [_plan(a, bases[a.base], prepared[a.base]) for a in ablations]
     summaries: dict[str, list[ArmSummary]] = {}
     for place, base in bases.items():
@@ -127,8 +127,9 @@ def _plan(ablation: Ablation, base: Base, prepared: Prepared) -> Planned:
 def _setting(prepared: Prepared) -> str:
     """What the numbers of all arms depend on: an experiment's file may change between calls."""
     experiment = prepared.experiment
-    data, model = prepared.dataset.fingerprint, [experiment.model, experiment.revision]
-    return json.dumps([data, *model, prepared.objective, experiment.search.rungs])
+    origin = [prepared.dataset.fingerprint, prepared.model.fingerprint]
+    model = [experiment.model, experiment.revision]
+    return json.dumps([*origin, *model, prepared.objective, experiment.search.rungs])
 
 
 def ablation_seeds(seed: int, count: int) -> list[int]:

@@ -221,6 +221,14 @@ def capacity() -> dict[str, float]:
     return {k: max(present.get(k, 0), startable.get(k, 0)) for k in {*present, *startable}}
 
 
+def accelerators() -> list[str]:
+    """What GPUs the cluster's machines have, by Ray's names for them."""
+    import ray
+
+    kinds = [kind.partition("accelerator_type:")[2] for kind in ray.cluster_resources()]
+    return sorted(kind for kind in kinds if kind)
+
+
 def free_gpus() -> float:
     """GPUs of the cluster that nobody holds at present."""
     import ray

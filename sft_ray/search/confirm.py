@@ -41,7 +41,7 @@ from sft_ray.search.narration import say_confirmation
 from sft_ray.search.preflight import check_default_recipe, prepare_experiment
 from sft_ray.serving.evaluate import record_test, recorded_test, score_split
 from sft_ray.serving.predict import load_predictor
-from sft_ray.training.preparation import Prepared, check_data
+from sft_ray.training.preparation import Prepared, check_origin
 from sft_ray.training.seeds import derived_seed
 
 FOLDER = "confirm"  # of the runs, below the run folder
@@ -94,7 +94,7 @@ def run_confirm(
     screen = Screen(quiet)
     prepared = prepare_experiment(experiment)
     check_default_recipe(prepared)
-    check_data(prepared, result.tree.get("environment"), store.location)
+    check_origin(prepared, result.tree.get("environment"), store.location)
     sign = prepared.task.sign(prepared.objective)
     default = _default_recipe(experiment, prepared)
     with reading(store.path_of(RESULTS)):

@@ -41,6 +41,7 @@ class FixedRun:
         training_share: of the training rows.
         keep_model: whether its best weights stay on disk.
         until_percent: of its schedule; the run ends at the first mark there or behind.
+        trunks_read: what it read when it ran before, if it is to give the same numbers.
         setting: of what else its numbers depend on, where runs of several settings share a folder.
     """
 
@@ -51,6 +52,7 @@ class FixedRun:
     training_share: float = 1.0
     keep_model: bool = False
     until_percent: int = 100
+    trunks_read: str | None = None
     setting: str = ""
 
     @property
@@ -145,6 +147,7 @@ class FixedRuns:
             seed=run.seed,
             training_share=run.training_share,
             save_finished=run.keep_model,
+            trunks_read=run.trunks_read,
             resumes=True,
         )
 

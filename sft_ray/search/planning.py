@@ -37,7 +37,7 @@ from sft_ray.search.sharing import (
 )
 from sft_ray.search.speed import Speed, measure
 from sft_ray.search.warm_start import warm_configurations
-from sft_ray.training.preparation import Prepared, check_data, collect
+from sft_ray.training.preparation import Prepared, check_origin, collect
 
 PROBE_SECONDS = 20.0
 SHARING_SECONDS = 300.0  # until a GPU of a cluster has answered
@@ -77,7 +77,7 @@ def run_plan(
     collect(problems, store.check_writable)
     collect(problems, check_made_by, store, "search")
     relation = collect(problems, check_folder_rule, store, experiment)
-    collect(problems, check_data, prepared, kept_environment(store), store.location)
+    collect(problems, check_origin, prepared, kept_environment(store), store.location)
     layout = collect(problems, _layout, experiment, has, address)
     warm = []
     if not store.exists(JOURNAL):

@@ -16,7 +16,7 @@ from sft_ray.screen import Screen, count
 from sft_ray.search.cluster import capacity_here
 from sft_ray.search.fixed_runs import FixedRun, run_fixed
 from sft_ray.search.preflight import prepare_experiment
-from sft_ray.training.preparation import check_data
+from sft_ray.training.preparation import check_origin
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,22 @@ def run_replay(
     with reading(store.location):
         train, seed, last = Train.model_validate(row["train"]), int(row["seed"]), row["curve"][-1]
         until_percent = int(last[0])
+        read = row.get("trunks_read")
+        trunks_read = None if read is None else str(read)
         cpus = float(result.tree["environment"].get("cpus_per_worker", 1))
     screen = Screen(quiet)
     experiment = _with_one_slot(read_experiment(store), row, cpus)
     experiment = _within(experiment, capacity_here(address), screen)
     prepared = prepare_experiment(experiment)
-    check_data(prepared, result.tree["environment"], location)
-    run = FixedRun(f"trial {number}", train, row["params"], seed, until_percent=until_percent)
+    check_origin(prepared, result.tree["environment"], location)
+    run = FixedRun(
+        f"trial {number}",
+        train,
+        row["params"],
+        seed,
+        until_percent=until_percent,
+        trunks_read=trunks_read,
+    )
     screen.say(f"replaying trial {number} of {store.location}")
     # Beside the runs, where every machine that trains can write; what a kill has left is no answer.
     beside = RunStore(store.storage, f".replay/{store.name}-{number}")

@@ -33,6 +33,7 @@ class PlannedTrial:
         save_above: only if its score, times the direction's sign, is at least this.
         save_unfinished: no trial has finished yet, so an unfinished one may have to stand in.
         end_diverged: whether a training loss that comes to nothing ends it early.
+        trunks_read: what it read when it ran before, if it is to give the same numbers.
         resumes: it may have begun before, and left a state to go on from.
     """
 
@@ -48,6 +49,7 @@ class PlannedTrial:
     save_above: float | None = None
     save_unfinished: bool = False
     end_diverged: bool = False
+    trunks_read: str | None = None
     resumes: bool = False
 
     def assignment(self) -> dict[str, Any]:
@@ -61,6 +63,7 @@ class PlannedTrial:
             "save_above": self.save_above,
             "save_unfinished": self.save_unfinished,
             "end_diverged": self.end_diverged,
+            "trunks_read": self.trunks_read,
             "resumes": self.resumes,
         }
 

@@ -17,7 +17,7 @@ from sft_ray.analysis.results import SearchResult, load_study
 from sft_ray.analysis.rows import best_row, gain_over_default, pareto_rows, ranking, row_of
 from sft_ray.analysis.tables import scored_words
 from sft_ray.config import Experiment
-from sft_ray.environment import describe_environment
+from sft_ray.environment import continued, describe_environment
 from sft_ray.errors import ConfigError, TrialError
 from sft_ray.folder_rule import check_folder_rule, check_made_by
 from sft_ray.recipes import default_recipe
@@ -42,7 +42,7 @@ from sft_ray.run_store import (
     write_results,
 )
 from sft_ray.screen import Screen
-from sft_ray.search.cluster import capacity_here, connected
+from sft_ray.search.cluster import accelerators, capacity_here, connected
 from sft_ray.search.conductor import Conductor
 from sft_ray.search.everywhere import check_storage_everywhere
 from sft_ray.search.layout import Layout
@@ -59,7 +59,7 @@ from sft_ray.search.startup import Startup
 from sft_ray.search.study import SearchStudy, open_storage
 from sft_ray.search.tracking import Tracker
 from sft_ray.search.warm_start import warm_configurations
-from sft_ray.training.preparation import Prepared, check_data
+from sft_ray.training.preparation import Prepared, check_origin
 
 
 def run_search(
@@ -110,7 +110,7 @@ def run_search(
         if not fresh:
             check_made_by(store, "search")
             relation = check_folder_rule(store, checked.experiment)
-            check_data(checked, kept_environment(store), store.location)
+            check_origin(checked, kept_environment(store), store.location)
             tree = _outcome(checked, store, screen, has_grown=relation == "extended")
         if tree is not None:
             result = SearchResult(store.location, tree)
@@ -122,7 +122,7 @@ def run_search(
     store.check_writable()  # before Ray starts in vain
     store.check_free()
     startup.end("checks")
-    with connected(address, beside=lambda: checked.model.num_parameters):
+    with connected(address, beside=checked.facts):
         startup.end("ray")
         prepared = with_default_space(checked)
         experiment = prepared.experiment
@@ -283,15 +283,17 @@ def _write_what_runs(prepared: Prepared, store: RunStore, layout: Layout) -> dic
     """The experiment and its environment, which is returned; results of before go."""
     delete_results(store)
     write_experiment(store, prepared.experiment)
-    environment = describe_environment(
+    now = describe_environment(
         {
             "slots": layout.slots,
             "workers_per_trial": layout.workers_per_trial,
             "cpus_per_worker": layout.cpus_per_worker,
             "gpus_per_worker": layout.gpus_per_worker,
+            "accelerators": accelerators(),
             **prepared.facts(),
         }
     )
+    environment = continued(now, kept_environment(store))
     store.write_json(ENVIRONMENT, environment)
     return environment
 

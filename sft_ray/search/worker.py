@@ -156,8 +156,15 @@ def _run_trial(
     setup, seed, train = loaded.setup, assignment["seed"], Train.model_validate(assignment["train"])
     dataset = setup.dataset.with_training_share(assignment["training_share"], seed)
     keep = Keeper(assignment, loaded, uploads)
-    every_minutes = loaded.experiment.checkpoint.every_minutes
-    last = LastState(loaded.store, assignment["folder"], every_minutes, train, seed, uploads)
+    last = LastState(
+        loaded.store,
+        assignment["folder"],
+        loaded.experiment.checkpoint.every_minutes,
+        train,
+        seed,
+        lambda: {"messages": posted, "clock": clock.facts()},
+        uploads,
+    )
     pulse.enter(STORAGE)
     state = None
     if assignment["restarts"] or assignment["resumes"]:
@@ -185,7 +192,7 @@ def _run_trial(
         # on, so that none is left of one that has ended.
         if goes_on and setup.world.rank == 0:
             pulse.enter(STORAGE)
-            last.consider(progress, messages=posted, clock=clock.facts())
+            last.consider(progress)
         return goes_on
 
     goes_on = may_go_on(0)
@@ -204,14 +211,16 @@ def _run_trial(
             seed=seed,
             report=report,
             beat=pulse.enter,
+            last=last,
             resume=state,
             halvings=assignment["halvings"],
             most_examples=assignment["most_examples"],
             end_diverged=assignment["end_diverged"],
+            trunks_read=assignment["trunks_read"],
         )
     if paused is not None:
         pulse.enter(STORAGE)
-        last.write(paused, messages=posted, clock=clock.facts())
+        last.write(paused)
         uploads.join()
         post(len(posted), {"paused": True})
 

@@ -196,6 +196,12 @@ def _check_versions(store: RunStore) -> Check:
     other = [
         f"{name} {then[name]} then, {now[name]} now" for name in then if then[name] != now[name]
     ]
+    other += [
+        f"{what} {version} in an earlier session"
+        for earlier in environment.get("earlier") or []
+        for what, version in (earlier.get("packages") or {}).items()
+        if version != packages.get(what)
+    ]
     return Check("versions", None if other else True, "; ".join(other) or "the same as then")
 
 

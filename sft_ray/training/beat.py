@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 # Called before every step and every batch of an evaluation with what comes next; True asks for a
-# pause before the next step.
+# pause before that.
 Beat = Callable[[str], bool]
 TRAINING, EVALUATION = "training", "evaluation"
 

@@ -129,6 +129,10 @@ class DivergenceWatch:
         if self.world.rank > 0:
             total.zero_()
 
+    def state_of_all(self) -> dict[str, float]:
+        """The state as rank 0 would have it behind `gather`, which changes nothing."""
+        return {"sum": float(self.world.sum(self.sum.clone())), "count": self.count}
+
     def state(self) -> dict[str, float]:
         """Of rank 0, right behind `gather`."""
         return {"sum": float(self.sum), "count": self.count}

@@ -22,7 +22,8 @@ from sft_ray.training.beat import TRAINING, Beat, no_beat
 from sft_ray.training.cpu_memory import give_back_free_memory
 from sft_ray.training.divergence import DivergenceWatch, GradientWatch, constant_loss
 from sft_ray.training.encoding import IntArray
-from sft_ray.training.forward import evaluate, loss_options
+from sft_ray.training.forward import BrokenOffError, evaluate, loss_options
+from sft_ray.training.last_state import LastState
 from sft_ray.training.optim import build_optimizer, build_schedule, clip_gradients
 from sft_ray.training.progress import (
     Best,
@@ -38,8 +39,10 @@ from sft_ray.training.setup import Setup
 from sft_ray.training.trunk_cache import BUILDING, Split, TrunkCache
 from sft_ray.training.world import World, resolve_precision
 
-# Steps between two agreements of several workers on a pause: each of them is a collective.
+# Steps between two agreements of several workers on what comes next: each of them is a collective.
 STEPS_PER_AGREEMENT = 8
+# What comes before the next step; of several workers' wishes the smallest counts.
+PAUSE, SAVE, GO_ON = 0, 1, 2
 
 
 def fit(
@@ -51,10 +54,12 @@ def fit(
     seed: int,
     report: Report,
     beat: Beat = no_beat,
+    last: LastState | None = None,
     resume: ResumeState | None = None,
     halvings: int = 0,
     most_examples: int | None = None,
     end_diverged: bool = False,
+    trunks_read: str | None = None,
 ) -> ResumeState | None:
     """Train `setup.pretrained` from its pristine weights, reporting at every mark.
 
@@ -69,13 +74,16 @@ def fit(
         report: called on every rank with the same mark; must answer the same on all of them:
             True goes on to the next mark, False ends the trial.
         beat: may ask for a pause, on any rank; all of them then stop within
-            `STEPS_PER_AGREEMENT` steps.
+            `STEPS_PER_AGREEMENT` steps, or break an evaluation off, which is then made anew.
+        last: where the state is written between two steps whenever that is due.
         resume: state of this very configuration; the trial goes on behind it, with the same
             numbers as if it had never stopped.
         halvings: of the micro-batch, after a kill that left no word of its size.
         most_examples: of a micro-batch, after one that did not fit.
         end_diverged: a trial whose training loss is no better at a third of its schedule than that
             of always answering the same is at fault too.
+        trunks_read: of a trial that is to give the same numbers again, see `Progress`; None lets
+            costs decide, where `resume` does not say.
 
     Returns:
         The state to go on from, if the trial was paused; ranks above 0 have none.
@@ -100,6 +108,7 @@ def fit(
                 objective,
                 seed,
                 end_diverged=end_diverged,
+                trunks_read=resume.facts.get("trunks_read") if resume else trunks_read,
                 beat=beat,
                 halvings=halvings,
                 most_examples=most_examples,
@@ -115,16 +124,22 @@ def fit(
         trial.clock.enter("train")
         while trial.step < mark.step:
             with micro_batch.raised_as_out_of_memory(trial.backward.most):
-                if not trial.is_to_pause():
-                    fault = trial.take_step(next(steps))
-                elif (fault := trial.late_fault()) is None:
-                    return trial.pause()
+                request = trial.request(last)
+                fault = None if request == GO_ON else trial.late_fault()
+                if fault is None and request == PAUSE:
+                    return trial.between_steps()
+                if fault is None and request == SAVE:
+                    trial.save(last)
+                fault = fault or trial.take_step(next(steps))
             if fault is not None:
                 here = Mark(100 * trial.step // trial.num_steps, trial.step)
                 report(trial.progress(index, here, fault))
                 return None
-        with micro_batch.raised_as_out_of_memory(trial.backward.most):
-            progress = trial.look(index, mark)
+        try:
+            with micro_batch.raised_as_out_of_memory(trial.backward.most):
+                progress = trial.look(index, mark)
+        except BrokenOffError:
+            return trial.between_steps()
         if not report(progress) or progress.fault is not None:
             return None
     return None
@@ -141,6 +156,7 @@ class Trial:
         seed: int,
         *,
         end_diverged: bool = False,
+        trunks_read: str | None = None,
         beat: Beat = no_beat,
         halvings: int = 0,
         most_examples: int | None = None,
@@ -165,7 +181,10 @@ class Trial:
         with micro_batch.raised_as_out_of_memory(self.backward.most):
             self.penalty = bind_penalty(train.regularization, self.pretrained)
             self.optimizer = build_optimizer(train, self.pretrained)
-            self.trunks = self.open_trunks(setup.trunk_cache)
+            self.trunks = self.open_trunks(setup.trunk_cache, trunks_read)
+        found = "+".join(split for split, trunk in self.trunks.items() if trunk is not None)
+        depth = train.frozen_depth(self.pretrained.num_layers)
+        self.trunks_read = (found or "none") if depth else None
         self.steps_per_epoch = batches.steps_per_epoch(len(self.dataset.train), train.batch_size)
         self.num_steps = self.steps_per_epoch * train.epochs
         self.set_rates = build_schedule(train, self.optimizer, self.num_steps)
@@ -186,8 +205,8 @@ class Trial:
         self.gradients = GradientWatch(self.world.device, waits)
         self.watch = DivergenceWatch(limit, self.num_steps, self.world)
 
-    def open_trunks(self, cache: TrunkCache | None) -> dict[Split, Trunk | None]:
-        """Outputs of the frozen layers, as far as they are cached."""
+    def open_trunks(self, cache: TrunkCache | None, told: str | None) -> dict[Split, Trunk | None]:
+        """Outputs of the frozen layers, as far as they are cached, or as told."""
         depth = self.train.frozen_depth(self.pretrained.num_layers)
         if cache is None or depth == 0:
             return {"train": None, "validation": None}
@@ -201,7 +220,7 @@ class Trial:
             split: self.world.minimum(int(cache.pays(split, depth, self.dtype, times)))
             for split, times in passes.items()
         }
-        wanted = [split for split in passes if pays[split]]
+        wanted = [s for s in passes if (pays[s] if told is None else s in told.split("+"))]
         opened = cache.open(wanted, depth, self.dtype, self.beat)
         # On another machine it may take longer, and may not work.
         self.world.wait_for_all(lambda: self.beat(BUILDING))
@@ -294,27 +313,36 @@ class Trial:
         self.scaler.update(scale / 2)
         return True
 
-    def is_to_pause(self) -> bool:
-        """Whether a worker was asked to pause; all of them say the same."""
-        asked = self.beat(TRAINING)
+    def request(self, last: LastState | None) -> int:
+        """What comes before the next step; all workers say the same."""
+        asked = PAUSE if self.beat(TRAINING) else GO_ON
+        if self.world.rank == 0 and last is not None and last.is_due():
+            asked = min(asked, SAVE)
         if self.world.size == 1:
             return asked
-        if self.step % STEPS_PER_AGREEMENT:
-            return False
-        return self.world.minimum(0 if asked else 1) == 0
+        return GO_ON if self.step % STEPS_PER_AGREEMENT else self.world.minimum(asked)
 
-    def pause(self) -> ResumeState | None:
-        """The state between two steps, on rank 0."""
-        self.gather()
+    def save(self, last: LastState | None) -> None:
+        """Write the state between two steps."""
+        state = self.between_steps()
+        if state is not None and last is not None:
+            last.write(state)
+        self.clock.enter("train")
+
+    def between_steps(self) -> ResumeState | None:
+        """The state between two steps, on rank 0; every rank has to ask.
+
+        What each rank has summed up stays its own, so that a trial does not depend on when it was
+        asked.
+        """
+        loss_sum, watch = self.world.sum(self.loss_sum.clone()), self.watch.state_of_all()
         self.clock.enter("other")
-        return self.state() if self.world.rank == 0 else None
-
-    def gather(self) -> None:
-        """Let rank 0 hold the sums of all, so that its state is the state."""
-        self.watch.gather()
-        self.world.sum(self.loss_sum)
         if self.world.rank > 0:
-            self.loss_sum.zero_()
+            return None
+        state = self.state()
+        state.facts["watch"] = watch
+        state.facts["since_mark"]["loss_sum"] = float(loss_sum)
+        return state
 
     def look(self, index: int, mark: Mark) -> Progress:
         """Evaluate on the validation split; the metrics are computed on rank 0."""
@@ -374,6 +402,8 @@ class Trial:
             train_seconds=self.clock.seconds["train"],
             eval_seconds=self.clock.seconds["eval"],
             trunk_seconds=self.clock.seconds["trunk"],
+            dtype=str(self.dtype).removeprefix("torch."),
+            trunks_read=self.trunks_read,
             micro_batch=self.backward.most,
             padding_share=1 - self.tokens / max(self.positions, 1),
             trained_parameters=sum(parameter.numel() for parameter in self.trainable),
@@ -400,6 +430,7 @@ class Trial:
             best = {k: getattr(self.best, k) for k in ("percent", "score", "metrics")}
         facts = {
             "step": self.step,
+            "trunks_read": self.trunks_read,
             "examples_seen": self.examples_seen,
             "tokens": self.tokens,
             "positions": self.positions,

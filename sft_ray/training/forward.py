@@ -69,6 +69,10 @@ def forward_loss(
     return (losses * batch.weights.to(logits.dtype)).sum()
 
 
+class BrokenOffError(Exception):
+    """An evaluation that gave way to a pause."""
+
+
 @torch.no_grad()
 def evaluate(
     model: Any,
@@ -85,6 +89,9 @@ def evaluate(
     Args:
         beat: called before every batch; one that does not fit into memory is halved.
         trunk: what the first layers make of the examples, if it is known.
+
+    Raises:
+        BrokenOffError: on all workers, if `beat` has asked one of them for a pause.
     """
     model.eval()
     rows = len(examples.tokens) if task.per_token else len(examples)
@@ -108,9 +115,12 @@ def evaluate(
             places = batches.token_positions(examples, indices)
         outputs[to_device(places, world.device)] = found.to(weight_dtype)
 
-    most = batches.EVAL_TOKENS_PER_BATCH[world.device.type]
+    most, is_asked = batches.EVAL_TOKENS_PER_BATCH[world.device.type], False
     for indices in batches.evaluation_shares(examples.lengths, world.rank, world.size, most):
-        beat(EVALUATION)
+        if is_asked := beat(EVALUATION):
+            break
         in_parts(put, indices)
+    if world.minimum(0 if is_asked else 1) == 0:
+        raise BrokenOffError
     gathered: Floats = np.asarray(world.sum(outputs).cpu().numpy())
     return gathered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sft_ray.config import Train
@@ -23,6 +24,7 @@ class LastState:
         folder: of the trial, in the run folder.
         every_minutes: between two writings.
         train, seed: of the trial; a state of any other is not taken.
+        facts: plain values that whoever takes a state up needs too, asked for at every writing.
         uploads: writes the state; the store itself if None.
     """
 
@@ -33,27 +35,27 @@ class LastState:
         every_minutes: float,
         train: Train,
         seed: int,
+        facts: Callable[[], dict[str, Any]],
         uploads: Uploads | None = None,
     ) -> None:
         self._store, self._every_minutes = store, every_minutes
-        self._writer = uploads or store
+        self._facts, self._writer = facts, uploads or store
         self._path = f"{folder}/last"
         self._written_at = time.monotonic()
         self._trial = {"train": train.model_dump(mode="json"), "seed": seed, "format": FORMAT}
 
-    def consider(self, progress: Progress, **facts: Any) -> None:
-        """Write the state of a mark if it is time to, and the trial goes on behind it.
+    def is_due(self) -> bool:
+        """Whether it is time to write one."""
+        return (time.monotonic() - self._written_at) / 60 >= self._every_minutes
 
-        Args:
-            facts: plain values that whoever takes it up needs too, into the state's own facts.
-        """
-        due = (time.monotonic() - self._written_at) / 60 >= self._every_minutes
-        if due and progress.resume_state is not None and not progress.finished:
-            self.write(progress.resume_state(), **facts)
+    def consider(self, progress: Progress) -> None:
+        """Write the state of a mark if it is time to, and the trial goes on behind it."""
+        if self.is_due() and progress.resume_state is not None and not progress.finished:
+            self.write(progress.resume_state())
 
-    def write(self, state: ResumeState, **facts: Any) -> None:
-        """Put a state in place of the one before, with `facts` as in `consider`."""
-        state.facts.update(trial=self._trial, **facts)
+    def write(self, state: ResumeState) -> None:
+        """Put a state in place of the one before."""
+        state.facts.update(trial=self._trial, **self._facts())
         with self._writer.replacing_folder(self._path) as folder:
             save_resume_state(folder, state)
         self._written_at = time.monotonic()

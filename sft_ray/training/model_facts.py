@@ -15,6 +15,7 @@ import safetensors
 import torch
 import transformers
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from sft_ray.errors import ConfigError, first_line
 from sft_ray.training.families import FAMILIES
@@ -36,6 +37,7 @@ class ModelFacts:
     config: Any
     num_layers: int
     max_length: int
+    commit: str | None = None  # of a hub model
 
     @property
     def model_type(self) -> str:
@@ -60,6 +62,18 @@ class ModelFacts:
         except Exception as error:  # impossible sizes raise whatever the family's code meets first
             raise _describes_no_model(self.folder, error) from None
         return sum(parameter.numel() for parameter in skeleton.parameters())
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """Of what training begins with: a local folder's files, or the commit of a hub model."""
+        folder = Path(self.folder)
+        if not folder.is_dir():
+            return self.commit
+        digest = hashlib.sha256()
+        for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:32]
 
     @property
     def layer_parameters(self) -> int:
@@ -174,7 +188,15 @@ def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
         num_layers, positions = int(config.num_hidden_layers), most_positions(config)
     except (AttributeError, TypeError, ValueError) as error:
         raise _describes_no_model(folder, error) from None
-    return ModelFacts(folder, config, num_layers, positions)
+    return ModelFacts(folder, config, num_layers, positions, _commit_of(folder, revision))
+
+
+def _commit_of(model: str, revision: str | None) -> str | None:
+    """Of a hub model whose configuration has just been read; None of a folder."""
+    if Path(model).is_dir():
+        return None
+    file = cached_file(model, "config.json", revision=revision, local_files_only=True)
+    return extract_commit_hash(file, None)
 
 
 def most_positions(config: Any) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sft_ray.config import Experiment, Train
-from sft_ray.errors import ConfigError, DataError, SftError, did_you_mean
+from sft_ray.errors import ConfigError, SftError, did_you_mean
 from sft_ray.screen import Screen
 from sft_ray.training import sources
 from sft_ray.training.data import open_dataset, prepare, with_classes
@@ -54,6 +54,7 @@ class Prepared:
             "model_type": self.model.model_type,
             "num_parameters": self.model.num_parameters,
             "layer_parameters": self.model.layer_parameters,
+            "model_fingerprint": self.model.fingerprint,
             "data_fingerprint": self.dataset.fingerprint,
         }
 
@@ -110,22 +111,28 @@ def prepare_training(experiment: Experiment) -> Prepared:
     return prepare_with_model(experiment, model, problems)
 
 
-def check_data(prepared: Prepared, environment: Any, location: str) -> None:
-    """Whether a run's data is still what it was made from; its scores compare with no other's.
+def check_origin(prepared: Prepared, environment: Any, location: str) -> None:
+    """Whether a run's model and data are still those it was made from: its numbers are of no other.
 
     Args:
         environment: what environment.json of the run says, if it can be read.
 
     Raises:
-        DataError: it is not.
+        ConfigError: they are not.
     """
-    now = prepared.dataset.fingerprint
-    then = environment.get("data_fingerprint") if isinstance(environment, dict) else None
-    if then not in (None, now):
-        raise DataError(
-            f"data: {location} was made from other data (fingerprint {then}, now {now}); bring "
-            "that back, or choose another name=…"
-        )
+    before = environment if isinstance(environment, dict) else {}
+    today = {"model": prepared.model.fingerprint, "data": prepared.dataset.fingerprint}
+    problems = []
+    for what, now in today.items():
+        then = before.get(f"{what}_fingerprint")
+        if then not in (None, now):
+            whose = "another model" if what == "model" else "other data"
+            problems.append(
+                f"{what}: {location} was made from {whose} (fingerprint {then}, now {now}); bring "
+                "that back, or choose another name=…"
+            )
+    if problems:
+        raise ConfigError(*problems)
 
 
 def prepare_with_model(

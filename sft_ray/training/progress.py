@@ -48,8 +48,12 @@ class Progress:
             above 0.
         train_loss: mean task loss since the previous mark, nats per example or labelled token.
         penalty: lambda R(theta) at this mark.
+        dtype: number format of matrix products; a trial that is taken up on other hardware may go
+            on in another one.
         micro_batch: most examples that one worker puts through the model at once.
         padding_share: of what this worker's layers computed in training (`Layout.positions`).
+        trunks_read: which splits' outputs of frozen layers are read, train+validation or one of
+            them, instead of computed at every step (none); None if no layer is frozen.
         trunk_seconds: making and opening the outputs of frozen layers (`TrunkCache`).
         trained_parameters: how many numbers are trained.
         memory_bytes: most that this worker's device has held so far (`Backward.memory_bytes`).
@@ -70,6 +74,8 @@ class Progress:
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     trunk_seconds: float = 0.0
+    dtype: str | None = None
+    trunks_read: str | None = None
     micro_batch: int = 0
     padding_share: float = 0.0
     trained_parameters: int = 0

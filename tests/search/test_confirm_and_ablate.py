@@ -19,7 +19,7 @@ from sft_ray.ablation_file import SHARE, Ablation
 from sft_ray.analysis.results import SearchResult
 from sft_ray.analysis.rows import best_row
 from sft_ray.config import Confirm, Experiment
-from sft_ray.errors import DataError
+from sft_ray.errors import ConfigError
 from sft_ray.recipes import YARDSTICK
 from sft_ray.run_store import CONFIRMATION, RESULTS, TEST_ACCESS
 from sft_ray.screen import Screen
@@ -309,7 +309,7 @@ def test_a_single_training_is_replayed_as_it_was_and_other_data_is_refused(
         lambda: run_confirm(result.location, PLAN, quiet=True),
         lambda: run_ablations([ablation], quiet=True),
     ):
-        with pytest.raises(DataError, match="was made from other data") as caught:
+        with pytest.raises(ConfigError, match="was made from other data") as caught:
             again()
         assert len(caught.value.problems) == 1
     assert {**files_of(tmp_path), "toy.csv": ""} == {**before, "toy.csv": ""}

@@ -73,6 +73,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuner, "capacity_here", lambda _: {"CPU": 4.0})
     monkeypatch.setattr(tuner, "connected", lambda *_, **__: nullcontext())
     monkeypatch.setattr(tuner, "check_storage_everywhere", lambda _: None)
+    monkeypatch.setattr(tuner, "accelerators", list)
     monkeypatch.setattr(
         tuner, "shared_layout", lambda prepared, *_: plan_layout(prepared.experiment, {"CPU": 4})
     )

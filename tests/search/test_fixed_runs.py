@@ -142,6 +142,7 @@ def test_workers_are_told_what_to_keep(store: RunStore) -> None:
             "save_above": None,
             "save_unfinished": False,
             "end_diverged": False,
+            "trunks_read": None,
             "resumes": True,
         }
         for mine in slots.trials.runs

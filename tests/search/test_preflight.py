@@ -10,13 +10,14 @@ import optuna
 import pytest
 
 from sft_ray.config import Confirm, Experiment
-from sft_ray.errors import ConfigError, ResourceError
+from sft_ray.errors import ConfigError, ResourceError, SftError
 from sft_ray.run_store import RunStore, write_experiment, write_results
 from sft_ray.search.cluster import connected
 from sft_ray.search.confirm import run_confirm
 from sft_ray.search.layout import plan_layout
+from sft_ray.search.narration import space_lines
 from sft_ray.search.planning import run_plan
-from sft_ray.search.preflight import check_default_recipe, prepare_experiment
+from sft_ray.search.preflight import check_default_recipe, check_experiment, prepare_experiment
 from sft_ray.search.tuner import _open_study, run_search
 from tests.models import toy_rows
 

@@ -328,6 +328,8 @@ FULL = {
     "schedule_percent": 67,
     "epochs_run": 1.34,
     "examples_seen": 4321,
+    "dtype": "bfloat16",
+    "trunks_read": "train",
     "micro_batch": 8,
     "padding_share": 0.25,
     "trained_parameters": 21_000_000,

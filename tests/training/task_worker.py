@@ -21,7 +21,7 @@ from sft_ray.training.progress import Progress
 from sft_ray.training.resume_state import load_resume_state, save_resume_state
 from sft_ray.training.tasks import TASKS
 from sft_ray.training.world import World
-from tests.models import load_tiny, run_fit
+from tests.models import EveryStep, load_tiny, run_fit
 from tests.training.parallel_worker import join
 
 SAME = ("token-classification", "question-answering", "multi-label")
@@ -64,6 +64,27 @@ def resume_in_files(
     return run_fit(pretrained, dataset, resume=load_resume_state(folder), **settings)
 
 
+def broken_off(
+    pretrained: Pretrained, dataset: Dataset, world: World, folder: Path, **how: Any
+) -> list[Progress]:
+    """The last worker is asked to pause in its first batch of the second evaluation."""
+    settings = {"world": world, "epochs": 2, "batch_size": 8, "learning_rate": 3e-3, **how}
+    marks: list[Progress] = []
+    paused: list[Any] = []
+
+    def ask(activity: str) -> bool:
+        return world.rank == world.size - 1 and activity == "evaluation" and bool(marks)
+
+    first = run_fit(pretrained, dataset, beat=ask, also=marks.append, paused=paused, **settings)
+    if world.rank == 0:
+        folder.mkdir()
+        save_resume_state(folder, paused[0])
+    else:
+        assert paused == [None]
+    world.sum(torch.zeros(1))
+    return first + run_fit(pretrained, dataset, resume=load_resume_state(folder), **settings)
+
+
 def run_worker(rank: int, size: int, model: Path, data: Path, out: Path) -> None:
     world, found = join(rank, size, out), {}
     for name in SAME:
@@ -90,6 +111,13 @@ def run_worker(rank: int, size: int, model: Path, data: Path, out: Path) -> None
             found[name, "whole"] = seen(pretrained, run_fit(pretrained, dataset, **settings))
             rest = resume_in_files(pretrained, dataset, world, out / name, 1, **how)
             found[name, "resumed"] = seen(pretrained, rest)
+            last = EveryStep()
+            found[name, "saved"] = seen(
+                pretrained, run_fit(pretrained, dataset, last=last, **settings)
+            )
+            found[name, "steps"] = {"of states": [s.facts["step"] for s in last.states]}
+            rest = broken_off(pretrained, dataset, world, out / f"{name} broken off", **how)
+            found[name, "broken off"] = seen(pretrained, rest)
     torch.save(found, out / f"{rank}.pt")
     if size > 1:
         dist.destroy_process_group()

@@ -369,7 +369,7 @@ def bare(request, tmp_path: Path, monkeypatch) -> Callable[..., str]:
 
 
 def test_a_data_set_without_validation_is_cut_and_keeps_its_test_split(bare) -> None:
-    data = Data(path=bare("train", "test"), split=Split(validation=0.2, test=0.5))
+    data = Data(path=bare("train", "test"), split=Split(validation=0.2))
     tables = read_splits(data, TASK.fields, 17).tables
     assert {split: table.num_rows for split, table in tables.items()} == {
         "train": 72,

@@ -352,3 +352,36 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     tiny_config("bert").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"no weights can be loaded from .*safetensors"):
         load_pretrained(str(tmp_path), TASK, LabelSet(("a", "b")), seed=1, device=CPU)
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a cache as the hub's client lays it out, without a network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--owner--encoder"
+    (cached / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(tiny_model, cached / "snapshots" / commit)
+        (cached / "refs/main").write_text(commit)
+        assert inspect_model("owner/encoder").fingerprint == commit
+    assert inspect_model("owner/encoder", "a" * 40).fingerprint == "a" * 40
+
+
+@pytest.mark.parametrize("changed", ["config.json", "model.safetensors"])
+def test_a_folder_is_known_by_its_configuration_and_weights(
+    tiny_model: Path, tmp_path: Path, changed: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    first = inspect_model(str(folder)).fingerprint
+    assert first == inspect_model(str(tiny_model)).fingerprint
+    (folder / "notes.txt").write_text("of no weight")
+    assert inspect_model(str(folder)).fingerprint == first
+    if changed == "config.json":
+        tree = json.loads((folder / changed).read_text())
+        (folder / changed).write_text(json.dumps({**tree, "hidden_dropout_prob": 0.3}))
+    else:
+        weights = load_file(folder / changed)
+        save_file({name: -tensor for name, tensor in weights.items()}, folder / changed)
+    assert inspect_model(str(folder)).fingerprint not in (None, first)

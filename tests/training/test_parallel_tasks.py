@@ -11,6 +11,7 @@ import torch
 
 from sft_ray.config import Data
 from sft_ray.training.data import prepare
+from sft_ray.training.fitting import STEPS_PER_AGREEMENT
 from sft_ray.training.tasks import TASKS
 from tests.models import task_rows, write_jsonl
 from tests.training.parallel_worker import run_group
@@ -89,6 +90,29 @@ def test_two_workers_take_up_a_trial_bit_by_bit(seen_by, name: str, rank: int) -
         assert resumed["facts"] == whole["facts"][1:]
         assert resumed["best"][:3] == whole["best"][:3]
         assert all(torch.equal(resumed["best"][3][n], w) for n, w in whole["best"][3].items())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("how", ["saved", "broken off"])
+@pytest.mark.parametrize("name", RESUMED)
+def test_two_workers_write_states_and_break_evaluations_off_bit_by_bit(
+    seen_by, name: str, how: str, rank: int
+) -> None:
+    whole, other = (seen_by[2, rank][name, which] for which in ("whole", how))
+    # What the second worker padded is its own: the state holds the first one's.
+    own = {"padding_share"} if rank else set()
+    assert [{k: v for k, v in fact.items() if k not in own} for fact in other["facts"]] == [
+        {k: v for k, v in fact.items() if k not in own} for fact in whole["facts"]
+    ]
+    assert all(torch.equal(other["weights"][n], w) for n, w in whole["weights"].items())
+    assert (other["best"] or [])[:3] == (whole["best"] or [])[:3]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_several_workers_agree_on_a_state_now_and_then(seen_by, name: str) -> None:
+    steps = [seen_by[2, rank][name, "steps"]["of states"] for rank in (0, 1)]
+    last = seen_by[2, 0][name, "whole"]["facts"][-1]["step"]
+    assert steps == [[*range(0, last, STEPS_PER_AGREEMENT)], []]
 
 
 @pytest.mark.parametrize("how", ["whole", "resumed"])

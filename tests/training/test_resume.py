@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from sft_ray.config import Regularization
+from sft_ray.config import Regularization, Train
 from sft_ray.errors import DataError
+from sft_ray.run_store import RunStore
+from sft_ray.training import batches
 from sft_ray.training.examples import Dataset
+from sft_ray.training.last_state import LastState
 from sft_ray.training.model import Pretrained
 from sft_ray.training.progress import Progress
 from sft_ray.training.resume_state import ResumeState, load_resume_state, save_resume_state
 from sft_ray.training.tasks import TASKS
-from tests.models import load_tiny, run_fit, task_dataset
+from tests.models import EveryStep, load_tiny, run_fit, task_dataset
 
 L2_SP = Regularization(kind="l2_sp", strength=1e-3)
 DECAY = Regularization(kind="weight_decay", strength=0.1)
@@ -177,18 +180,73 @@ def test_a_trial_that_nobody_pauses_returns_no_state(pretrained, toy) -> None:
     assert heard.count("evaluation") >= len(reports)
 
 
-def test_a_pause_asked_for_during_an_evaluation_comes_before_the_next_step(pretrained, toy) -> None:
-    asked = False
+@pytest.mark.parametrize("number", [1, 4, 6])
+def test_a_pause_breaks_an_evaluation_off_which_is_made_anew(
+    pretrained, toy, monkeypatch, number: int
+) -> None:
+    monkeypatch.setitem(batches.EVAL_TOKENS_PER_BATCH, "cpu", 200)  # several batches
+    whole = run_fit(pretrained, toy, **SETTINGS)
+    heard: list[str] = []
 
     def ask(activity: str) -> bool:
-        nonlocal asked
-        asked |= activity == "evaluation"
-        return asked
+        heard.append(activity)
+        return heard.count("evaluation") == number
 
     paused: list[Any] = []
-    reports = run_fit(pretrained, toy, beat=ask, paused=paused, **SETTINGS)
-    assert len(reports) == 1
-    assert paused[0].facts["step"] == reports[0].step
+    first = run_fit(pretrained, toy, beat=ask, paused=paused, **SETTINGS)
+    assert heard[-1] == "evaluation"  # no further batch, and no step
+    assert not pretrained.model.training
+    (state,) = paused
+    assert state.facts["step"] == whole[len(first)].step
+    rest = run_fit(pretrained, toy, resume=state, **SETTINGS)
+    assert facts(first) + facts(rest) == facts(whole)
+    for name, weight in whole[-1].best.weights.items():
+        assert torch.equal(rest[-1].best.weights[name], weight), name
+
+
+def test_states_written_between_steps_change_nothing_and_lead_to_the_same_end(
+    pretrained, toy
+) -> None:
+    whole = run_fit(pretrained, toy, **SETTINGS)
+    last = EveryStep()
+    assert facts(run_fit(pretrained, toy, last=last, **SETTINGS)) == facts(whole)
+    assert [state.facts["step"] for state in last.states] == [*range(whole[-1].step)]
+    for state in last.states[1::3]:
+        passed = sum(mark.step <= state.facts["step"] for mark in whole)
+        rest = run_fit(pretrained, toy, resume=state, **SETTINGS)
+        assert facts(rest) == facts(whole[passed:])
+
+
+def test_a_state_is_written_when_it_is_due_and_between_marks(
+    pretrained, toy, tmp_path: Path, monkeypatch
+) -> None:
+    now, step_at = 0.0, []
+    monkeypatch.setattr("sft_ray.training.last_state.time.monotonic", lambda: now)
+    train = Train(precision="fp32", **SETTINGS)
+    store = RunStore(str(tmp_path), "run")
+    last = LastState(store, "trials/0", 2.0, train, 17, lambda: {"said": len(step_at)})
+
+    def a_minute_later(activity: str) -> bool:
+        nonlocal now
+        if activity == "training":
+            now += 60
+            state = last.load()
+            step_at.append(None if state is None else state.facts["step"])
+        return False
+
+    run_fit(
+        pretrained,
+        toy,
+        beat=a_minute_later,
+        last=last,
+        epochs=1,
+        rungs=(),
+        **{k: v for k, v in SETTINGS.items() if k != "epochs"},
+    )
+    assert step_at[:7] == [None, None, 1, 1, 3, 3, 5]
+    state = last.load()
+    assert state is not None
+    assert state.facts["said"] == state.facts["step"] + 1
 
 
 def test_seconds_run_on_from_those_of_the_state(pretrained, toy) -> None:

@@ -27,6 +27,7 @@ from sft_ray.training.families import FAMILIES
 from sft_ray.training.fitting import Trial, fit
 from sft_ray.training.forward import evaluate
 from sft_ray.training.progress import Progress
+from sft_ray.training.resume_state import ResumeState
 from sft_ray.training.setup import Setup
 from sft_ray.training.tasks import TASKS
 from sft_ray.training.trunk_cache import Costs, Rates, TrunkCache, make_room, trunks_root
@@ -90,7 +91,14 @@ def setup_of(
     return Setup(TASK, dataset, pretrained, tokenizer, World(), trunk_cache=cache)
 
 
-def run(setup: Setup, **settings: object) -> list[Progress]:
+def run(
+    setup: Setup,
+    *,
+    told: str | None = None,
+    resume: ResumeState | None = None,
+    most: int = 99,
+    **settings: object,
+) -> list[Progress]:
     marks: list[Progress] = []
     fixed = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 16, "dropout": 0.0}
     train = Train.model_validate({**fixed, "precision": "fp32", **settings})
@@ -100,7 +108,9 @@ def run(setup: Setup, **settings: object) -> list[Progress]:
         objective="accuracy",
         rungs=[10, 33],
         seed=3,
-        report=lambda progress: marks.append(progress) or True,
+        report=lambda progress: marks.append(progress) or len(marks) < most,
+        resume=resume,
+        trunks_read=told,
     )
     return marks
 
@@ -199,6 +209,24 @@ def test_a_share_of_the_training_rows_reads_its_own(toy: Dataset, bert: Path, ro
     plain = run(replace(part, trunk_cache=None), frozen_layers=2)
     for mine, theirs in zip(cached, plain, strict=True):
         assert mine.train_loss == pytest.approx(theirs.train_loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("told", ["none", "train", "validation", "train+validation"])
+def test_a_trial_reads_what_it_is_told_whatever_pays(
+    told: str, toy: Dataset, bert: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = setup_of(bert, toy)
+    decided = run(setup, frozen_layers=2)
+    assert {mark.trunks_read for mark in decided} == {"train+validation"}
+    monkeypatch.setattr(TrunkCache, "pays", lambda *_: told == "none")  # costs say otherwise
+    marks = run(setup, told=told, frozen_layers=2)
+    assert {mark.trunks_read for mark in marks} == {told}
+    state = run(setup, told=told, most=1, frozen_layers=2)[0].resume_state()
+    rest = run(setup, resume=state, frozen_layers=2)
+    assert {mark.trunks_read for mark in rest} == {told}
+    assert [mark.train_loss for mark in rest] == [mark.train_loss for mark in marks[1:]]
+    assert run(setup, frozen_layers=0)[-1].trunks_read is None
+    assert run(replace(setup, trunk_cache=None), frozen_layers=2)[-1].trunks_read == "none"
 
 
 def test_nothing_is_kept_that_does_not_pay(toy: Dataset, bert: Path, root: Path) -> None:
