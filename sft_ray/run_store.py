@@ -112,7 +112,12 @@ class RunStore(FileStore):
         """
         if self.local_root is None:
             return
-        there = next(p for p in (self.local_root, *self.local_root.parents) if p.exists())
+        try:
+            there = next(p for p in (self.local_root, *self.local_root.parents) if p.exists())
+        except OSError as error:  # a folder above that lets nobody in, a name too long
+            raise ResourceError(
+                f"storage: {self.local_root}: {error.strerror}; name another storage=…"
+            ) from None
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
             raise ResourceError(
                 f"storage: {there} is no folder that can be written to; name another storage=…"

@@ -132,7 +132,9 @@ class _Run:
         self._began = time.monotonic()
         experiment = prepared.experiment
         every_minutes, seed = experiment.checkpoint.every_minutes, experiment.seed
-        self.last = LastState(store, FOLDER, every_minutes, experiment.train, seed, self._facts)
+        self.last = LastState(
+            store, FOLDER, every_minutes, experiment.train, seed, self._facts, may_write=self._holds
+        )
         self._seconds_before = 0.0
 
     @property
@@ -200,9 +202,12 @@ class _Run:
         return True
 
     def _facts(self) -> dict[str, Any]:
-        """What goes with a state of this trial, if this driver may still write one."""
-        self._check_held()
+        """What goes with a state of this trial."""
         return {"messages": self.messages, "seconds_before": self._seconds()}
+
+    def _holds(self) -> bool:
+        self._check_held()
+        return True
 
     def _check_held(self) -> None:
         """Raise ResourceError if another driver holds the run: nothing may be written any more."""

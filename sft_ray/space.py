@@ -313,6 +313,10 @@ def describe(domain: Any) -> str:
     return str(domain)
 
 
+# What the default space draws, by field of `train`.
+SEARCHED = frozenset({"learning_rate", "batch_size", "epochs", "regularization", "frozen_layers"})
+
+
 def default_space(num_layers: int, recipe: Recipe) -> dict[str, Any]:
     """The YAML form of a space over all five dimensions.
 

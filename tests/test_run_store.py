@@ -95,6 +95,8 @@ def test_where_no_folder_can_be_made_is_told_early(
             RunStore(str(storage), "x").check_writable()
     RunStore(str(tmp_path / "new" / "newer"), "x").check_writable()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(ResourceError, match=r"storage: .*: File name too long; name another"):
+        RunStore(str(tmp_path / ("n" * 300)), "x").check_writable()
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
     with pytest.raises(ResourceError, match="is no folder that can be written to"):
         RunStore(str(tmp_path / "new"), "x").check_writable()

@@ -83,7 +83,7 @@ def space_lines(experiment: Experiment) -> dict[str, str]:
     in_vain = [name for name in names if getattr(train, name) != getattr(Train(), name)]
     said = ", ".join(f"train.{name}" for name in in_vain)
     return {
-        "space": searched or "nothing: `train` names all that is searched by default",
+        "space": searched or "nothing",
         **({"not used": f"{said} as written: search.space decides"} if said else {}),
     }
 

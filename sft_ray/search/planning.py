@@ -24,6 +24,7 @@ from sft_ray.search.layout import Layout, plan_layout, with_room
 from sft_ray.search.narration import budget, layout_in_words, search_rules, space_lines
 from sft_ray.search.preflight import (
     check_default_recipe,
+    check_searches,
     prepare_experiment,
     runs_default_recipe,
 )
@@ -67,6 +68,7 @@ def run_plan(
         SftError: what the search would refuse, every problem found.
     """
     screen = Screen(quiet)
+    check_searches(experiment)
     screen.say("reading model and data …")
     has = capacity_here(address)
     prepared = prepare_experiment(experiment, has)

@@ -72,6 +72,19 @@ def with_default_space(checked: Prepared) -> Prepared:
     return replace(checked, experiment=experiment)
 
 
+def check_searches(experiment: Experiment) -> None:
+    """Whether anything is left to search, as nothing is in the file of a single training.
+
+    Raises:
+        ConfigError: `train` names all of the default space.
+    """
+    if experiment.search.space is None and experiment.train.model_fields_set >= spaces.SEARCHED:
+        raise ConfigError(
+            "search.space: `train` names all that is searched by default; write a space, or leave "
+            "out of `train` what is to be searched"
+        )
+
+
 def runs_default_recipe(experiment: Experiment) -> bool:
     """Whether a search, or the confirmation behind it, trains the default recipe."""
     return experiment.search.default_recipe or experiment.confirm is not None

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 from sft_ray.analysis.importance import importances
 from sft_ray.analysis.model_card import model_card
 from sft_ray.analysis.outcome import slot_seconds_of
-from sft_ray.analysis.results import SearchResult, load_study
+from sft_ray.analysis.results import SearchResult, load_study, reading
 from sft_ray.analysis.rows import best_row, gain_over_default, pareto_rows, ranking, row_of
 from sft_ray.analysis.tables import scored_words
 from sft_ray.config import Experiment
@@ -51,6 +51,7 @@ from sft_ray.search.narration import how_to_go_on, say_outcome, say_truth, say_u
 from sft_ray.search.preflight import (
     check_default_recipe,
     check_experiment,
+    check_searches,
     runs_default_recipe,
     with_default_space,
 )
@@ -90,6 +91,7 @@ def run_search(
     screen, startup = Screen(quiet), Startup()
     if extend:
         experiment = extended(experiment, extend, screen)
+    check_searches(experiment)
     checked = check_experiment(experiment, capacity_here(address))
     store = RunStore(experiment.storage, experiment.name)
     warm = []
@@ -203,13 +205,16 @@ def extended(experiment: Experiment, by: int, screen: Screen) -> Experiment:
 
 
 def _has_its_confirmation(experiment: Experiment, store: RunStore) -> bool:
-    """Whether the run folder holds the confirmation that the experiment asks for, if it does."""
+    """Whether the run folder holds the confirmation that the experiment asks for, to its end."""
     if experiment.confirm is None:
         return True
     from sft_ray.search.confirm import is_confirmed
 
     try:
-        return is_confirmed(store, experiment.seed, experiment.confirm)
+        # Its record comes before the outcome that speaks of its winner.
+        with reading(store.path_of(RESULTS)):
+            has_outcome = "expected" in read_results(store)["best"]
+        return has_outcome and is_confirmed(store, experiment.seed, experiment.confirm)
     except ConfigError:  # damaged, and made anew
         return False
 

@@ -156,14 +156,20 @@ def _run_trial(
     setup, seed, train = loaded.setup, assignment["seed"], Train.model_validate(assignment["train"])
     dataset = setup.dataset.with_training_share(assignment["training_share"], seed)
     keep = Keeper(assignment, loaded, uploads)
+
+    def facts() -> dict[str, Any]:
+        pulse.enter(STORAGE)  # where they go
+        return {"messages": posted, "clock": clock.facts()}
+
     last = LastState(
         loaded.store,
         assignment["folder"],
         loaded.experiment.checkpoint.every_minutes,
         train,
         seed,
-        lambda: {"messages": posted, "clock": clock.facts()},
+        facts,
         uploads,
+        may_write=lambda: may_go_on(len(posted)),  # another slot may have the trial by now
     )
     pulse.enter(STORAGE)
     state = None
@@ -191,7 +197,6 @@ def _run_trial(
         # Behind the post, so that a resumed trial never owes a mark; and only of a trial that goes
         # on, so that none is left of one that has ended.
         if goes_on and setup.world.rank == 0:
-            pulse.enter(STORAGE)
             last.consider(progress)
         return goes_on
 

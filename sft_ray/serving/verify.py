@@ -196,12 +196,14 @@ def _check_versions(store: RunStore) -> Check:
     other = [
         f"{name} {then[name]} then, {now[name]} now" for name in then if then[name] != now[name]
     ]
-    other += [
-        f"{what} {version} in an earlier session"
-        for earlier in environment.get("earlier") or []
-        for what, version in (earlier.get("packages") or {}).items()
-        if version != packages.get(what)
-    ]
+    for earlier in environment.get("earlier") or []:
+        told = {name: earlier[name] for name in ("sft_ray", "python") if name in earlier}
+        told |= earlier.get("packages") or {}
+        other += [
+            f"{name} {version} in an earlier session"
+            for name, version in told.items()
+            if version != then.get(name)
+        ]
     return Check("versions", None if other else True, "; ".join(other) or "the same as then")
 
 

@@ -185,6 +185,8 @@ class Trial:
         found = "+".join(split for split, trunk in self.trunks.items() if trunk is not None)
         depth = train.frozen_depth(self.pretrained.num_layers)
         self.trunks_read = (found or "none") if depth else None
+        # What a pause kept from being made, for one, is asked for again.
+        self.trunks_to_read = self.trunks_read if self.has_wanted_trunks else trunks_read
         self.steps_per_epoch = batches.steps_per_epoch(len(self.dataset.train), train.batch_size)
         self.num_steps = self.steps_per_epoch * train.epochs
         self.set_rates = build_schedule(train, self.optimizer, self.num_steps)
@@ -207,6 +209,7 @@ class Trial:
 
     def open_trunks(self, cache: TrunkCache | None, told: str | None) -> dict[Split, Trunk | None]:
         """Outputs of the frozen layers, as far as they are cached, or as told."""
+        self.has_wanted_trunks = True
         depth = self.train.frozen_depth(self.pretrained.num_layers)
         if cache is None or depth == 0:
             return {"train": None, "validation": None}
@@ -225,6 +228,7 @@ class Trial:
         # On another machine it may take longer, and may not work.
         self.world.wait_for_all(lambda: self.beat(BUILDING))
         has_all = {split: self.world.minimum(int(split in opened)) for split in passes}
+        self.has_wanted_trunks = all(has_all[split] for split in wanted)
         self.clock.enter("other")
         return {split: opened[split] if has_all[split] else None for split in passes}
 
@@ -430,7 +434,7 @@ class Trial:
             best = {k: getattr(self.best, k) for k in ("percent", "score", "metrics")}
         facts = {
             "step": self.step,
-            "trunks_read": self.trunks_read,
+            "trunks_read": self.trunks_to_read,
             "examples_seen": self.examples_seen,
             "tokens": self.tokens,
             "positions": self.positions,

@@ -25,6 +25,7 @@ class LastState:
         every_minutes: between two writings.
         train, seed: of the trial; a state of any other is not taken.
         facts: plain values that whoever takes a state up needs too, asked for at every writing.
+        may_write: asked when one is due: whether the trial is still this worker's.
         uploads: writes the state; the store itself if None.
     """
 
@@ -37,16 +38,18 @@ class LastState:
         seed: int,
         facts: Callable[[], dict[str, Any]],
         uploads: Uploads | None = None,
+        may_write: Callable[[], bool] = lambda: True,
     ) -> None:
         self._store, self._every_minutes = store, every_minutes
-        self._facts, self._writer = facts, uploads or store
+        self._facts, self._may_write, self._writer = facts, may_write, uploads or store
         self._path = f"{folder}/last"
         self._written_at = time.monotonic()
         self._trial = {"train": train.model_dump(mode="json"), "seed": seed, "format": FORMAT}
 
     def is_due(self) -> bool:
         """Whether it is time to write one."""
-        return (time.monotonic() - self._written_at) / 60 >= self._every_minutes
+        due = (time.monotonic() - self._written_at) / 60 >= self._every_minutes
+        return due and self._may_write()
 
     def consider(self, progress: Progress) -> None:
         """Write the state of a mark if it is time to, and the trial goes on behind it."""

@@ -65,12 +65,13 @@ class ModelFacts:
 
     @cached_property
     def fingerprint(self) -> str | None:
-        """Of what training begins with: a local folder's files, or the commit of a hub model."""
+        """Of a local folder's configuration and weights; a hub model has its `commit` instead."""
         folder = Path(self.folder)
         if not folder.is_dir():
-            return self.commit
+            return None
         digest = hashlib.sha256()
-        for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        files = [folder / "config.json", *folder.glob("model*.safetensors")]
+        for path in sorted(path for path in files if path.is_file()):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()[:32]

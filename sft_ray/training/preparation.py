@@ -55,6 +55,7 @@ class Prepared:
             "num_parameters": self.model.num_parameters,
             "layer_parameters": self.model.layer_parameters,
             "model_fingerprint": self.model.fingerprint,
+            "model_commit": self.model.commit,
             "data_fingerprint": self.dataset.fingerprint,
         }
 
@@ -113,6 +114,8 @@ def prepare_training(experiment: Experiment) -> Prepared:
 
 def check_origin(prepared: Prepared, environment: Any, location: str) -> None:
     """Whether a run's model and data are still those it was made from: its numbers are of no other.
+
+    A hub model is pinned by `revision`; without one any commit there would be the end of the run.
 
     Args:
         environment: what environment.json of the run says, if it can be read.

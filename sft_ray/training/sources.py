@@ -250,7 +250,7 @@ def _read_dataset(data: Data) -> tuple[dict[str, pa.Table], dict[str, tuple[str,
                 parts = {split: load(split=spec) for split, spec in named.items()}
     except Exception as error:  # hub, network and parser errors have no common base
         mend = "give a hub id, a save_to_disk folder, or data.train with a file"
-        if folder.is_dir():
+        if folder.is_dir() and not is_saved:
             mend = "its files must be called train, validation and test, with their endings"
         raise DataError(
             f"data.path: the data set {data.path!r} cannot be loaded: {type(error).__name__}: "

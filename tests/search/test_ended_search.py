@@ -336,10 +336,11 @@ def with_confirmation(experiment: Experiment, seeds: int = 2) -> Experiment:
 
 
 def confirms(store: RunStore, plan: Confirm, **_: Any) -> Any:
-    """In place of a confirmation: its file."""
+    """In place of a confirmation: its file, and its word in the outcome."""
     seeds = confirmation.fresh_seeds(17, plan.seeds)
     store.write_json(CONFIRMATION, {"top": plan.top, "seeds": seeds})
     tree = store.read_json(RESULTS)
+    tree["best"]["expected"] = {"mean": 0.5, "n": 2, "low": 0.4, "high": 0.6}
     write_results(store, tree)
     return SimpleNamespace(result=SearchResult(store.location, tree))
 
@@ -352,9 +353,17 @@ def test_an_extension_that_was_interrupted_in_its_confirmation_adds_no_more_tria
     monkeypatch.setattr(confirmation, "run_confirm", confirms)
     first = run_search(experiment, quiet=True)
     run = Path(first.location)
+
+    def before_its_outcome(store: RunStore, plan: Confirm, **how: Any) -> None:
+        outcome = store.read_json(RESULTS)
+        confirms(store, plan, **how)
+        write_results(store, outcome)
+        interrupted()
+
     with monkeypatch.context() as patch:
-        patch.setattr(confirmation, "run_confirm", lambda *_, **__: interrupted())
-        for _ in range(2):  # the second time it goes on where it stopped
+        # The second time it goes on where it stopped.
+        for stops in (lambda *_, **__: interrupted(), before_its_outcome):
+            patch.setattr(confirmation, "run_confirm", stops)
             with pytest.raises(KeyboardInterrupt):
                 run_search(experiment, extend=2)
             assert (run / RESULTS).exists()

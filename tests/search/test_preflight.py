@@ -82,7 +82,11 @@ def test_what_train_names_is_not_searched_by_default(
     assert set(lines) == {"space"}
     names = {part.split()[0] for part in lines["space"].split("; ")}
     if len(fixed) == len(SEARCHED_BY_DEFAULT):
-        assert lines["space"] == "nothing: `train` names all that is searched by default"
+        assert lines["space"] == "nothing"
+        for refuses in (run_search, run_plan):
+            with pytest.raises(ConfigError, match="`train` names all that is searched by default"):
+                refuses(experiment, quiet=True)
+        assert not (tmp_path / "runs").exists()
     else:
         assert names == {path.removeprefix("train.") for path in resolved.search.domains}
     # What a run folder keeps names every key of `train`, and the space.

@@ -364,8 +364,9 @@ def test_a_model_of_the_hub_is_known_by_its_commit(
     for commit in ("a" * 40, "b" * 40):
         shutil.copytree(tiny_model, cached / "snapshots" / commit)
         (cached / "refs/main").write_text(commit)
-        assert inspect_model("owner/encoder").fingerprint == commit
-    assert inspect_model("owner/encoder", "a" * 40).fingerprint == "a" * 40
+        assert inspect_model("owner/encoder").commit == commit
+    facts = inspect_model("owner/encoder", "a" * 40)
+    assert (facts.commit, facts.fingerprint) == ("a" * 40, None)
 
 
 @pytest.mark.parametrize("changed", ["config.json", "model.safetensors"])
@@ -377,6 +378,7 @@ def test_a_folder_is_known_by_its_configuration_and_weights(
     first = inspect_model(str(folder)).fingerprint
     assert first == inspect_model(str(tiny_model)).fingerprint
     (folder / "notes.txt").write_text("of no weight")
+    (folder / "model-of-another.safetensors").symlink_to(folder / "nowhere")
     assert inspect_model(str(folder)).fingerprint == first
     if changed == "config.json":
         tree = json.loads((folder / changed).read_text())

@@ -19,7 +19,7 @@ import torch
 from sft_ray.config import Train
 from sft_ray.training import trunk_cache
 from sft_ray.training.batches import Trunk
-from sft_ray.training.beat import no_beat
+from sft_ray.training.beat import Beat, no_beat
 from sft_ray.training.compiled import CompiledLayers
 from sft_ray.training.encoding import IntArray
 from sft_ray.training.examples import Dataset
@@ -97,21 +97,26 @@ def run(
     told: str | None = None,
     resume: ResumeState | None = None,
     most: int = 99,
+    beat: Beat = no_beat,
+    paused: list[ResumeState | None] | None = None,
     **settings: object,
 ) -> list[Progress]:
     marks: list[Progress] = []
     fixed = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 16, "dropout": 0.0}
     train = Train.model_validate({**fixed, "precision": "fp32", **settings})
-    fit(
+    state = fit(
         train,
         setup,
         objective="accuracy",
         rungs=[10, 33],
         seed=3,
+        beat=beat,
         report=lambda progress: marks.append(progress) or len(marks) < most,
         resume=resume,
         trunks_read=told,
     )
+    if paused is not None:
+        paused.append(state)
     return marks
 
 
@@ -227,6 +232,20 @@ def test_a_trial_reads_what_it_is_told_whatever_pays(
     assert [mark.train_loss for mark in rest] == [mark.train_loss for mark in marks[1:]]
     assert run(setup, frozen_layers=0)[-1].trunks_read is None
     assert run(replace(setup, trunk_cache=None), frozen_layers=2)[-1].trunks_read == "none"
+
+
+def test_what_a_pause_keeps_from_being_made_is_read_by_who_goes_on(
+    toy: Dataset, bert: Path, root: Path
+) -> None:
+    whole = run(setup_of(bert, toy), frozen_layers=2)
+    assert whole[0].trunks_read == "train+validation"
+    shutil.rmtree(root)
+    paused: list[ResumeState | None] = []
+    assert run(setup_of(bert, toy), beat=lambda _: True, paused=paused, frozen_layers=2) == []
+    assert not kept(root)  # the building gave way
+    rest = run(setup_of(bert, toy), resume=paused[0], frozen_layers=2)
+    assert [mark.trunks_read for mark in rest] == [mark.trunks_read for mark in whole]
+    assert [mark.train_loss for mark in rest] == [mark.train_loss for mark in whole]
 
 
 def test_nothing_is_kept_that_does_not_pay(toy: Dataset, bert: Path, root: Path) -> None:

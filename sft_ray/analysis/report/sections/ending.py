@@ -84,7 +84,10 @@ def environment(run: Run) -> list[Block]:
     blocks: list[Block] = []
     found = run.environment
     plain = {**found, **(found.get("packages") or {})}
-    plain.pop("packages", None)
+    for name in ("packages", "earlier"):
+        plain.pop(name, None)
+    if isinstance(plain.get("accelerators"), list):
+        plain["accelerators"] = ", ".join(map(str, plain["accelerators"])) or None
     rows = [
         [name, f"{value:,}" if isinstance(value, int) else str(value)]
         for name, value in plain.items()
