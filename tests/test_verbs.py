@@ -392,6 +392,9 @@ def test_a_scoring_is_recorded_in_its_run_wherever_it_is_called(
         monkeypatch.chdir(folder)
         assert run_evaluation(place, "test").recorded_in == str(record)
         assert len(record.read_text().splitlines()) == count
+    (run / "best").rename(run.parent / "moved")
+    (run / "best").symlink_to(run.parent / "moved")
+    assert run_evaluation("../best", "test").recorded_in == str(record)
     assert not [path for path in run.parent.rglob("test_access.jsonl") if path != record]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -124,7 +125,8 @@ def _find_run(place: str, experiment_file: str | None) -> tuple[Experiment, RunS
     if experiment_file is not None:
         experiment = Experiment.load(experiment_file)
         return experiment, RunStore(experiment.storage, experiment.name)
-    here = Path(place).resolve()  # of `.` inside of best/, too, the folder above is the run's
+    # Of `.` inside of best/, too, the folder above is the run's; best/ itself may be a link.
+    here = Path(os.path.abspath(place))  # noqa: PTH100
     for folder in (here, here.parent):
         if (folder / EXPERIMENT).is_file():
             experiment = Experiment.load(folder / EXPERIMENT)
