@@ -1,6 +1,7 @@
 """What only a GPU can show; skipped where there is none (`make test-gpu`)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,16 +35,23 @@ Trial = Callable[..., Marks]
 HALF = 2e-3  # how far a loss may move in half precision; on a CPU it is up to 3e-4
 
 
-def train_losses(device: str, model: Path, dataset: Dataset, **train: object) -> list[float]:
-    """Mean loss up to every mark of a tiny training without dropout."""
+def setup_on(device: torch.device, model: Path, dataset: Dataset) -> Setup:
+    """The tiny model on a device."""
     pretrained = load_pretrained(
         str(model),
         TASK,
         dataset.label_set,
         seed=17,
-        device=torch.device(device),
+        device=device,
         used_tokens=dataset.used_tokens,
     )
+    tokenizer = SimpleNamespace(pad_token_id=PAD)
+    return Setup(TASK, dataset, pretrained, tokenizer, World(device=device))
+
+
+def train_losses(device: str, model: Path, dataset: Dataset, **train: object) -> list[float]:
+    """Mean loss up to every mark of a tiny training without dropout."""
+    setup = setup_on(torch.device(device), model, dataset)
     found: list[float] = []
 
     def report(progress: Progress) -> bool:
@@ -52,17 +60,16 @@ def train_losses(device: str, model: Path, dataset: Dataset, **train: object) ->
         return True
 
     settings = {"epochs": 3, "batch_size": 16, "learning_rate": 1e-3, "dropout": 0.0, **train}
-    tokenizer = SimpleNamespace(pad_token_id=PAD)
     fit(
         Train.model_validate(settings),
-        Setup(TASK, dataset, pretrained, tokenizer, World(device=torch.device(device))),
+        setup,
         objective="accuracy",
         rungs=[10, 33],
         seed=17,
         report=report,
     )
-    assert pretrained.compiled.works  # else its layers ran as they are
-    assert bool(pretrained.recorded._graphs) == bool(train.get("cuda_graphs"))
+    assert setup.pretrained.compiled.works  # else its layers ran as they are
+    assert bool(setup.pretrained.recorded._graphs) == bool(train.get("cuda_graphs"))
     return found
 
 
@@ -186,18 +193,10 @@ def test_recorded_passes_train_as_others(
 
 def trial_on(device: torch.device, model: Path, dataset: Dataset, *, cached: bool) -> Trial:
     """Trains the tiny model, on kept outputs of frozen layers or not."""
-    pretrained = load_pretrained(
-        str(model),
-        TASK,
-        dataset.label_set,
-        seed=17,
-        device=device,
-        used_tokens=dataset.used_tokens,
-    )
-    world = World(device=device)
-    cache = TrunkCache(pretrained, dataset, world, PAD) if cached else None
-    tokenizer = SimpleNamespace(pad_token_id=PAD)
-    setup = Setup(TASK, dataset, pretrained, tokenizer, world, trunk_cache=cache)
+    setup = setup_on(device, model, dataset)
+    if cached:
+        cache = TrunkCache(setup.pretrained, dataset, setup.world, PAD)
+        setup = replace(setup, trunk_cache=cache)
 
     def trial(*, resume: ResumeState | None = None, marks: int = 99, **train: object) -> Marks:
         found: Marks = []

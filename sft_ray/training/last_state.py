@@ -53,7 +53,7 @@ class LastState:
 
     def consider(self, progress: Progress) -> None:
         """Write the state of a mark if it is time to, and the trial goes on behind it."""
-        if self.is_due() and progress.resume_state is not None and not progress.finished:
+        if progress.resume_state is not None and not progress.finished and self.is_due():
             self.write(progress.resume_state())
 
     def write(self, state: ResumeState) -> None:
