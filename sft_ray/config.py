@@ -402,7 +402,7 @@ class Experiment(Section):
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]  # of the run folder
     model: Location  # hub id, local folder, or package:NAME/FOLDER
-    revision: str | None = None  # of a hub model
+    revision: str | None = None  # of a hub model; a run keeps the commit it finds
     task: str = "text-classification"  # one of training/tasks.py
     data: Data  # what is learned from
     train: Train = Train()  # what trials have in common

@@ -32,6 +32,24 @@ def check_made_by(store: RunStore, verb: Literal["search", "train"]) -> None:
             )
 
 
+def as_begun(experiment: Experiment, store: RunStore) -> Experiment:
+    """The experiment at the hub commit that the run in this folder began with.
+
+    Args:
+        experiment: if it names a revision itself, that one counts.
+
+    Raises:
+        ConfigError: what the folder says of its experiment is damaged.
+    """
+    text = experiment_text(store)
+    if text is None or experiment.revision is not None:
+        return experiment
+    old = parse_yaml(text, store.path_of(EXPERIMENT))
+    if not isinstance(old, dict) or old.get("model") != experiment.model:
+        return experiment  # which the folder rule has something to say about
+    return experiment.model_copy(update={"revision": old.get("revision")})
+
+
 def check_folder_rule(
     store: RunStore, experiment: Experiment
 ) -> Literal["new", "same", "extended"]:
@@ -48,6 +66,8 @@ def check_folder_rule(
     keys = (old.keys() | new.keys()) - {"name", "storage"}  # a run folder may be moved
     # These decide no number of the run.
     keys = {key for key in keys if key.partition(".")[0] not in ("confirm", "watchdog", "tracking")}
+    if old.get("revision") is None:  # of a local folder, or not told yet
+        keys.discard("revision")
     changed = {key for key in keys if old.get(key) != new.get(key)}
     differences = [
         f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"

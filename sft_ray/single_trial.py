@@ -17,7 +17,7 @@ from sft_ray.analysis.tables import padding_line, scored_words
 from sft_ray.config import Experiment
 from sft_ray.environment import continued, describe_environment
 from sft_ray.errors import ResourceError, TrialError
-from sft_ray.folder_rule import check_folder_rule, check_made_by
+from sft_ray.folder_rule import as_begun, check_folder_rule, check_made_by
 from sft_ray.interrupt import interruptible
 from sft_ray.run_store import (
     BEST,
@@ -76,9 +76,9 @@ def run_training(
         KeyboardInterrupt: interrupted; the same call goes on from the step it stopped at.
     """
     screen = Screen(quiet)
-    prepared = prepare_training(experiment)
     store = RunStore(experiment.storage, experiment.name)
-    tree = None
+    prepared = prepare_training(experiment if fresh else as_begun(experiment, store))
+    experiment, tree = prepared.experiment, None
     if not fresh:
         check_made_by(store, "train")
         relation = check_folder_rule(store, experiment)

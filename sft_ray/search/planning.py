@@ -13,7 +13,7 @@ import torch
 
 from sft_ray.config import Experiment, Resources
 from sft_ray.errors import ConfigError
-from sft_ray.folder_rule import check_folder_rule, check_made_by
+from sft_ray.folder_rule import as_begun, check_folder_rule, check_made_by
 from sft_ray.recipes import default_recipe
 from sft_ray.run_store import JOURNAL, RunStore, kept_environment
 from sft_ray.screen import Screen, count, duration
@@ -71,9 +71,9 @@ def run_plan(
     check_searches(experiment)
     screen.say("reading model and data …")
     has = capacity_here(address)
-    prepared = prepare_experiment(experiment, has)
-    experiment = prepared.experiment
     store, problems = RunStore(experiment.storage, experiment.name), list[str]()
+    prepared = prepare_experiment(as_begun(experiment, store), has)
+    experiment = prepared.experiment
     if runs_default_recipe(experiment):
         collect(problems, check_default_recipe, prepared)
     collect(problems, store.check_writable)

@@ -19,7 +19,7 @@ from sft_ray.analysis.tables import scored_words
 from sft_ray.config import Experiment
 from sft_ray.environment import continued, describe_environment
 from sft_ray.errors import ConfigError, TrialError
-from sft_ray.folder_rule import check_folder_rule, check_made_by
+from sft_ray.folder_rule import as_begun, check_folder_rule, check_made_by
 from sft_ray.recipes import default_recipe
 from sft_ray.run_store import (
     BEFORE,
@@ -92,8 +92,10 @@ def run_search(
     if extend:
         experiment = extended(experiment, extend, screen)
     check_searches(experiment)
-    checked = check_experiment(experiment, capacity_here(address))
     store = RunStore(experiment.storage, experiment.name)
+    if not fresh:
+        experiment = as_begun(experiment, store)
+    checked = check_experiment(experiment, capacity_here(address))
     warm = []
     search = experiment.search
     needs_space = (

@@ -27,7 +27,7 @@ LABEL_OPTIONS = ("label_smoothing", "class_weights")
 class Prepared:
     """An experiment whose model, data and settings have been looked at."""
 
-    experiment: Experiment
+    experiment: Experiment  # a hub model's `revision` is the commit that was found
     task: Task
     model: ModelFacts
     dataset: Dataset
@@ -115,7 +115,7 @@ def prepare_training(experiment: Experiment) -> Prepared:
 def check_origin(prepared: Prepared, environment: Any, location: str) -> None:
     """Whether a run's model and data are still those it was made from: its numbers are of no other.
 
-    A hub model is pinned by `revision`; without one any commit there would be the end of the run.
+    A hub model has no fingerprint: its commit is the `revision` that the folder rule compares.
 
     Args:
         environment: what environment.json of the run says, if it can be read.
@@ -159,6 +159,8 @@ def prepare_with_model(
         problems += [*_objective_problems(task, objective), *_option_problems(task, experiment)]
     if model is not None:
         problems += _model_problems(experiment, model)
+        if model.commit is not None:  # from here on it may move on the hub
+            experiment = experiment.model_copy(update={"revision": model.commit})
     folder = None
     if task is not None and model is not None:
         data, seed = experiment.data, experiment.seed

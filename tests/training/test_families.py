@@ -354,21 +354,6 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
         load_pretrained(str(tmp_path), TASK, LabelSet(("a", "b")), seed=1, device=CPU)
 
 
-def test_a_model_of_the_hub_is_known_by_its_commit(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a cache as the hub's client lays it out, without a network."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    cached = tmp_path / "models--owner--encoder"
-    (cached / "refs").mkdir(parents=True)
-    for commit in ("a" * 40, "b" * 40):
-        shutil.copytree(tiny_model, cached / "snapshots" / commit)
-        (cached / "refs/main").write_text(commit)
-        assert inspect_model("owner/encoder").commit == commit
-    facts = inspect_model("owner/encoder", "a" * 40)
-    assert (facts.commit, facts.fingerprint) == ("a" * 40, None)
-
-
 @pytest.mark.parametrize("changed", ["config.json", "model.safetensors"])
 def test_a_folder_is_known_by_its_configuration_and_weights(
     tiny_model: Path, tmp_path: Path, changed: str
