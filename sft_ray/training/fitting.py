@@ -17,7 +17,6 @@ from torch import nn
 from sft_ray.config import Train
 from sft_ray.training import batches, micro_batch
 from sft_ray.training.backward import Backward
-from sft_ray.training.batches import Trunk
 from sft_ray.training.beat import TRAINING, Beat, no_beat
 from sft_ray.training.cpu_memory import give_back_free_memory
 from sft_ray.training.divergence import DivergenceWatch, GradientWatch, constant_loss
@@ -36,7 +35,7 @@ from sft_ray.training.regularize import bind_penalty
 from sft_ray.training.resume_state import ResumeState
 from sft_ray.training.seeds import derived_seed
 from sft_ray.training.setup import Setup
-from sft_ray.training.trunk_cache import BUILDING, Split, TrunkCache
+from sft_ray.training.trial_trunks import open_trunks
 from sft_ray.training.world import World, resolve_precision
 
 # Steps between two agreements of several workers on what comes next: each of them is a collective.
@@ -181,12 +180,9 @@ class Trial:
         with micro_batch.raised_as_out_of_memory(self.backward.most):
             self.penalty = bind_penalty(train.regularization, self.pretrained)
             self.optimizer = build_optimizer(train, self.pretrained)
-            self.trunks = self.open_trunks(setup.trunk_cache, trunks_read)
-        found = "+".join(split for split, trunk in self.trunks.items() if trunk is not None)
-        depth = train.frozen_depth(self.pretrained.num_layers)
-        self.trunks_read = (found or "none") if depth else None
-        # What a pause kept from being made, for one, is asked for again.
-        self.trunks_to_read = self.trunks_read if self.has_wanted_trunks else trunks_read
+            self.clock.enter("trunk")
+            self.trunks = open_trunks(train, setup, self.dtype, trunks_read, beat)
+            self.clock.enter("other")
         self.steps_per_epoch = batches.steps_per_epoch(len(self.dataset.train), train.batch_size)
         self.num_steps = self.steps_per_epoch * train.epochs
         self.set_rates = build_schedule(train, self.optimizer, self.num_steps)
@@ -206,31 +202,6 @@ class Trial:
         waits = self.world.device.type == "cpu" or self.scaler.is_enabled()
         self.gradients = GradientWatch(self.world.device, waits)
         self.watch = DivergenceWatch(limit, self.num_steps, self.world)
-
-    def open_trunks(self, cache: TrunkCache | None, told: str | None) -> dict[Split, Trunk | None]:
-        """Outputs of the frozen layers, as far as they are cached, or as told."""
-        self.has_wanted_trunks = True
-        depth = self.train.frozen_depth(self.pretrained.num_layers)
-        if cache is None or depth == 0:
-            return {"train": None, "validation": None}
-        self.clock.enter("trunk")
-        share = len(self.dataset.train) / len(cache.dataset.train)
-        passes: dict[Split, float] = {
-            "train": self.train.epochs * share,
-            "validation": self.train.epochs,  # at least
-        }
-        pays = {  # of which workers may think differently, where they have measured it
-            split: self.world.minimum(int(cache.pays(split, depth, self.dtype, times)))
-            for split, times in passes.items()
-        }
-        wanted = [s for s in passes if (pays[s] if told is None else s in told.split("+"))]
-        opened = cache.open(wanted, depth, self.dtype, self.beat)
-        # On another machine it may take longer, and may not work.
-        self.world.wait_for_all(lambda: self.beat(BUILDING))
-        has_all = {split: self.world.minimum(int(split in opened)) for split in passes}
-        self.has_wanted_trunks = all(has_all[split] for split in wanted)
-        self.clock.enter("other")
-        return {split: opened[split] if has_all[split] else None for split in passes}
 
     def constant_loss(self, known: dict[str, float | None]) -> float | None:
         """Training loss of the best constant answer, once per kind of loss."""
@@ -287,7 +258,7 @@ class Trial:
 
         `count` is what the whole global batch is divided by.
         """
-        batch = self.backward.collate(part, self.trunks["train"])
+        batch = self.backward.collate(part, self.trunks.train)
         layout = batch.one_pass.layout
         self.tokens += int(layout.lengths[: len(part)].sum())
         self.positions += layout.positions
@@ -366,7 +337,7 @@ class Trial:
             self.world,
             self.dtype,
             self.beat,
-            self.trunks["validation"],
+            self.trunks.validation,
         )
         self.pretrained.train()
         give_back_free_memory()  # batches without padding leave gaps of all sizes
@@ -407,7 +378,7 @@ class Trial:
             eval_seconds=self.clock.seconds["eval"],
             trunk_seconds=self.clock.seconds["trunk"],
             dtype=str(self.dtype).removeprefix("torch."),
-            trunks_read=self.trunks_read,
+            trunks_read=self.trunks.read,
             micro_batch=self.backward.most,
             padding_share=1 - self.tokens / max(self.positions, 1),
             trained_parameters=sum(parameter.numel() for parameter in self.trainable),
@@ -434,7 +405,7 @@ class Trial:
             best = {k: getattr(self.best, k) for k in ("percent", "score", "metrics")}
         facts = {
             "step": self.step,
-            "trunks_read": self.trunks_to_read,
+            "trunks_read": self.trunks.to_ask_for,
             "examples_seen": self.examples_seen,
             "tokens": self.tokens,
             "positions": self.positions,
