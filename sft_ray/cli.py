@@ -542,8 +542,9 @@ def main(arguments: list[str] | None = None) -> None:
         message = error.format_message()
         if message.startswith("Usage:"):  # typer's answer to nothing is the help itself
             _end(2, *message.splitlines())
-        is_override = message.startswith("No such option: --") and "." in message
-        mend = "an override has no dashes, as in train.epochs=3" if is_override else ""
+        name = message.removeprefix("No such option: --").rstrip(".")
+        is_override = name != message.rstrip(".") and "." in name
+        mend = f"an override has no dashes: {name}=…" if is_override else ""
         _end(2, f"error: {message.rstrip('.')}; {mend or 'see sft-ray --help'}")
     except TrialError as error:
         _end(1, str(error))

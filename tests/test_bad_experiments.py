@@ -300,7 +300,7 @@ ARGUMENTS: dict[str, tuple[str, list[str]]] = {
     "override that is deep": (f"train {{file}} train.epochs={'[' * 99}", ["nest 40 deep"]),
     "override with dashes": (
         "train {file} --train.epochs=3",
-        ["No such option: --train.epochs; an override has no dashes, as in train.epochs=3"],
+        ["No such option: --train.epochs; an override has no dashes: train.epochs=…"],
     ),
     "unknown override": ("train {file} trian.epochs=3", ["trian", "did you mean 'train'"]),
     "price as a text": ("plan {file} --price cheap", ["--price"]),

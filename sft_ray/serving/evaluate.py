@@ -131,7 +131,7 @@ def _find_run(place: str, experiment_file: str | None) -> tuple[Experiment, RunS
         if (folder / EXPERIMENT).is_file():
             experiment = Experiment.load(folder / EXPERIMENT)
             return experiment, RunStore(str(folder.parent), folder.name)
-    if not Path(place).exists() and "/" in place and Path(place).parent.exists():
+    if not Path(place).exists() and Path(place).parent.exists():
         raise ConfigError(f"{place}: no such folder; name a run folder, or say --experiment FILE")
     raise ConfigError(
         f"{place}: neither a run folder nor a model inside one; say with --experiment FILE what "
