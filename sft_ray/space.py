@@ -67,12 +67,15 @@ class Numeric:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of the written values."""
+    """One of the written values; 1 and 1.0 are the same, and neither is true."""
 
     options: tuple[Any, ...]
 
     def __contains__(self, value: object) -> bool:
-        return any(value == option and type(value) is type(option) for option in self.options)
+        return any(
+            value == option and isinstance(value, bool) == isinstance(option, bool)
+            for option in self.options
+        )
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,10 @@ def test_membership_respects_types_and_both_ends() -> None:
     assert True not in Numeric(0, 1)
     assert "16" not in Choice((16, 32))
     assert 16 in Choice((16, 32))
+    assert 0.0 in Choice((0, 0.06))
+    assert 1 in Choice((0.5, 1.0))
+    assert True not in Choice((0, 1))
+    assert 1 not in Choice((True, False))
 
 
 def test_what_is_no_kind_stays_one_parameter() -> None:

@@ -167,7 +167,8 @@ def _training(train: Train, setup: Setup, prepared: Prepared, workers: int) -> C
     steps = trial.batches_from(0)
 
     def step() -> int:
-        mine = batches.share(next(steps), 0, workers)
+        batch = next(steps)
+        mine = batches.share(batch, setup.dataset.train.lengths[batch], 0, workers)
         trial.take_step(mine)
         return len(mine)
 

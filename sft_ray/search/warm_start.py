@@ -43,7 +43,8 @@ def warm_configurations(
     """Flat parameters within the space, the best of the most alike runs first.
 
     A run gives up to `MOST_PER_RUN` of its best finished configurations, times how alike model
-    and task are; a configuration counts by the share of the space's parameters it knows.
+    and task are, times the share of the space's parameters that its best one knows; all are put in
+    order by the same product, each with its own share, and by rank.
 
     Args:
         experiment: with its space written out.
@@ -61,14 +62,15 @@ def warm_configurations(
             run = _read(location)
             with reading(location):
                 likeness = _likeness(run, model_facts, objective)
-                best = run.best_rows(round(MOST_PER_RUN * likeness.weight) or 1)
+                best = run.best_rows(MOST_PER_RUN)
                 found = [_within(space, _trained(row)) for row in best]
+                weight = likeness.weight * _known(space, found[0])
+                found = found[: round(MOST_PER_RUN * weight) or 1]
         except SftError as error:
             problems += [f"search.warm_start.{i}: {problem}" for problem in error.problems]
             continue
         for rank, params in enumerate(found):
-            known = len(params) / max(len(_asked(space, params)), 1)
-            ranked.append((likeness.weight * known / (1 + rank), i, params))
+            ranked.append((likeness.weight * _known(space, params) / (1 + rank), i, params))
     if problems:
         raise ConfigError(*problems)
     ranked.sort(key=lambda entry: -entry[0])
@@ -156,6 +158,11 @@ def _within(space: Space, params: dict[str, Any]) -> dict[str, Any]:
     """What of a trained configuration the space could draw; the sampler draws the rest."""
     known = spaces.domains(space)
     return {name: value for name, value in params.items() if name in known and value in known[name]}
+
+
+def _known(space: Space, params: dict[str, Any]) -> float:
+    """The share of a configuration's parameters that are told."""
+    return len(params) / max(len(_asked(space, params)), 1)
 
 
 def _asked(space: Space, params: dict[str, Any]) -> list[str]:

@@ -90,13 +90,23 @@ def global_batches(lengths: IntArray, *, batch_size: int, seed: int, epoch: int)
     return [batch[np.argsort(lengths[batch], kind="stable")] for batch in batches]
 
 
-def share(indices: IntArray, rank: int, size: int) -> IntArray:
-    """One example of every `size` of a length-sorted global batch, so that shares carry like work.
+def share(indices: IntArray, lengths: IntArray, rank: int, size: int) -> IntArray:
+    """One rank's part of a length-sorted global batch; all carry like work, and like counts.
 
-    From the longest on, every other turn in reverse: nobody always gets the longer one.
+    From the longest on, each example goes to the rank that has the fewest tokens so far, of those
+    with room: the longest-processing-time rule (Graham 1969), which it is without equal counts.
+
+    Args:
+        lengths: tokens of every example of the batch, ascending.
     """
-    turn, seat = np.divmod(np.arange(len(indices))[::-1], size)
-    return indices[np.where(turn % 2, size - 1 - seat, seat) == rank]
+    if size == 1:
+        return indices
+    room, tokens = np.full(size, -(-len(indices) // size)), np.zeros(size)
+    owner = np.empty(len(indices), dtype=np.int64)
+    for place in range(len(indices) - 1, -1, -1):
+        to = int(np.where(room > 0, tokens, np.inf).argmin())
+        owner[place], room[to], tokens[to] = to, room[to] - 1, tokens[to] + lengths[place]
+    return indices[owner == rank]
 
 
 def micro_batches(mine: IntArray, size: int) -> list[IntArray]:

@@ -225,7 +225,7 @@ class Trial:
         self.step += 1
         # A generator that follows from the step makes every step one that can be resumed at.
         world.seed(derived_seed(self.seed, "dropout", self.step, world.rank))
-        mine = batches.share(indices, world.rank, world.size)
+        mine = batches.share(indices, examples.lengths[indices], world.rank, world.size)
         count = max(1, int(examples.counts[indices].sum()))
         parts = batches.micro_batches(mine, self.backward.most)
         loss = torch.zeros_like(self.loss_sum)

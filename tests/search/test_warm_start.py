@@ -233,6 +233,15 @@ def test_a_configuration_counts_by_what_it_knows_of_the_space(tmp_path: Path) ->
     assert rates(configurations(partly, worse, better)) == pytest.approx([2e-5, 1e-5, 3e-5])
 
 
+def test_a_run_gives_the_fewer_the_less_of_the_space_it_knows(tmp_path: Path) -> None:
+    scores = (0.9 - 0.1 * i for i in range(7))
+    rows: Rows = [("COMPLETE", s, {"train.epochs": 1 + i}) for i, s in enumerate(scores)]
+    run, only = write_run(tmp_path / "run", rows), {"train.epochs": {"int": [1, 9]}}
+    assert len(configurations(run, space=only)) == 5
+    others = {f"train.{name}": {"uniform": [0.0, 0.3]} for name in ("dropout", "label_smoothing")}
+    assert configurations(run, space=only | others) == [{"train.epochs": 1}, {"train.epochs": 2}]
+
+
 def test_what_a_run_did_not_search_is_known_from_what_it_trained(tmp_path: Path) -> None:
     rate = {"train.learning_rate": 2e-5}
     location = write_run(tmp_path / "a", [("COMPLETE", 0.9, rate)])

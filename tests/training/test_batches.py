@@ -74,18 +74,33 @@ def test_long_and_short_batches_are_mixed_over_the_epoch() -> None:
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.4
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+def shares_of(batch: IntArray, size: int, lengths: IntArray = LENGTHS) -> list[IntArray]:
+    return [share(batch, lengths[batch], rank, size) for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 20])
 def test_shares_partition_every_batch(size: int) -> None:
     for batch in batches_of():
-        shares = [share(batch, rank, size) for rank in range(size)]
+        shares = shares_of(batch, size)
         assert sorted(np.concatenate(shares).tolist()) == sorted(batch.tolist())
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert max(map(len, shares)) <= -(-len(batch) // size)
 
 
-def test_shares_of_a_batch_carry_like_work() -> None:
-    for batch in batches_of(batch_size=48):
-        totals = [LENGTHS[share(batch, rank, 3)].sum() for rank in range(3)]
-        assert max(totals) - min(totals) <= LENGTHS[batch].max()
+@pytest.mark.parametrize(
+    ("size", "most", "in_turns"),
+    [(2, 1.01, 1.03), (4, 1.08, 1.13), (8, 1.45, 1.5)],  # times the mean of the ranks
+)
+def test_shares_carry_like_work(size: int, most: float, in_turns: float) -> None:
+    """Of texts as long as they come: many short ones, and a few long ones."""
+    lengths = np.random.default_rng(0).lognormal(3, 1, size=2000).astype(np.int64) + 2
+    worst, worst_in_turns = [], []
+    for batch in global_batches(lengths, batch_size=32, seed=5, epoch=0):
+        mean = lengths[batch].sum() / size
+        worst.append(max(lengths[mine].sum() for mine in shares_of(batch, size, lengths)) / mean)
+        dealt = [batch[rank::size] for rank in range(size)]
+        worst_in_turns.append(max(lengths[mine].sum() for mine in dealt) / mean)
+    assert np.mean(worst) < most
+    assert np.mean(worst_in_turns) > in_turns
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
