@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sft_ray.config import Experiment
 
 INTERRUPTED = 130
+GO_ON = ("search", "train", "confirm", "ablate")  # verbs that take up what was interrupted
 MOST_CHARACTERS = 680  # of a line of an error; how to mend it stands at its end
 
 
@@ -564,7 +565,9 @@ def main(arguments: list[str] | None = None) -> None:
             f"the traceback is in {log.name}; what was finished is kept",
         )
     if code == INTERRUPTED:  # typer's answer to a KeyboardInterrupt
-        _end(code, "interrupted; the same command goes on where it stopped")
+        verb = next((word for word in arguments or sys.argv[1:] if not word.startswith("-")), "")
+        goes_on = "; the same command goes on where it stopped" if verb in GO_ON else ""
+        _end(code, f"interrupted{goes_on}")
     sys.exit(code)
 
 

@@ -286,6 +286,10 @@ def _write_outcome(
 
 def _say_truth(screen: Screen, prepared: Prepared, store: RunStore, device: torch.device) -> None:
     kind = "GPU" if device.type == "cuda" else "CPU"
+    experiment = prepared.experiment
+    unused = ["tracking"] if experiment.tracking else []
+    said = experiment.resources.model_dump(exclude_defaults=True).keys() - {"trunk_cache_gb"}
+    unused += [f"resources.{name}" for name in sorted(said)]
     screen.facts(
         {
             "train": f"{prepared.experiment.name} in {store.location}",
@@ -295,6 +299,7 @@ def _say_truth(screen: Screen, prepared: Prepared, store: RunStore, device: torc
             "objective": f"{prepared.objective}, {prepared.direction}; evaluated "
             + "".join(f"at {rung} %, " for rung in prepared.experiment.search.rungs)
             + "at every epoch's end",
+            **({"not used": f"{', '.join(unused)}: of searches alone"} if unused else {}),
         }
     )
     screen.say()

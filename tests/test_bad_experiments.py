@@ -312,9 +312,14 @@ ARGUMENTS: dict[str, tuple[str, list[str]]] = {
     "no model to score": ("evaluate", ["Missing argument"]),
     "no such split": ("evaluate {folder} --split train", ["--split", "validation or test"]),
     "nothing there to score": ("evaluate {folder}/none", ["none: no such folder; name a run"]),
-    "nothing there to ask": (
-        "predict {folder}/none",
+    "nothing there to ask": ("predict {folder}/none", ["none: no such folder; name a run"]),
+    "no model of the hub": (
+        "predict nobody/none",
         ["cannot be loaded: no such folder, and as a hub id: "],
+    ),
+    "revision of a folder": (
+        "train {file} revision=v2",
+        ["revision: only a hub model has one, got 'v2' with the folder"],
     ),
     "no model to ask": ("predict", ["Missing argument"]),
     "two models to ask": ("predict a b", ["b"]),

@@ -53,6 +53,26 @@ def test_help_answers_at_once_without_heavy_imports() -> None:
     assert "dotted.path=value" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["predict", "m"], "interrupted"),
+        (["search", "e.yaml"], "interrupted; the same command goes on where it stopped"),
+    ],
+)
+def test_only_what_goes_on_is_said_to_go_on(
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sft_ray.cli.app", lambda **_: 130)  # of an interrupted command
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == f"{said}\n"
+
+
 def test_all_kinds_of_problems_are_reported_together(
     tiny_model: Path, toy_csv: Path, tmp_path: Path
 ) -> None:

@@ -253,7 +253,10 @@ def test_a_single_training_has_a_page(
     tree = tiny_experiment.to_tree()
     train = {"learning_rate": 5e-3, "epochs": 2}
     tree |= {"search": {}, "train": train, "storage": str(tmp_path), "resources": {}}
-    run = run_training(Experiment.from_tree(tree), quiet=True).location
+    tree |= {"resources": {"slots": 2, "trunk_cache_gb": 1}, "tracking": ["wandb"]}
+    run = run_training(Experiment.from_tree(tree)).location
+    said = capsys.readouterr().out
+    assert re.search(r"not used +tracking, resources.slots: of searches alone\n", said), said
     with pytest.raises(SystemExit) as ended:
         main(["report", run, "--price", "3.6"])
     assert not ended.value.code

@@ -33,7 +33,7 @@ from sft_ray.single_trial import run_training
 from sft_ray.training import fitting as fit_module
 from sft_ray.training.preparation import prepare_training
 from sft_ray.training.resume_state import ResumeState
-from sft_ray.training.tasks import TASKS
+from sft_ray.training.tasks import TASKS, find_task
 from tests.models import (
     WIDE_VOCABULARY,
     dataset_of,
@@ -509,6 +509,7 @@ def test_the_command_reads_lines_and_writes_json_lines(run: Path, monkeypatch, c
         (["a cat", ""], "line 2: is empty"),
         (['{"text": "a cat"}', '{"text": '], "line 2: is no JSON"),
         (['{"text": "a cat"}', "[1]"], "line 2: must be a JSON object"),
+        (["a cat", '{"text": "a cat"}'], "line 2: is JSON behind plain text"),
         (['{"body": "a cat"}'], "input 1: text-classification needs 'text'"),
         (['{"text": 3}'], "'text' must hold texts"),
         (['{"text": "a"}', '{"text": 3}'], "values of no one kind"),
@@ -518,6 +519,18 @@ def test_bad_inputs_are_named(run: Path, lines: list[str], fragment: str) -> Non
     with pytest.raises(DataError) as refusal:
         predictions(run, lines)
     assert fragment in str(refusal.value)
+
+
+def test_plain_texts_may_have_braces() -> None:
+    texts = ["a cat", "{an oak", '{"tree": "an oak"}', "{}"]
+    rows = read_rows(texts, find_task("text-classification"))
+    assert [row["text"] for row in rows] == texts
+
+
+def test_a_name_beside_other_runs_is_no_model_of_the_hub(run: Path) -> None:
+    """Asking there takes half a minute where it cannot be reached."""
+    with pytest.raises(ConfigError, match=r"nope: no such folder; name a run, a model folder or"):
+        load_predictor(str(run.parent / "nope"))
 
 
 @pytest.mark.parametrize(

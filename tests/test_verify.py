@@ -221,6 +221,19 @@ def test_data_that_is_gone_is_a_failed_check(run: Path) -> None:
     assert "toy.csv: no such file" in problems["score"]
 
 
+def test_data_told_from_another_folder_is_no_fault_of_the_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = run / "experiment.yaml"
+    for path in (file, file.with_name("experiment.yaml.good")):
+        path.write_text(path.read_text().replace(f"{run.parent}/toy.csv", "toy.csv"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^toy.csv: no such file here.* verify it from there$"):
+        run_verification(str(run))
+    monkeypatch.chdir(run.parent)
+    assert "data" not in found(run)
+
+
 def test_the_base_model_need_not_be_there(run: Path, tiny_model: Path) -> None:
     file = run / "experiment.yaml"
     file.write_text(file.read_text().replace(str(tiny_model), "/nowhere/model"))

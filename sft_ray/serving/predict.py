@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from sft_ray.training.encoding import Encoder
 from sft_ray.training.examples import Examples, LabelSet
 from sft_ray.training.families import reads_segments
 from sft_ray.training.forward import evaluate
+from sft_ray.training.hub import is_missing_among_others
 from sft_ray.training.metrics import Floats
 from sft_ray.training.model import PLAIN_OUTPUTS, let_pass
 from sft_ray.training.model_facts import most_positions, quiet_transformers, resolve_model
@@ -135,6 +136,8 @@ def load_predictor(
     """
     quiet_transformers()
     model = winner_of(model)
+    if is_missing_among_others(model):
+        raise ConfigError(f"model: {model}: no such folder; name a run, a model folder or a hub id")
     folder = resolve_model(model)
     facts = read_facts(folder)
     try:
@@ -206,8 +209,8 @@ def read_rows(lines: Iterable[str], task: Task) -> Iterator[dict[str, Any]]:
     A plain line is the `text` of tasks that read one, or blank-separated `tokens`.
 
     Raises:
-        DataError: a line is empty or is no JSON object among others that are, or the task reads
-            more than one text.
+        DataError: a line is empty, is no JSON object among others that are or is one among plain
+            texts, or the task reads more than one text.
     """
     plain: bool | None = None
     inputs = list(task.fields.inputs)
@@ -223,6 +226,8 @@ def read_rows(lines: Iterable[str], task: Task) -> Iterator[dict[str, Any]]:
                     f"{line[:60]!r}"
                 )
         if plain:
+            if line.startswith("{") and _is_row(line, inputs):
+                raise DataError(f"line {number}: is JSON behind plain text; write all lines alike")
             yield {inputs[0]: line.split() if inputs[0] == "tokens" else line}
             continue
         try:
@@ -232,6 +237,15 @@ def read_rows(lines: Iterable[str], task: Task) -> Iterator[dict[str, Any]]:
         if not isinstance(row, dict):
             raise DataError(f"line {number}: must be a JSON object, got {line[:60]!r}")
         yield row
+
+
+def _is_row(line: str, inputs: Sequence[str]) -> bool:
+    """Whether it is a JSON object with one of the task's inputs."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and not row.keys().isdisjoint(inputs)
 
 
 def _decoded(lines: Iterable[str]) -> Iterator[str]:

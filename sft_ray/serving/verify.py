@@ -77,6 +77,7 @@ def run_verification(place: str) -> Verification:
     store = open_run(place)
     if not store.exists(RESULTS):
         raise ConfigError(f"{place} has not finished (no {RESULTS}); finish it with its command")
+    _check_working_folder(store)
     checks: dict[str, Callable[[RunStore], Check]] = {
         "checksums": _check_checksums,
         "results": _check_results,
@@ -87,6 +88,23 @@ def run_verification(place: str) -> Verification:
     return Verification(
         store.location, [_look(name, check, store) for name, check in checks.items()]
     )
+
+
+def _check_working_folder(store: RunStore) -> None:
+    """Whether the data files of the run, if they are told from the working folder, are there.
+
+    Elsewhere their absence says nothing of the run.
+    """
+    try:
+        data = read_experiment(store).data
+    except SftError:
+        return  # which the checks will tell
+    relative = [p for p in (data.train, data.validation, data.test) if p and not Path(p).anchor]
+    if missing := [path for path in relative if not Path(path).exists()]:
+        raise ConfigError(
+            f"{missing[0]}: no such file here, and the run names its data from the folder that it "
+            "was started in; verify it from there"
+        )
 
 
 def _look(name: str, check: Callable[[RunStore], Check], store: RunStore) -> Check:

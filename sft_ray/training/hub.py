@@ -13,3 +13,12 @@ def is_missing_folder(name: str) -> bool:
     except HFValidationError:
         return not os.path.isdir(name)  # noqa: PTH112  # unlike Path, it takes any name
     return False
+
+
+def is_missing_among_others(name: str) -> bool:
+    """Whether the folder that a name would lie in is there, but not what it names: a mistyped run.
+
+    A repository's owner may have a folder here, too, so what is to be trained asks the hub.
+    """
+    above = os.path.dirname(name)  # noqa: PTH120  # unlike Path, they take any name
+    return os.path.isdir(above) and not os.path.exists(name)  # noqa: PTH110, PTH112

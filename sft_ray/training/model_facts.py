@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import safetensors
 import torch
 import transformers
@@ -157,6 +158,11 @@ def inspect_model(model: str, revision: str | None = None) -> ModelFacts:
             f"model: no such folder: {model}; give a hub id, package:NAME/FOLDER, or a folder "
             "relative to the working directory"
         )
+    if revision is not None and Path(folder).is_dir():
+        raise ConfigError(
+            f"revision: only a hub model has one, got {revision!r} with the folder {model}; remove "
+            "it"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, revision=revision, trust_remote_code=False
@@ -241,6 +247,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def quiet_transformers() -> None:
-    """No progress bars and load reports; errors still speak."""
+    """No progress bars, load reports and retries; errors still speak."""
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
