@@ -22,7 +22,15 @@ import transformers
 from benchmarks import gpu, search_policies, trunk_cache
 from benchmarks.record_curves import configuration
 from benchmarks.rows import once
-from benchmarks.search_policies import POLICIES, marks_of, read_pool, replay, space_of
+from benchmarks.search_policies import (
+    POLICIES,
+    Policy,
+    Pool,
+    marks_of,
+    read_pool,
+    replay,
+    space_of,
+)
 from sft_ray.config import Train
 from sft_ray.recipes import RECIPES, default_recipe
 from sft_ray.training.beat import no_beat
@@ -100,6 +108,36 @@ def test_a_policy_is_paired_with_the_default_by_seed(
     )
 
 
+def pool_of(path: Path, runs: list[dict[str, Any]]) -> Pool:
+    path.write_text("\n".join(map(json.dumps, runs)))
+    return read_pool(path)
+
+
+def test_a_trial_that_ends_at_a_rung_is_charged_up_to_the_point_recorded_behind_it(
+    tmp_path: Path,
+) -> None:
+    """Runs of ten epochs, scored at 20, 40 and 100 %; the rung is at 33."""
+    rates, scores = (1e-5, 5e-5, 2e-4), ([60, 70, 80], [60, 50, 70], [60, 80, 90])
+    runs = [
+        {
+            "learning_rate": rate,
+            "num_train_epochs": 10,
+            "learning_curves": {"accuracy": list(zip((20, 40, 100), curve, strict=True))},
+        }
+        for rate, curve in zip(rates, scores, strict=True)
+    ]
+    pool = pool_of(tmp_path / "base.jsonl", runs)
+    enqueue = [{"train.learning_rate": rate} for rate in rates]
+    search = {"rungs": [33], "reduction_factor": 2, "default_recipe": False, "enqueue": enqueue}
+    found = replay(Policy(search=search), pool, 1, seed=1)
+    # The second, the worse of two at the rung, has trained four of its epochs by then.
+    assert found.top1 == found.top5 == pytest.approx(10 + 4 + 10)
+    assert found.regret[25] == 0
+    unpruned = replay(Policy(search={**search, "pruner": "none"}), pool, 1, seed=1)
+    assert unpruned.top1 == pytest.approx(10 + 10 + 10)
+    assert unpruned.regret[25] == 10  # the best of 90 comes later
+
+
 def test_what_other_slots_have_trained_by_the_hit_is_charged() -> None:
     """Runs of one epoch without marks, all started at once: the hit costs what all have trained."""
     pool = read_pool(CURVES)
@@ -145,6 +183,20 @@ def test_a_suggestion_takes_the_nearest_run_that_is_left() -> None:
         assert pool.nearest(wanted, unused) == number
         unused[number] = False
         assert pool.nearest(wanted, unused) != number
+
+
+def test_near_is_measured_in_shares_of_what_was_recorded_in_each_dimension(
+    tmp_path: Path,
+) -> None:
+    recorded = [(1e-6, 8), (1e-3, 128), (1e-4, 48), (1e-6, 32)]
+    runs = [{**bare_run(rate), "train_batch_size": size} for rate, size in recorded]
+    pool = pool_of(tmp_path / "base.jsonl", runs)
+    wanted = {"learning_rate": 1e-4, "batch_size": 32}
+    unused = np.ones(4, dtype=bool)
+    # 16 of 120 examples away; the last one is two of three powers of ten away.
+    assert pool.nearest(wanted, unused) == 2
+    unused[2] = False
+    assert pool.nearest(wanted, unused) == 3
 
 
 def test_marks_are_charged_at_the_first_recorded_point_behind_them() -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from sft_ray.analysis.outcome import Outcome
 from sft_ray.config import Experiment
 from sft_ray.journal import recovered
 from sft_ray.recipes import default_recipe
 from sft_ray.run_store import JOURNAL, RunStore
-from sft_ray.search.study import SearchStudy, open_storage
+from sft_ray.search.study import STUDY_NAME, SearchStudy, open_storage
 
 
 def opened(experiment: Experiment, store: RunStore) -> SearchStudy:
@@ -194,3 +195,36 @@ def test_a_record_that_a_full_disk_tore_is_not_stored(searched, tmp_path: Path) 
     again = RunStore(f"file://{tmp_path}", "x")
     assert again.pull_journal() == []
     assert len(opened(experiment, again).trials) >= 3
+
+
+def test_optuna_alone_reads_the_study_while_its_search_goes_on(searched, tmp_path: Path) -> None:
+    experiment, _, _ = searched
+    store = RunStore(str(tmp_path), "x")
+    store.pull_journal()
+    study = opened(experiment, store)
+    run_trials(study, 2)
+    planned = study.next_trial()
+    assert planned is not None
+    study.mark(planned.number, 10, 0.25, 1.0)
+    written = store.journal.read_bytes()
+    beside = sorted(store.journal.parent.iterdir())
+    backend = optuna.storages.journal.JournalFileBackend(str(store.journal))
+    storage = optuna.storages.JournalStorage(backend)
+    assert optuna.get_all_study_names(storage) == [STUDY_NAME]
+    seen = optuna.load_study(study_name=STUDY_NAME, storage=storage)
+
+    def told(trials: list[FrozenTrial]) -> list[tuple[object, ...]]:
+        return [(t.state, t.values, t.params, t.intermediate_values, t.user_attrs) for t in trials]
+
+    assert told(seen.trials) == told(study.trials)
+    assert [t.state.name for t in seen.trials] == ["COMPLETE", "COMPLETE", "RUNNING"]
+    assert [t.values for t in seen.trials] == [[0.0], [0.01], None]
+    assert seen.trials[2].intermediate_values == {10: 0.25}
+    assert store.journal.read_bytes() == written
+    assert sorted(store.journal.parent.iterdir()) == beside
+    study.finish(planned.number, TrialState.PRUNED, Outcome(reason="rung 10", score=0.25))
+    run_trials(study, 1)
+    assert told(seen.trials) == told(study.trials)
+    assert [t.state.name for t in seen.trials] == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE"]
+    assert [t.value for t in seen.trials] == [0.0, 0.01, 0.25, 0.03]
+    assert seen.best_trial.number == 3

@@ -443,6 +443,34 @@ def test_a_running_trial_is_told_when_the_budget_is_used_up(tmp_path: Path) -> N
     assert reason.startswith("budget: ")
 
 
+@pytest.mark.parametrize(
+    ("budget", "scores", "said"),
+    [
+        ({"target": 0.7}, (0.6, 0.7), "target 0.7 reached"),
+        ({"patience": 1}, (0.6, 0.5), "no better trial among the last 1"),
+    ],
+)
+def test_target_and_patience_end_running_trials_at_their_next_mark(
+    tmp_path: Path, budget: dict[str, float], scores: tuple[float, float], said: str
+) -> None:
+    study = open_study(tmp_path, experiment(budget=budget, pruner="none"))
+    planned = [study.next_trial() for _ in range(4)]
+    recipe, other, first, second = (trial.number for trial in planned if trial is not None)
+
+    def told(percent: int) -> set[str | None]:
+        return {study.mark(running, percent, 0.5, 1.0) for running in (recipe, other)}
+
+    def end(number: int, score: float) -> None:
+        assert study.mark(number, 100, score, 1.0) is None
+        study.finish(number, TrialState.COMPLETE, Outcome(score=score))
+
+    assert told(10) == {None}
+    end(first, scores[0])
+    assert told(33) == {None}
+    end(second, scores[1])
+    assert told(67) == {f"budget: {said}"}
+
+
 def test_priors_have_their_share_of_draws_and_fade(tmp_path: Path) -> None:
     prior = {"log_uniform": [1e-6, 1e-3], "prior": {"center": 2e-5, "spread": 1.5}}
     exp = experiment(
@@ -538,6 +566,29 @@ def test_other_pruners_are_asked_at_rungs_only(tmp_path: Path, pruner: str) -> N
     # These trials get better at every mark, which a patient pruner waits for.
     assert (reasons == {None}) == (pruner in ("none", "patient"))
     assert study.trials[0].state == TrialState.COMPLETE  # the default recipe
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_patient_pruner_ends_who_falls_and_waits_for_who_rises(tmp_path: Path, sign: int) -> None:
+    rungs = [10, 33, 67, 90]
+    exp = experiment(pruner="patient", rungs=rungs, default_recipe=False, sampler="random")
+    study = open_study(tmp_path, exp, "maximize" if sign == 1 else "minimize")
+    reasons = []
+    for curve in (
+        (0.6, 0.7, 0.8, 0.9),
+        (0.1, 0.2, 0.3, 0.4),  # the last at every rung, and yet it rises
+        (0.5, 0.4, 0.3, 0.2),
+        (0.1, 0.3, 0.2, 0.1),  # falls twice after its second
+        (0.99, 0.98, 0.97, 0.96),  # falls, and is the best
+    ):
+        planned = study.next_trial()
+        assert planned is not None
+        told = (
+            study.mark(planned.number, percent, sign * score, 1.0)
+            for percent, score in zip(rungs, curve, strict=True)
+        )
+        reasons.append(next((reason for reason in told if reason is not None), None))
+    assert reasons == [None, None, "rung 67", "rung 90", None]
 
 
 def test_patience_ends_a_search_that_finds_nothing_better(tmp_path: Path) -> None:
