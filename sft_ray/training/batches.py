@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 
 import numpy as np
 import numpy.typing as npt
@@ -101,12 +102,15 @@ def share(indices: IntArray, lengths: IntArray, rank: int, size: int) -> IntArra
     """
     if size == 1:
         return indices
-    room, tokens = np.full(size, -(-len(indices) // size)), np.zeros(size)
-    owner = np.empty(len(indices), dtype=np.int64)
-    for place in range(len(indices) - 1, -1, -1):
-        to = int(np.where(room > 0, tokens, np.inf).argmin())
-        owner[place], room[to], tokens[to] = to, room[to] - 1, tokens[to] + lengths[place]
-    return indices[owner == rank]
+    most, mine = -(-len(indices) // size), []
+    ranks = [(0, to, 0) for to in range(size)]  # a heap: tokens, rank, examples
+    for place in reversed(range(len(indices))):
+        tokens, to, count = heappop(ranks)
+        if count + 1 < most:
+            heappush(ranks, (tokens + int(lengths[place]), to, count + 1))
+        if to == rank:
+            mine.append(place)
+    return indices[mine[::-1]]
 
 
 def micro_batches(mine: IntArray, size: int) -> list[IntArray]:
