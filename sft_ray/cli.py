@@ -114,6 +114,7 @@ def _load(
 ) -> Experiment:
     """The experiment of a file; if some of its keys are refused, `check` looks at the rest."""
     from sft_ray.config import Experiment
+    from sft_ray.config_problems import may_come_of
     from sft_ray.errors import ConfigError
     from sft_ray.yaml_text import read_tree
 
@@ -122,12 +123,12 @@ def _load(
         return Experiment.from_tree(tree, source=file)
     except ConfigError as error:
         problems = list(error.problems)
-        rest = Experiment.what_is_valid(tree)
+        rest, deleted = Experiment.what_is_valid(tree)
     if rest is not None:
         try:
             check(rest)
         except SftError as error:
-            problems += error.problems
+            problems += [line for line in error.problems if not may_come_of(line, deleted)]
     raise ConfigError(*problems)
 
 

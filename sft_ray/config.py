@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from sft_ray import space as spaces
-from sft_ray.config_problems import delete_key, explain
+from sft_ray.config_problems import NAME, delete_key, explain
 from sft_ray.errors import ConfigError, did_you_mean
 from sft_ray.location import Location
 from sft_ray.yaml_text import read_tree
@@ -154,6 +154,11 @@ class Regularization(Section):
 
     @model_validator(mode="after")
     def _strength_where_needed(self) -> Self:
+        if self.strength is not None and "kind" not in self.model_fields_set:
+            raise ValueError(
+                f"a strength needs its kind, got strength {self.strength} alone; say also kind: "
+                "weight_decay (or l1, l2, l2_sp)"
+            )
         if self.kind == "none" and self.strength is not None:
             raise ValueError(f"kind none takes no strength, got {self.strength}; remove it")
         if self.kind != "none" and self.strength is None:
@@ -400,7 +405,7 @@ class Resources(Section):
 class Experiment(Section):
     """The whole experiment; the contract of the YAML."""
 
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]  # of the run folder
+    name: Annotated[str, Field(pattern=NAME, max_length=100)]  # of the run folder
     model: Location  # hub id, local folder, or package:NAME/FOLDER
     revision: str | None = None  # of a hub model; a run keeps the commit it finds
     task: str = "text-classification"  # one of training/tasks.py
@@ -439,17 +444,20 @@ class Experiment(Section):
             raise ConfigError(*(f"{source}: {p}" for p in explain(error, cls))) from None
 
     @classmethod
-    def what_is_valid(cls, tree: dict[str, Any]) -> Self | None:
-        """The tree without its invalid keys, for finding further problems; None if too little."""
-        try:
-            return cls.model_validate(tree)
-        except ValidationError as error:
-            for problem in error.errors():
-                delete_key(tree, problem["loc"])
+    def what_is_valid(cls, tree: dict[str, Any]) -> tuple[Self | None, list[str]]:
+        """The tree without its invalid keys, for finding further problems, and these keys.
+
+        None if what is left says too little; so it does of the data without a task.
+        """
+        deleted: list[str] = []
+        for _ in range(2):
             try:
-                return cls.model_validate(tree)
-            except ValidationError:
-                return None
+                return cls.model_validate(tree), deleted
+            except ValidationError as error:
+                deleted += [delete_key(tree, problem["loc"]) for problem in error.errors()]
+            if "task" in deleted:
+                break
+        return None, deleted
 
     def to_tree(self) -> dict[str, Any]:
         """Plain values, ready for YAML or JSON."""

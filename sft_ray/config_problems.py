@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any, get_origin
 
@@ -12,6 +12,19 @@ from pydantic import BaseModel, ValidationError
 from sft_ray.errors import did_you_mean
 
 UNION_TAG = re.compile(r"^(constrained-)?(int|float|str|(literal|list|dict)\[.*)$")
+NAME = r"^\w[\w.-]*$"  # of a run or an ablation, and so of its folder
+# Pattern -> what it asks for, in words.
+PATTERNS = {NAME: "takes letters, digits, _ . and -, beginning with a letter, digit or _"}
+# Where a line begins: the key it is about, as in `data.train (my.csv): …`.
+KEY = re.compile(r"([\w.]+)(?=:| \()")
+# Keys -> others of which nothing true can be told without them.
+DECIDING = {
+    "data": ("data", "search.objective", "train.class_weights"),
+    "search.space": ("search.space", "search.enqueue"),
+    "revision": ("model", "revision"),
+}
+# Of `data`, but what its rows hold does not depend on them.
+LENGTHS = ("data.limit", "data.max_length", "data.doc_stride")
 MOST_KEYS = 5  # of a section, as a hint
 QUOTED = re.compile(r"'([^']*)'")
 # Keys as other tools call them -> ours.
@@ -70,7 +83,9 @@ def _explanation(problem: Any, root: type[BaseModel]) -> str:
 
 
 def _rule(problem: Any) -> str:
-    """Pydantic's own words for the rule, without a capital."""
+    """Pydantic's own words for the rule, without a capital; a pattern's are ours."""
+    if problem["type"] == "string_pattern_mismatch":
+        return PATTERNS[problem["ctx"]["pattern"]]
     message: str = problem["msg"]
     return message[:1].lower() + message[1:]
 
@@ -126,12 +141,29 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
-def delete_key(tree: Any, loc: tuple[int | str, ...]) -> None:
-    """Take the key that a problem is about out of a tree, if it is there."""
+def delete_key(tree: Any, loc: tuple[int | str, ...]) -> str:
+    """Take the key that a problem is about out of a tree, if it is there; its dotted path."""
     path = _without_union_tags(loc)
     for part in path[:-1]:
-        if not isinstance(tree, dict) or part not in tree:
-            return
-        tree = tree[part]
+        tree = tree.get(part) if isinstance(tree, dict) else None
     if isinstance(tree, dict) and path:
         tree.pop(path[-1], None)
+    return _dotted(loc)
+
+
+def may_come_of(line: str, deleted: Iterable[str]) -> bool:
+    """Whether a problem may be there only because defaults stand in for deleted keys."""
+    found = KEY.match(line)
+    if found is None:  # of a file
+        return False
+    places: set[str] = set()
+    for key in deleted:
+        places.add(key)
+        if not any(_along(key, length) for length in LENGTHS):
+            places.update(*(others for above, others in DECIDING.items() if _along(key, above)))
+    return any(_along(found[1], place) for place in places)
+
+
+def _along(one: str, other: str) -> bool:
+    """Whether two keys are the same, or one is below the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")

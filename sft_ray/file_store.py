@@ -23,7 +23,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from sft_ray.errors import ConfigError, ResourceError
-from sft_ray.location import refuse_credentials
+from sft_ray.location import refuse_credentials, refuse_lost_slashes
 from sft_ray.retries import retried
 
 CHECKSUMS = "checksums.json"  # of a finished run, and of every folder that is written as a whole
@@ -49,6 +49,10 @@ class FileStore:
 
     def __init__(self, storage: str, name: str) -> None:
         self.storage, self.name = storage, name
+        try:
+            refuse_lost_slashes(storage)
+        except ValueError as error:
+            raise ResourceError(f"storage: {error}") from None
         if "://" in storage:
             try:
                 refuse_credentials(storage)

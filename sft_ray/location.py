@@ -14,6 +14,9 @@ SECRET_OPTION = re.compile(r"(key|secret|token|password)[^=&]*=", re.IGNORECASE)
 # `user@` or `key:secret@`; secrets hold slashes, and a hub id an @ behind its name.
 USER_INFO = re.compile(r"://([^/@]*|[^/@]+:[^@]*)@")
 
+# Of what storage may be; behind such a word a path would be a folder of that name.
+SCHEME = re.compile(r"(s3|gs|gcs|abfss?|hdfs|viewfs|hf|file):(?!//)", re.IGNORECASE)
+
 
 def expand_environment(value: Any) -> Any:
     """Replace `${NAME}` and `${NAME:-default}` in a text; other values pass through."""
@@ -50,6 +53,20 @@ def refuse_credentials(place: str) -> str:
             "environment (AWS_ACCESS_KEY_ID, …) or give the machines a role"
         )
     return place
+
+
+def refuse_lost_slashes(storage: str) -> str:
+    """The storage location.
+
+    Raises:
+        ValueError: it begins as a URI does, and would be a local folder.
+    """
+    if scheme := SCHEME.match(storage):
+        raise ValueError(
+            f"a URI is written {scheme[1]}://…, got {storage!r}; put both slashes, or ./ before a "
+            "folder of that name"
+        )
+    return storage
 
 
 def refuse_control_characters(place: str) -> str:

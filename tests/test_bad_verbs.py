@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -88,6 +89,14 @@ CASES: dict[str, tuple[str, str]] = {
     "report on damaged results": ("report {damaged}", f"{RESULTS}: damaged"),
     "report on torn results": ("report {torn}", f"{RESULTS}: damaged"),
     "report at a price below 0": ("report {run} --price -1", "--price"),
+    "report into a pdf": (
+        "report {run} --out {folder}/t.pdf",
+        "t.pdf: a report is written as .html or .htm, got '.pdf'",
+    ),
+    "report into no name": ("report {run} --out ''", "--out: a report is written as .html or"),
+    "results into no name": ("results {run} --out ''", "--out: a table is written as .csv or"),
+    "status of no name": ("status ''", "the name of the run folder is empty; name one"),
+    "status of a bucket": ("status s3://bucket", "a run is a folder inside of a bucket"),
     "report into no folder": ("report {run} --out {nowhere}/x.html", "cannot be written"),
     "plan nothing": ("plan {nowhere}", "no such file"),
     "plan with an unknown key": ("plan {experiment} train.epoch=2", "did you mean 'epochs'"),
@@ -107,7 +116,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     command, fragment = CASES[name]
     before = listing(places["folder"])
     with pytest.raises(SystemExit) as caught:
-        main([word.format(**places) for word in command.split()])
+        main([word.format(**places) for word in shlex.split(command)])
     printed = capsys.readouterr()
     assert caught.value.code == 2, printed
     assert printed.out == ""

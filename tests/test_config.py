@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from sft_ray.config import Experiment, Search, Train, apply_values
+from sft_ray.config_problems import may_come_of
 from sft_ray.errors import ConfigError
 from sft_ray.yaml_text import dump_yaml, parse_yaml
 
@@ -151,6 +152,7 @@ def test_an_unknown_key_is_sought_in_all_sections(path: str, value: Any, hint: s
         ({"train": {"class_weights": "even"}}, "train.class_weights"),
         ({"train": {"regularization": {"kind": "l2"}}}, "needs a strength"),
         ({"train": {"regularization": {"kind": "none", "strength": 1.0}}}, "takes no strength"),
+        ({"train": {"regularization": {"strength": 1.0}}}, "needs its kind, got strength 1.0"),
         ({"train": {"batch_size": True}}, "train.batch_size"),
         ({"train": {"learning_rate": 0}}, "greater than 0"),
         ({"train": "fast"}, "train: "),
@@ -237,10 +239,36 @@ def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
 
 def test_further_problems_can_be_sought_in_what_is_valid() -> None:
     tree = {**MINIMAL, "train": {"epochs": 0, "batch_size": 8}, "bogus": 1}
-    rest = Experiment.what_is_valid(tree)
+    rest, deleted = Experiment.what_is_valid(tree)
     assert rest is not None
+    assert sorted(deleted) == ["bogus", "train.epochs"]
     assert (rest.train.epochs, rest.train.batch_size) == (3, 8)
-    assert Experiment.what_is_valid({"name": "x"}) is None
+    assert Experiment.what_is_valid({"name": "x"})[0] is None
+    assert Experiment.what_is_valid({**MINIMAL, "task": 3}) == (None, ["task"])
+
+
+@pytest.mark.parametrize(
+    ("line", "deleted", "may"),
+    [
+        ("data.max_length: tiny takes at most 80 tokens, got 128", "data.max_length", True),
+        ("data.train (my.csv): no column 'text'", "data.columns", True),
+        ("data (folder, train): no column 'text'", "data.columns.text", True),
+        ("data.train (my.csv): no column 'text'", "data.max_length", False),
+        ("data.limit.train: too many", "data.limit", True),
+        ("train.class_weights: no label 'a'", "data.label_names", True),
+        ("search.objective: this data has no mrr", "data.columns", True),
+        ("search.enqueue.0.train.epochs: outside the search space", "search.space", True),
+        ("train.frozen_layers: tiny has 2 layers, got 9", "train.epochs", False),
+        ("train.frozen_layers: tiny has 2 layers, got 9", "train", True),
+        ("resources: 1 x 512 workers need 512 CPUs", "resources.slots", True),
+        ("my.csv: no such file; paths are relative", "data.columns", False),
+        ("/tmp/data: no such file; paths are relative", "data.columns", False),
+    ],
+)
+def test_what_a_default_in_place_of_a_deleted_key_may_have_brought_is_known(
+    line: str, deleted: str, may: bool
+) -> None:
+    assert may_come_of(line, [deleted]) is may
 
 
 def test_applied_values_replace_fields_of_train() -> None:

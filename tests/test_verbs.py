@@ -511,8 +511,11 @@ def test_the_command_reads_lines_and_writes_json_lines(run: Path, monkeypatch, c
         (['{"text": "a cat"}', "[1]"], "line 2: must be a JSON object"),
         (["a cat", '{"text": "a cat"}'], "line 2: is JSON behind plain text"),
         (['{"body": "a cat"}'], "input 1: text-classification needs 'text'"),
-        (['{"text": 3}'], "'text' must hold texts"),
-        (['{"text": "a"}', '{"text": 3}'], "values of no one kind"),
+        (['{"text": 3}'], "input 1: column 'text' must hold texts, got int64"),
+        (['{"text": "a"}', '{"text": 3}'], "input 2: column 'text' must hold texts, got int64"),
+        (['{"text": "a"}', '{"text": [1, "b"]}'], "input 2: column 'text' holds values of no one"),
+        (['{"text": "a"}', '{"text": null}'], "input 2: column 'text' is empty; fill it"),
+        (['{"text": "a"}', '{"text": " "}'], "input 2: column 'text' is empty; fill or remove it"),
     ],
 )
 def test_bad_inputs_are_named(run: Path, lines: list[str], fragment: str) -> None:

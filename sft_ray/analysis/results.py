@@ -209,7 +209,9 @@ def write_frame(frame: pd.DataFrame, path: str) -> None:
     target = Path(path)
     if target.suffix.lower() not in FRAME_TYPES:
         endings = " or ".join(FRAME_TYPES)
-        raise ConfigError(f"{path}: a table is written as {endings}, got {target.suffix!r}")
+        raise ConfigError(
+            f"{path or '--out'}: a table is written as {endings}, got {target.suffix!r}"
+        )
     unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         if target.suffix.lower() == ".csv":

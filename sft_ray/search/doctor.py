@@ -14,6 +14,7 @@ from pathlib import Path
 from sft_ray.cache import cache_root
 from sft_ray.environment import describe_environment
 from sft_ray.errors import ResourceError
+from sft_ray.location import refuse_lost_slashes
 from sft_ray.search.cluster import capacity, connected
 from sft_ray.search.everywhere import ask_every_node, nodes, storage_problems
 
@@ -213,8 +214,9 @@ def _storage(storage: str | None, names: Mapping[str, str]) -> Check:
     local = "://" not in storage
     place = str(Path(storage).absolute()) if local else storage
     try:
+        refuse_lost_slashes(storage)
         wrong = {names[n]: said for n, said in storage_problems(place, names).items()}
-    except ResourceError as error:
+    except (ResourceError, ValueError) as error:
         wrong = {"here": str(error)}
     mend = "a folder that all mount, or a bucket with its credentials or role on every machine"
     return _all("storage", wrong, f"{storage}: written, read, deleted from each", mend)

@@ -122,6 +122,8 @@ def examples_of(predictor: Predictor, experiment: Experiment, split: str) -> Exa
 
 def _find_run(place: str, experiment_file: str | None) -> tuple[Experiment, RunStore]:
     """The experiment that says what data, and the run folder that keeps the record."""
+    if not place:
+        raise ConfigError("the name of the model is empty; name a run folder or a model folder")
     if experiment_file is not None:
         experiment = Experiment.load(experiment_file)
         return experiment, RunStore(experiment.storage, experiment.name)

@@ -68,6 +68,8 @@ def export_onnx(model: str, out: str | None = None) -> Export:
     """
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"export: {missing[0]} is not installed; pip install 'sft-ray[onnx]'")
+    if out is not None and not out.strip():
+        raise ConfigError("--out is empty; give it a value, or leave it out")
     folder = Path(out) if out else _beside(model)
     if folder.exists():
         raise ConfigError(f"{folder} exists and is not overwritten; remove it or choose --out")

@@ -38,6 +38,7 @@ HEADS = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
 }
+UNREADABLE = (pa.ArrowException, ValueError, OverflowError)  # what Arrow raises for a value
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBLEM_TYPES = {"regression": "regression", "multi_label_classification": "multi-label"}
 
@@ -99,12 +100,28 @@ class Predictor:
         present = [n for n in (*fields.inputs, *fields.optional) if any(n in row for row in rows)]
         try:
             table = pa.Table.from_pylist([{n: row.get(n) for n in present} for row in rows])
-        except (pa.ArrowException, ValueError, OverflowError) as error:
+        except UNREADABLE as error:
+            self._check_each(rows, present, start)
             raise DataError(f"inputs: a field holds values of no one kind: {error}") from None
         if problems := check_fields(table, fields):
+            self._check_each(rows, present, start)
             where = f"inputs from {start + 1} on" if start else "input"
             raise DataError(*(f"{where}: {problem}" for problem in problems))
         return table
+
+    def _check_each(self, rows: list[dict[str, Any]], names: list[str], start: int) -> None:
+        """Raise DataError for the first row in which a field by itself holds something else."""
+        for number, row in enumerate(rows, start=start + 1):
+            for name in names:
+                value, where = row.get(name), f"input {number}: column {name!r}"
+                if value is None:
+                    raise DataError(f"{where} is empty; fill it")
+                try:
+                    alone = pa.chunked_array([pa.array([value])])
+                except UNREADABLE as error:
+                    raise DataError(f"{where} holds values of no one kind: {error}") from None
+                for problem in self.task.fields.kinds[name](alone):
+                    raise DataError(f"{where} {problem.replace(' in row 1', '')}")
 
     def _check_optional(self, row: dict[str, Any], number: int) -> None:
         """Raise DataError unless a row has the optional inputs of training, and no others."""

@@ -171,7 +171,8 @@ def with_classes(source: Source, data: Data, task: Task) -> tuple[dict[str, pa.T
     if classes != source.names and labels.are_grades(classes):
         classes = tuple(sorted(classes, key=int))  # ranking makes use of them
     for split, table in labelled.items():
-        labels.check_names(table, target, classes, source.where[split])
+        listed = data.label_names is not None
+        labels.check_names(table, target, classes, source.where[split], listed=listed)
     if data.negative_label is not None and data.negative_label not in classes:
         raise DataError(
             f"data.negative_label: {data.negative_label!r} is no label; there are "

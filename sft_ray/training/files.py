@@ -25,6 +25,7 @@ from sft_ray.training.columns import MIXED, is_text
 
 DELIMITED = (".csv", ".tsv")
 FILE_TYPES = (*DELIMITED, ".json", ".jsonl", ".parquet")
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 ROW = re.compile(r" in row (\d+)$")
 # What readers raise for a damaged file; deep nesting and huge numbers included.
 READ_ERRORS = (
@@ -47,12 +48,16 @@ def read_file(path: str, texts: Collection[str] = ()) -> pa.Table:
         DataError: the file is missing, of another type, or damaged.
     """
     suffix = Path(path).suffix.lower()
+    if os.path.isdir(path):  # noqa: PTH112  # unlike Path, it takes any name
+        raise DataError(f"{path}: is a folder; name a file here, or the folder as data.path")
     if suffix not in FILE_TYPES:
         raise DataError(f"{path}: a data file ends in {', '.join(FILE_TYPES)}, got {suffix!r}")
     if "://" in path:
         raise DataError(f"{path}: data files are local; copy it to every machine that trains")
     if not os.path.isfile(path):  # noqa: PTH113  # unlike Path, it takes any name
         raise DataError(f"{path}: no such file; paths are relative to the working directory")
+    if suffix != ".parquet" and _is_utf_16(path):
+        raise DataError(f"{path}: is written in UTF-16; save the file as UTF-8")
     if suffix == ".csv" and (mark := _other_delimiter(path)):
         raise DataError(
             f"{path}: is separated by {mark}; save it with commas, or with tabs as .tsv"
@@ -68,6 +73,15 @@ def read_file(path: str, texts: Collection[str] = ()) -> pa.Table:
         mend = "; save the file as UTF-8" if foreign else ""
         raise DataError(f"{path}: cannot be read as {suffix[1:]}: {reason[:300]}{mend}") from None
     return table
+
+
+def _is_utf_16(path: str) -> bool:
+    """Whether a text file begins as some spreadsheets and shells of Windows save it."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(2) in UTF_16
+    except OSError:  # the parser says what is wrong
+        return False
 
 
 def _other_delimiter(path: str) -> str | None:

@@ -138,8 +138,13 @@ def unknown_names(table: pa.Table, field: str, classes: tuple[str, ...]) -> Coun
     return Counter(name for name in found.to_pylist() if name not in known)
 
 
-def check_names(table: pa.Table, field: str, classes: tuple[str, ...], where: str) -> None:
+def check_names(
+    table: pa.Table, field: str, classes: tuple[str, ...], where: str, *, listed: bool = False
+) -> None:
     """Every label of a named table must be one of `classes`.
+
+    Args:
+        listed: the classes are those of data.label_names, and not what training found.
 
     Raises:
         DataError: the commonest label that is not, or too few or many probabilities.
@@ -154,9 +159,12 @@ def check_names(table: pa.Table, field: str, classes: tuple[str, ...], where: st
     if unknown := unknown_names(table, field, classes):
         label, count = unknown.most_common(1)[0]
         names = ", ".join(map(repr, classes[:10]))
+        known, mend = "the training labels", "mend the label or the split"
+        if listed:
+            known, mend = "data.label_names", "add it there, or mend the label"
         raise DataError(
-            f"{where}: the label {label[:60]!r} ({count} times) is not among the training labels "
-            f"{names}; mend the label or the split"
+            f"{where}: the label {label[:60]!r} ({count} times) is not among {known} {names}; "
+            f"{mend}"
         )
 
 

@@ -132,7 +132,10 @@ def resolve_model(model: str) -> str:
         raise ConfigError(f"model: the package {package!r} is not installed; {mend}")
     folder = Path(spec.submodule_search_locations[0]) / inside
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"model: the package {package!r} has no model folder {inside!r}")
+        raise ConfigError(
+            f"model: the package {package!r} has no model folder {inside!r}; "
+            f"{_folders_of(package, Path(spec.submodule_search_locations[0]))}"
+        )
     expected = PACKAGED_WEIGHTS_SHA256.get(f"{package}/{inside}")
     if expected is not None:
         with (folder / "model.safetensors").open("rb") as weights:
@@ -143,6 +146,13 @@ def resolve_model(model: str) -> str:
                 "reinstall the package"
             )
     return str(folder)
+
+
+def _folders_of(package: str, root: Path) -> str:
+    """The model folders of a package, one or two deep, as they are to be named."""
+    files = sorted([*root.glob("*/config.json"), *root.glob("*/*/config.json")])
+    found = [f"package:{package}/{file.parent.relative_to(root)}" for file in files[:5]]
+    return f"give {' or '.join(found)}" if found else "it has none; give a hub id or a folder"
 
 
 def inspect_model(model: str, revision: str | None = None) -> ModelFacts:

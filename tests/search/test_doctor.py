@@ -80,6 +80,9 @@ def test_storage_that_nobody_named_is_wrong_only_for_several_machines(tmp_path: 
     unwritable = tmp_path / "file"
     unwritable.write_text("")
     assert doctor._storage(str(unwritable), NAMES).ok is False
+    slashless = doctor._storage("s3:/bucket/x", NAMES)
+    assert slashless.ok is False
+    assert "a URI is written s3://…" in slashless.found
 
 
 def test_the_table_says_the_mend_below_what_is_wrong(capsys) -> None:

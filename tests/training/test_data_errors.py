@@ -117,6 +117,18 @@ CASES: dict[str, Case] = {
         },
         ["validation", "'stone' (2 times)", "'animal', 'plant', 'tool'"],
     ),
+    "label that data.label_names lacks": (
+        lambda at: {"train": csv(at / "a.csv", GOOD), "label_names": ["animal", "tool"]},
+        ["data.train", "'plant' (", "among data.label_names 'animal', 'tool'; add it there, or"],
+    ),
+    "label of validation that data.label_names lacks": (
+        lambda at: {
+            "train": csv(at / "a.csv", GOOD),
+            "validation": csv(at / "b.csv", [*GOOD, ("x", "stone")]),
+            "label_names": ["animal", "plant", "tool"],
+        },
+        ["data.validation", "'stone' (1 times) is not among data.label_names 'animal', "],
+    ),
     "unlabelled rows": (
         lambda at: {"train": csv(at / "a.csv", [("a", 0), ("b", 1), ("c", -1)])},
         ["data.train", "a.csv", "'label' is -1, unlabelled, in row 3"],
@@ -181,6 +193,20 @@ CASES: dict[str, Case] = {
     "tabs in a csv": (
         lambda at: {"train": raw(at / "a.csv", b"text\tlabel\na\tx\n")},
         ["a.csv: is separated by tabs; save it with commas, or with tabs as .tsv"],
+    ),
+    **{
+        f"{suffix} in {code}": (
+            lambda at, suffix=suffix, code=code: {
+                "train": raw(at / f"a.{suffix}", "\ufefftext\tlabel\na\tx\n".encode(code))
+            },
+            [f"a.{suffix}: is written in UTF-16; save the file as UTF-8"],
+        )
+        for suffix in ("csv", "tsv", "json", "jsonl")
+        for code in ("utf-16-le", "utf-16-be")
+    },
+    "folder in place of a file": (
+        lambda at: {"train": str(at)},
+        ["is a folder; name a file here, or the folder as data.path"],
     ),
     "labels that are not UTF-8": (
         lambda at: {"train": raw(at / "a.csv", "text,label\na,café\nb,x\n".encode("latin1"))},

@@ -11,9 +11,10 @@ from sft_ray.analysis.report import facts
 from sft_ray.analysis.report.blocks import Section
 from sft_ray.analysis.report.run import Run
 from sft_ray.analysis.report.sections import course, ending, mistakes, outcome, seeds, settings
-from sft_ray.errors import ResourceError
+from sft_ray.errors import ConfigError, ResourceError
 from sft_ray.run_store import REPORT
 
+PAGE_TYPES = (".html", ".htm")
 HERE = Path(__file__).parent
 
 
@@ -29,8 +30,12 @@ def write_report(
         texts: show sentences of the data.
 
     Raises:
-        SftError: there is no run, a file of it is damaged, or the page cannot be written.
+        SftError: there is no run, a file of it is damaged, or the page cannot be written, for one
+            under another ending.
     """
+    if out is not None and (ending := Path(out).suffix).lower() not in PAGE_TYPES:
+        endings = " or ".join(PAGE_TYPES)
+        raise ConfigError(f"{out or '--out'}: a report is written as {endings}, got {ending!r}")
     run = Run.load(location)
     text = render(run, price, texts)
     try:
