@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,18 @@ def test_a_search_that_was_killed(experiment: Experiment) -> None:
     assert status.facts["state"].startswith("stopped before its end")
     assert status.facts["trial 0"].startswith("interrupted, not evaluated yet; lr 0.0001")
     assert "best so far" not in status.facts
+
+
+def test_a_training_that_was_killed(experiment: Experiment) -> None:
+    train = experiment.train.model_copy(update={"epochs": 1})
+    folder = Path(run_training(experiment.model_copy(update={"train": train}), quiet=True).location)
+    last = json.loads((folder / "trials/0/metrics.jsonl").read_text().splitlines()[-1])
+    for path in ("results.json", "trials/0/trial.json"):
+        (folder / path).unlink()
+    facts = run_status(str(folder)).facts
+    assert facts["state"].startswith("stopped before its end")
+    score = last["metrics"]["accuracy"]
+    assert re.fullmatch(rf"100 %, .*accuracy {score:.4f}.*, \d+ s ago", facts["validation"])
 
 
 def test_a_finished_run_and_no_run(experiment: Experiment, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ def run_status(location: str) -> Status:
     facts = {"run": store.location, "state": words[busy] or "not finished"}
     if store.exists(JOURNAL):  # all it takes: a file per trial would be slow to read
         facts |= _of_study(load_study(store), store, busy)
+    elif store.exists(f"{trial_folder(0)}/{METRICS}"):
+        facts |= _of_training(store)
     return Status(store.location, words[busy] or None, facts)
 
 
@@ -102,17 +105,31 @@ def _begun(
     for trial in trials:
         if trial.state != TrialState.RUNNING:
             continue
-        curve, parts = curve_of(trial), ["not evaluated yet"]
+        curve, mark = curve_of(trial), "not evaluated yet"
         if curve:
             percent, value = max(curve.items())
-            parts = [f"{percent} %, {value:.4f}"]
-            written = store.modified(f"{trial_folder(trial.number)}/{METRICS}")
-            if written is not None:
-                ago = (datetime.now(UTC) - written).total_seconds()
-                parts.append(f"{duration(max(ago, 0))} ago")
+            path = f"{trial_folder(trial.number)}/{METRICS}"
+            mark = f"{percent} %, {value:.4f}{_ago(store, path)}"
         settings: dict[str, Any] = trial.user_attrs.get("params", {})
         how = "interrupted, " if busy is False else ""
-        yield f"trial {trial.number}", f"{how}{', '.join(parts)}; {short_params(settings)}"
+        yield f"trial {trial.number}", f"{how}{mark}; {short_params(settings)}"
+
+
+def _of_training(store: RunStore) -> dict[str, str]:
+    """Of a single training that has not ended and was evaluated."""
+    path = f"{trial_folder(0)}/{METRICS}"
+    with reading(store.path_of(path)):
+        last = json.loads((store.read_text(path) or "").splitlines()[-1])
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in last["metrics"].items())
+        return {"validation": f"{last['percent']} %, {scores}{_ago(store, path)}"}
+
+
+def _ago(store: RunStore, path: str) -> str:
+    """How long ago a file was written, where storage tells."""
+    written = store.modified(path)
+    if written is None:
+        return ""
+    return f", {duration(max((datetime.now(UTC) - written).total_seconds(), 0))} ago"
 
 
 def _counted(states: Counter[str], planned: int | None = None) -> str:
