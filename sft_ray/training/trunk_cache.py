@@ -45,6 +45,7 @@ FORMAT = 2  # change when the files change their meaning
 FREE_SHARE = 0.25  # of the free disk, if no budget is given
 CHUNK_TOKENS = 4096  # of a file, padding of its examples included
 GONE_SECONDS = 30 * 86400  # after which a host that used none of its trunks will not
+MEASURING_SECONDS = 3600  # longer than a chunk takes anywhere
 WAIT_SECONDS = 0.05  # between looks at what others compute
 COMPLETE, RESERVED, USED, LOCK = "complete.json", "reserved.json", "used", "lock"
 BUILDING = "trunk cache"  # what a worker is at, for whoever watches it
@@ -276,8 +277,9 @@ class _Build:
             if made == 0:  # others are at all of them
                 time.sleep(WAIT_SECONDS)
         _write_text(self.folder / COMPLETE, "{}")
-        for lock in self.folder.glob("*.lock"):
-            lock.unlink(missing_ok=True)
+        for pattern in ("*.lock", "*.arrow.tmp-*"):  # the latter of who was killed
+            for left in self.folder.glob(pattern):
+                left.unlink(missing_ok=True)
         return True
 
     def _make(self, number: int, below: Trunk | None) -> bool:
@@ -410,6 +412,10 @@ def make_room(wanted: Mapping[Path, int], budget_bytes: int | None) -> bool:
     (root / USED).touch()
     _remove_of_gone_hosts(root)
     with FileLock(root / LOCK):
+        for measured in root.glob("rates-*"):
+            with suppress(OSError):  # of who was killed while measuring, or is at it
+                if time.time() - measured.stat().st_mtime > MEASURING_SECONDS:
+                    measured.unlink()
         sizes = {}
         for found in root.glob("*/*/"):
             if (found / RESERVED).exists():

@@ -401,6 +401,15 @@ def test_who_loses_the_room_while_building_leaves_nothing(
     assert {path.name for path in root.glob("*/*/")} == {"train-1", "train-2"}
 
 
+def test_what_measuring_left_behind_goes_when_room_is_made(root: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    for name, age in (("rates-old", 7200), ("rates-new", 0)):
+        (root / name).write_bytes(b"x")
+        os.utime(root / name, (time.time() - age,) * 2)
+    assert make_room({root / "key" / "train-1": 1}, 10)
+    assert {path.name for path in root.glob("rates-*")} == {"rates-new"}
+
+
 def test_a_full_disk_where_rates_are_measured_stops_no_trial(
     toy: Dataset, bert: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -490,6 +499,7 @@ def _build(folder: str, dataset: Dataset, cache: str, slow: bool, rank: int, out
 
     def write(path: Path, hidden_TH: torch.Tensor) -> None:
         if slow:
+            path.with_name(f"{path.name}.tmp-0").write_bytes(b"begun")
             time.sleep(1000)
         honest(path, hidden_TH)
         out.put((rank, path.name))
@@ -532,3 +542,4 @@ def test_several_build_together_and_one_that_is_killed_leaves_its_part(
         (2, "opened"),
     ]
     assert kept(root) == {"train-2"}
+    assert not list(root.glob("*/*/*.tmp-*"))
