@@ -180,9 +180,7 @@ class Trial:
         with micro_batch.raised_as_out_of_memory(self.backward.most):
             self.penalty = bind_penalty(train.regularization, self.pretrained)
             self.optimizer = build_optimizer(train, self.pretrained)
-            self.clock.enter("trunk")
-            self.trunks = open_trunks(train, setup, self.dtype, trunks_read, beat)
-            self.clock.enter("other")
+            self.trunks = open_trunks(train, setup, self.dtype, trunks_read, beat, self.clock.enter)
         self.steps_per_epoch = batches.steps_per_epoch(len(self.dataset.train), train.batch_size)
         self.num_steps = self.steps_per_epoch * train.epochs
         self.set_rates = build_schedule(train, self.optimizer, self.num_steps)

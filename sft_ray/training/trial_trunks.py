@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +32,18 @@ class TrialTrunks:
 
 
 def open_trunks(
-    train: Train, setup: Setup, dtype: torch.dtype, told: str | None, beat: Beat
+    train: Train,
+    setup: Setup,
+    dtype: torch.dtype,
+    told: str | None,
+    beat: Beat,
+    enter: Callable[[str], None],
 ) -> TrialTrunks:
     """The same splits on all ranks; makes what is wanted and not there yet.
 
     Args:
         told: which splits to read, see `Progress`; None lets costs decide.
+        enter: told what time goes to, see `Progress.trunk_seconds`.
     """
     depth, cache, world = (
         train.frozen_depth(setup.pretrained.num_layers),
@@ -47,6 +54,7 @@ def open_trunks(
         return TrialTrunks()
     if cache is None:
         return TrialTrunks(read="none", to_ask_for="none")
+    enter("trunk")
     share = len(setup.dataset.train) / len(cache.dataset.train)
     passes: dict[Split, float] = {
         "train": train.epochs * share,
@@ -60,6 +68,7 @@ def open_trunks(
     opened = cache.open(wanted, depth, dtype, beat)
     # On another machine it may take longer, and may not work.
     world.wait_for_all(lambda: beat(BUILDING))
+    enter("other")
     found = [split for split in passes if world.minimum(int(split in opened))]
     read = "+".join(found) or "none"
     # What a pause kept from being made, for one, is asked for again.
