@@ -175,6 +175,7 @@ def _kind(node: ast.expr) -> str:
             ]
             words = ", ".join(limits).replace("ge ", "at least ").replace("gt ", "above ")
             words = words.replace("le ", "at most ").replace("lt ", "below ")
+            words = words.replace("pattern NAME", "letters, digits, _ . and -")
             return f"{_kind(parts[0])}{f' ({words})' if words else ''}"
         if node.value.id == "list":
             return f"list of {_kind(parts[0])}"
