@@ -175,7 +175,6 @@ def _kind(node: ast.expr) -> str:
             ]
             words = ", ".join(limits).replace("ge ", "at least ").replace("gt ", "above ")
             words = words.replace("le ", "at most ").replace("lt ", "below ")
-            words = words.replace("pattern NAME", "letters, digits, _ . and -")
             return f"{_kind(parts[0])}{f' ({words})' if words else ''}"
         if node.value.id == "list":
             return f"list of {_kind(parts[0])}"
@@ -189,6 +188,7 @@ def _kind(node: ast.expr) -> str:
         "float": "number",
         "Any": "value",
         "Fraction": "number from 0 to below 1",
+        "Name": "text (letters, digits, _ . and -, max_length 100)",
         "Location": "text (may hold ${NAME})",
         "Column": "name, [start, end] or null",
         "TrackingTool": "tensorboard, mlflow or wandb",

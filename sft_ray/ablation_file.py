@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from sft_ray.config import Section, Train, apply_values
-from sft_ray.config_problems import NAME, explain
+from sft_ray.config import Name, Section, Train, apply_values
+from sft_ray.config_problems import explain
 from sft_ray.errors import ConfigError, did_you_mean
 from sft_ray.location import Location
 from sft_ray.space import FROZEN_LAYERS
@@ -29,7 +29,7 @@ class Ablation(Section):
     are configurations written out.  Both name only what departs from the base.
     """
 
-    name: Annotated[str, Field(pattern=NAME, max_length=100)]  # of its folder
+    name: Name  # of its folder
     base: Location  # run folder, for its winner, or an experiment's YAML, for its `train`
     # A grid: path -> values; every: each number of frozen layers.
     vary: dict[str, list[Any] | Literal["every"]] = {}

@@ -29,6 +29,7 @@ from sft_ray.yaml_text import read_tree
 # Fields of a trial's outcome that a search can keep small beside its score.
 COSTS = ("train_seconds", "trained_parameters", "memory_bytes")
 
+Name = Annotated[str, Field(pattern=NAME, max_length=100)]  # of a run, or of what is in one
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 # One column, or [start, end] columns of a span; null leaves an optional field out.
 Column = Annotated[str, Field(min_length=1)] | list[str] | None
@@ -405,7 +406,7 @@ class Resources(Section):
 class Experiment(Section):
     """The whole experiment; the contract of the YAML."""
 
-    name: Annotated[str, Field(pattern=NAME, max_length=100)]  # of the run folder
+    name: Name  # of the run folder
     model: Location  # hub id, local folder, or package:NAME/FOLDER
     revision: str | None = None  # of a hub model; a run keeps the commit it finds
     task: str = "text-classification"  # one of training/tasks.py

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
+
+from sft_ray.errors import ConfigError
 
 ENV_REFERENCE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 SECRET_OPTION = re.compile(r"(key|secret|token|password)[^=&]*=", re.IGNORECASE)
@@ -55,8 +58,8 @@ def refuse_credentials(place: str) -> str:
     return place
 
 
-def refuse_lost_slashes(storage: str) -> str:
-    """The storage location.
+def refuse_lost_slashes(storage: str) -> None:
+    """Look at a storage location.
 
     Raises:
         ValueError: it begins as a URI does, and would be a local folder.
@@ -66,7 +69,31 @@ def refuse_lost_slashes(storage: str) -> str:
             f"a URI is written {scheme[1]}://…, got {storage!r}; put both slashes, or ./ before a "
             "folder of that name"
         )
-    return storage
+
+
+def check_ending(path: str, endings: Sequence[str], what: str) -> None:
+    """Whether a file to be written has the ending of what it will be.
+
+    Args:
+        path: from the option --out.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if (ending := Path(path).suffix).lower() not in endings:
+        raise ConfigError(
+            f"{path or '--out'}: {what} is written as {' or '.join(endings)}, got {ending!r}"
+        )
+
+
+def refuse_empty(option: str, given: str | None) -> None:
+    """Look at an option that may be left out.
+
+    Raises:
+        ConfigError: it was given, without a value.
+    """
+    if given is not None and not given.strip():
+        raise ConfigError(f"{option} is empty; give it a value, or leave it out")
 
 
 def refuse_control_characters(place: str) -> str:

@@ -292,12 +292,12 @@ def _say_truth(screen: Screen, prepared: Prepared, store: RunStore, device: torc
     unused += [f"resources.{name}" for name in sorted(said)]
     screen.facts(
         {
-            "train": f"{prepared.experiment.name} in {store.location}",
+            "train": f"{experiment.name} in {store.location}",
             **prepared.described(),
             "device": f"{kind}, {prepared.precision(kind)}",
-            "settings": short_params(settings_of(prepared.experiment.train)),
+            "settings": short_params(settings_of(experiment.train)),
             "objective": f"{prepared.objective}, {prepared.direction}; evaluated "
-            + "".join(f"at {rung} %, " for rung in prepared.experiment.search.rungs)
+            + "".join(f"at {rung} %, " for rung in experiment.search.rungs)
             + "at every epoch's end",
             **({"not used": f"{', '.join(unused)}: of searches alone"} if unused else {}),
         }

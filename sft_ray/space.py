@@ -316,10 +316,6 @@ def describe(domain: Any) -> str:
     return str(domain)
 
 
-# What the default space draws, by field of `train`.
-SEARCHED = frozenset({"learning_rate", "batch_size", "epochs", "regularization", "frozen_layers"})
-
-
 def default_space(num_layers: int, recipe: Recipe) -> dict[str, Any]:
     """The YAML form of a space over all five dimensions.
 
@@ -344,3 +340,8 @@ def default_space(num_layers: int, recipe: Recipe) -> dict[str, Any]:
         },
         "train.frozen_layers": {"int": [0, num_layers]},
     }
+
+
+def searched_by_default() -> set[str]:
+    """Fields of `train` that the default space draws, whatever the model."""
+    return {path.removeprefix("train.") for path in default_space(1, RECIPES["bert"])}

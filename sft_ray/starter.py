@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from sft_ray.config import Data, Experiment
 from sft_ray.errors import ConfigError, DataError, first_line
 from sft_ray.guess import Guess, guess_task
+from sft_ray.location import refuse_empty
 from sft_ray.training import labels, sources
 from sft_ray.training.data import with_classes
 from sft_ray.training.files import FILE_TYPES, read_file
@@ -97,9 +98,8 @@ def write_experiment(
         SftError: no such data, no guess, data that a search would refuse, an empty name, or a file
             that exists.
     """
-    for option, given in (("--model", model), ("--out", out)):
-        if given is not None and not given.strip():
-            raise ConfigError(f"{option} is empty; give it a value, or leave it out")
+    refuse_empty("--model", model)
+    refuse_empty("--out", out)
     if task is not None:
         find_task(task)
     section, tables = _read(place)

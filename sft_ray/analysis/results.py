@@ -17,6 +17,7 @@ from optuna.storages.journal import BaseJournalBackend
 
 from sft_ray.analysis.outcome import FIGURES
 from sft_ray.errors import ConfigError
+from sft_ray.location import check_ending
 from sft_ray.run_store import (
     ENVIRONMENT,
     RESULTS,
@@ -207,11 +208,7 @@ def write_frame(frame: pd.DataFrame, path: str) -> None:
         ConfigError: another ending, or the file cannot be written.
     """
     target = Path(path)
-    if target.suffix.lower() not in FRAME_TYPES:
-        endings = " or ".join(FRAME_TYPES)
-        raise ConfigError(
-            f"{path or '--out'}: a table is written as {endings}, got {target.suffix!r}"
-        )
+    check_ending(path, FRAME_TYPES, "a table")
     unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         if target.suffix.lower() == ".csv":

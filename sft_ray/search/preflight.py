@@ -78,7 +78,8 @@ def check_searches(experiment: Experiment) -> None:
     Raises:
         ConfigError: `train` names all of the default space.
     """
-    if experiment.search.space is None and experiment.train.model_fields_set >= spaces.SEARCHED:
+    written, searched = experiment.train.model_fields_set, spaces.searched_by_default()
+    if experiment.search.space is None and written >= searched:
         raise ConfigError(
             "search.space: `train` names all that is searched by default; write a space, or leave "
             "out of `train` what is to be searched"

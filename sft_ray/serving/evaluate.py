@@ -19,6 +19,7 @@ from sft_ray.training import labels, sources
 from sft_ray.training.columns import is_unlabelled
 from sft_ray.training.data import limited
 from sft_ray.training.examples import Examples
+from sft_ray.training.hub import is_missing_among_others
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _find_run(place: str, experiment_file: str | None) -> tuple[Experiment, RunS
         if (folder / EXPERIMENT).is_file():
             experiment = Experiment.load(folder / EXPERIMENT)
             return experiment, RunStore(str(folder.parent), folder.name)
-    if not Path(place).exists() and Path(place).parent.exists():
+    if is_missing_among_others(str(here)):
         raise ConfigError(f"{place}: no such folder; name a run folder, or say --experiment FILE")
     raise ConfigError(
         f"{place}: neither a run folder nor a model inside one; say with --experiment FILE what "

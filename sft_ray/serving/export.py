@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from sft_ray.errors import ConfigError, TrialError
+from sft_ray.location import refuse_empty
 from sft_ray.run_store import winner_of
 from sft_ray.serving.predict import Predictor, load_predictor
 from sft_ray.serving.samples import sample_rows
@@ -68,8 +69,7 @@ def export_onnx(model: str, out: str | None = None) -> Export:
     """
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"export: {missing[0]} is not installed; pip install 'sft-ray[onnx]'")
-    if out is not None and not out.strip():
-        raise ConfigError("--out is empty; give it a value, or leave it out")
+    refuse_empty("--out", out)
     folder = Path(out) if out else _beside(model)
     if folder.exists():
         raise ConfigError(f"{folder} exists and is not overwritten; remove it or choose --out")

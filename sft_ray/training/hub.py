@@ -21,4 +21,4 @@ def is_missing_among_others(name: str) -> bool:
     A repository's owner may have a folder here, too, so what is to be trained asks the hub.
     """
     above = os.path.dirname(name)  # noqa: PTH120  # unlike Path, they take any name
-    return os.path.isdir(above) and not os.path.exists(name)  # noqa: PTH110, PTH112
+    return os.path.exists(above) and not os.path.exists(name)  # noqa: PTH110

@@ -45,11 +45,8 @@ def open_trunks(
         told: which splits to read, see `Progress`; None lets costs decide.
         enter: told what time goes to, see `Progress.trunk_seconds`.
     """
-    depth, cache, world = (
-        train.frozen_depth(setup.pretrained.num_layers),
-        setup.trunk_cache,
-        setup.world,
-    )
+    cache, world = setup.trunk_cache, setup.world
+    depth = train.frozen_depth(setup.pretrained.num_layers)
     if depth == 0:
         return TrialTrunks()
     if cache is None:
@@ -68,13 +65,9 @@ def open_trunks(
     opened = cache.open(wanted, depth, dtype, beat)
     # On another machine it may take longer, and may not work.
     world.wait_for_all(lambda: beat(BUILDING))
+    on_all = {split: opened[split] for split in passes if world.minimum(int(split in opened))}
     enter("other")
-    found = [split for split in passes if world.minimum(int(split in opened))]
-    read = "+".join(found) or "none"
+    read = "+".join(on_all) or "none"
     # What a pause kept from being made, for one, is asked for again.
-    return TrialTrunks(
-        train=opened.get("train") if "train" in found else None,
-        validation=opened.get("validation") if "validation" in found else None,
-        read=read,
-        to_ask_for=read if found == wanted else told,
-    )
+    to_ask_for = read if list(on_all) == wanted else told
+    return TrialTrunks(on_all.get("train"), on_all.get("validation"), read, to_ask_for)

@@ -11,7 +11,8 @@ from sft_ray.analysis.report import facts
 from sft_ray.analysis.report.blocks import Section
 from sft_ray.analysis.report.run import Run
 from sft_ray.analysis.report.sections import course, ending, mistakes, outcome, seeds, settings
-from sft_ray.errors import ConfigError, ResourceError
+from sft_ray.errors import ResourceError
+from sft_ray.location import check_ending
 from sft_ray.run_store import REPORT
 
 PAGE_TYPES = (".html", ".htm")
@@ -33,9 +34,8 @@ def write_report(
         SftError: there is no run, a file of it is damaged, or the page cannot be written, for one
             under another ending.
     """
-    if out is not None and (ending := Path(out).suffix).lower() not in PAGE_TYPES:
-        endings = " or ".join(PAGE_TYPES)
-        raise ConfigError(f"{out or '--out'}: a report is written as {endings}, got {ending!r}")
+    if out is not None:
+        check_ending(out, PAGE_TYPES, "a report")
     run = Run.load(location)
     text = render(run, price, texts)
     try:
