@@ -251,12 +251,13 @@ def test_a_dropped_connection_a_killed_driver_and_a_lost_host_cost_little(desk: 
 
 
 def test_a_host_joins_and_drains(desk: Desk) -> None:
+    lost = desk.machines[2]
+    lost.kill()
+    desk.wait(lambda: desk.alive() == 2, 300)
     long = ["train.epochs=24", "resources.workers_per_trial=1"]
     process = desk.submit(*LASTING, *long, "name=growing")
     desk.wait(lambda: "%" in desk.said.split("starting")[-1] if "starting" in desk.said else False)
-    lost = desk.machines[2]
-    if lost.process is None:
-        desk.revive(lost)
+    desk.revive(lost)
     join = f"ray start --address={desk.head.ip}:6379 --num-cpus=1 --node-ip-address={lost.ip}"
     assert ssh(lost, desk.key, join, check=False).returncode == 0
     desk.wait(lambda: f"{lost.ip} joins" in desk.said, 120)
