@@ -98,6 +98,7 @@ def test_imports_run_downward_only(module: Path) -> None:
         ("sft_ray.training.fitting", {"ray", "optuna"}),
         ("sft_ray.analysis.results", {"ray", "torch"}),
         ("sft_ray.search.study", {"ray"}),
+        ("sft_ray.search.train_group", {"torch"}),
         ("sft_ray.serving.serve", {"ray", "starlette"}),
     ],
 )

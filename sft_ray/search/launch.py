@@ -1,7 +1,7 @@
 """The workers of a slot: several are a group of Ray Train, one alone is an actor.
 
 What Ray Train does for a group (process group, ranks, death of one restarts all) a single worker
-does not need, and each group brings five processes of its own that import for some ten seconds of
+does not need, and each group brings two processes of its own that import for some five seconds of
 CPU together.
 """
 
@@ -83,13 +83,12 @@ def _run_group(
     set_ray_environment()
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    from sft_ray.search.train_group import AddressedTorch, GroupTrainer
+    from sft_ray.search.train_group import GroupTrainer
 
     on_gpu = bool(resources.get("GPU"))
     GroupTrainer(
         _serve_in_group,
         train_loop_config=settings,
-        torch_config=AddressedTorch(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=on_gpu,
@@ -107,10 +106,12 @@ def _run_group(
 def _serve_in_group(settings: dict[str, Any]) -> None:
     """The train function of Ray Train."""
     from ray.train import get_context
-    from ray.train.torch import get_device
 
-    context = get_context()
-    device = str(get_device())
+    context, device = get_context(), "cpu"
+    if ray.get_gpu_ids():
+        from ray.train.torch import get_device
+
+        device = str(get_device())
     _serve(settings, context.get_world_rank(), context.get_world_size(), device)
 
 

@@ -22,6 +22,7 @@ from sft_ray.config import Experiment, Train
 from sft_ray.errors import disk_problem
 from sft_ray.run_store import PREDICTIONS, RunStore
 from sft_ray.search.layout import MEMORY_SHARE
+from sft_ray.search.process_group import join_process_group, leave_process_group
 from sft_ray.search.trials import is_to_be_saved
 from sft_ray.search.watch import MAILBOX, STORAGE, Pulse
 from sft_ray.training.beat import TRAINING
@@ -65,7 +66,7 @@ def run_worker(
     Args:
         settings: `experiment` (tree), `run` (storage and name of its folder), `dataset_folder`,
             `objective`, `mailbox` and `watch` (actor handles), `slot` (its name).
-        rank: of this worker among the `size` of the slot; above 1 they have a process group.
+        rank: of this worker among the `size` of the slot; above 1 they make a process group.
         device: that it trains on.
         gpus: that it may take; below 1 a share of one.
     """
@@ -75,6 +76,8 @@ def run_worker(
     try:
         if device != "cpu" and gpus < 1:  # else a trial takes what its neighbours have found to fit
             torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE * gpus)
+        if size > 1:
+            join_process_group(rank, size, torch.device(device))
         loaded = load(settings, join_world(rank, size, torch.device(device)), pulse)
     except Exception as error:
         if is_lost_peer(error):
@@ -89,6 +92,7 @@ def run_worker(
     while True:
         answer = _poll(pulse, mailbox.next_assignment, rank, generation)
         if answer == "go home":
+            leave_process_group()
             return
         generation, assignment = answer
         try:
