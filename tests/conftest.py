@@ -108,25 +108,25 @@ def hears_signals() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One local Ray for all tests that need it; its workers carry the fault injector."""
     import ray
 
     from sft_ray.search.cluster import RAY_ENVIRONMENT
-    from tests.faults import FAULT_FOLDER, install
+    from tests.faults import FAULT_FOLDER, plant_in
 
     shutil.rmtree(FAULT_FOLDER, ignore_errors=True)  # of tests that were killed
+    planted = tmp_path_factory.mktemp("planted")
+    plant_in(planted)
     os.environ.update(RAY_ENVIRONMENT)
-    ray.init(
-        address="local",  # whatever else runs on this machine
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={
-            "worker_process_setup_hook": install,
-            "env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])},
-        },
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(planted), str(Path(__file__).parents[1])]))
+        ray.init(
+            address="local",  # whatever else runs on this machine
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     yield
     ray.shutdown()

@@ -1,8 +1,8 @@
 """Real faults in real workers: a training step that raises, or a process that dies.
 
-Installed in every Ray worker process of the test cluster.  A fault is a JSON file in the folder
-that FAULT_FOLDER names; it strikes once, on the given rank, at the given step of a trial with the
-given learning rate.  While NO_LOADING exists no worker can load its model.
+Planted in every process of the test cluster that imports the training loop.  A fault is a JSON
+file in the folder that FAULT_FOLDER names; it strikes once, on the given rank, at the given step of
+a trial with the given learning rate.  While NO_LOADING exists no worker can load its model.
 """
 
 import errno
@@ -10,6 +10,8 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+from benchmarks.planting import PLANTER
 
 # One for each process of tests, whose environment the workers of its Ray have.
 OF_PROCESS = os.environ.get("PYTEST_XDIST_WORKER", "")
@@ -26,11 +28,15 @@ def order(name: str, *, learning_rate: float, step: int, rank: int, action: str)
     return path
 
 
-def install() -> None:
+def plant_in(folder: Path) -> None:
+    """Have each process with this folder in its PYTHONPATH install faults, if it trains."""
+    order = "def plant(module):\n    from tests.faults import install\n    install(module)\n"
+    (folder / "sitecustomize.py").write_text(order + PLANTER)
+
+
+def install(fit_module: Any) -> None:
     """Wrap loading and the training step of this process."""
     import importlib
-
-    from sft_ray.training import fitting as fit_module
 
     setup_module = importlib.import_module("sft_ray.training.setup")
     honest_load = setup_module.load_pretrained
