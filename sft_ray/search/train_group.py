@@ -14,6 +14,7 @@ import os
 from typing import Any
 
 import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -44,10 +45,11 @@ class GroupTrainer(DataParallelTrainer):
         """As Ray Train does it, on this node, for as long as this process lives."""
         arguments["scaling_policy"] = UnannouncedPolicy(self.scaling_config)
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+        quiet = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0"}  # it blocks now and then
         controller = (
             ray.remote(Controller)
             .options(num_cpus=0, label_selector=here)
-            .remote(get_env_vars_to_propagate(), **arguments)
+            .remote(quiet | get_env_vars_to_propagate(), **arguments)
         )
         ray.get(controller.run.remote())
         return ray.get(controller.get_result.remote())
