@@ -33,8 +33,10 @@ DRIVER = """
         go_on = honest(self, tune_id, message)
         if dies and finished == 2 and message["index"] == 1 and go_on:
             state = f"{self.planned[tune_id].folder}/last/checksums.json"
-            while not self.store.exists(state):
-                time.sleep(0.1)  # for an upload that nobody else waits for
+            # For uploads that nobody else waits for: of the state, and of the study.
+            while not self.store.exists(state) or self._ended:
+                self.settle()
+                time.sleep(0.1)
             os.kill(os.getpid(), 9)
         return go_on
     conductor.Conductor.on_message = on_message
