@@ -39,7 +39,7 @@ from typing import Any
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
-from benchmarks.planting import PLANTER
+from benchmarks.planting import plant_in
 from benchmarks.rows import append, finished
 from sft_ray.analysis.results import SearchResult
 from sft_ray.run_store import JOURNAL, METRICS, RESULTS, RunStore
@@ -481,7 +481,7 @@ def suffer(
     """One search under faults; what became of it, a row for each of them."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "orders").mkdir(parents=True)
-    (folder / "orders" / "sitecustomize.py").write_text(SITECUSTOMIZE + PLANTER)
+    plant_in(folder / "orders", SITECUSTOMIZE)
     with storage_for(strikes[0].fault, folder) as (storage, seen, proxy):
         draw = random.Random(f"{strikes[0].fault.name} {strikes[0].seed}")
         scene = Scene(0, draw, experiment, storage, folder, proxy)

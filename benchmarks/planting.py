@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 # Calls `plant(module)`, which stands before it, when the training loop is imported.
 PLANTER = """
 import importlib.abc, importlib.util, sys
@@ -21,3 +23,8 @@ class Finder(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Finder())
 """
+
+
+def plant_in(folder: Path, code: str) -> None:
+    """Have every process with this folder in its PYTHONPATH run code that defines `plant`."""
+    (folder / "sitecustomize.py").write_text(code + PLANTER, encoding="utf-8")

@@ -27,7 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.planting import PLANTER
+from benchmarks.planting import plant_in
 from benchmarks.rows import once
 
 SYSTEMS = ("ours", "group", "pattern")
@@ -59,7 +59,7 @@ def run(system: str, is_cold: bool) -> dict[str, Any]:
         is_cold: nothing is in our cache: the data is built and encoded, too.
     """
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "sitecustomize.py").write_text(HOOK + PLANTER, encoding="utf-8")
+        plant_in(Path(folder), HOOK)
         noted = Path(folder) / "steps"
         paths = [folder, str(Path(__file__).parents[1])]
         environment = os.environ | {"STEPS_FILE": str(noted), "PYTHONPATH": os.pathsep.join(paths)}

@@ -112,12 +112,13 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One local Ray for all tests that need it; its workers carry the fault injector."""
     import ray
 
+    from benchmarks.planting import plant_in
     from sft_ray.search.cluster import RAY_ENVIRONMENT
-    from tests.faults import FAULT_FOLDER, plant_in
+    from tests.faults import FAULT_FOLDER, PLANT
 
     shutil.rmtree(FAULT_FOLDER, ignore_errors=True)  # of tests that were killed
     planted = tmp_path_factory.mktemp("planted")
-    plant_in(planted)
+    plant_in(planted, PLANT)
     os.environ.update(RAY_ENVIRONMENT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(planted), str(Path(__file__).parents[1])]))

@@ -11,12 +11,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.planting import PLANTER
-
 # One for each process of tests, whose environment the workers of its Ray have.
 OF_PROCESS = os.environ.get("PYTEST_XDIST_WORKER", "")
 FAULT_FOLDER = Path("/tmp") / f"sft_ray_faults_{os.getuid()}{OF_PROCESS}"
 NO_LOADING = FAULT_FOLDER / "no_loading"
+# What a process runs that imports the training loop, see `benchmarks.planting`.
+PLANT = """
+def plant(module):
+    from tests.faults import install
+    install(module)
+"""
 
 
 def order(name: str, *, learning_rate: float, step: int, rank: int, action: str) -> Path:
@@ -26,12 +30,6 @@ def order(name: str, *, learning_rate: float, step: int, rank: int, action: str)
     fault = {"learning_rate": learning_rate, "step": step, "rank": rank, "action": action}
     path.write_text(json.dumps(fault))
     return path
-
-
-def plant_in(folder: Path) -> None:
-    """Have each process with this folder in its PYTHONPATH install faults, if it trains."""
-    order = "def plant(module):\n    from tests.faults import install\n    install(module)\n"
-    (folder / "sitecustomize.py").write_text(order + PLANTER)
 
 
 def install(fit_module: Any) -> None:
