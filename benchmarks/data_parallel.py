@@ -46,7 +46,7 @@ def worker(rank: int, size: int, options: dict[str, Any], meeting: str, out: str
     world = join_world(rank, size, torch.device("cpu"))
     setup = load_setup(prepared_experiment(options), Path(options["dataset"]), world)
     found = {}
-    for k in DEPTHS:
+    for k in options["depths"]:
         train = Experiment.model_validate(tree_of(options)).train.model_copy(
             update={"frozen_layers": k}
         )
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[32, 16])
+    parser.add_argument("--depths", type=int, nargs="*", default=list(DEPTHS))
     arguments = parser.parse_args()
     print("| batch | k | two workers, times as fast as one with two threads (wanted) |")
     print("|---:|---:|---:|")
@@ -108,6 +109,7 @@ def main() -> None:
                 "data": str(arguments.data),
                 "batch_size": batch_size,
                 "steps": arguments.steps,
+                "depths": arguments.depths,
                 "threads": 2,
             }
             experiment = Experiment.model_validate(tree_of(options))
@@ -115,12 +117,17 @@ def main() -> None:
             turns = [
                 once(
                     arguments.out,
-                    {"batch_size": batch_size, "turn": turn, "steps": arguments.steps},
+                    {
+                        "batch_size": batch_size,
+                        "turn": turn,
+                        "steps": arguments.steps,
+                        "depths": arguments.depths,
+                    },
                     partial(one_turn, turn, options),
                 )
                 for turn in range(arguments.turns)
             ]
-            for k in DEPTHS:
+            for k in arguments.depths:
                 ratio = statistics.median(turn["times_as_fast"][str(k)] for turn in turns)
                 wanted = max((d for d in WANTED if d <= k), default=None)
                 said = f" ({WANTED[wanted]})" if batch_size == 32 and wanted is not None else ""
@@ -130,7 +137,7 @@ def main() -> None:
 def one_turn(turn: int, options: dict[str, Any]) -> dict[str, Any]:
     """Both layouts, now the one first and now the other; by depth, as JSON names it."""
     seconds = {size: seconds_per_step(size, options) for size in ((1, 2), (2, 1))[turn % 2]}
-    ratios = {str(k): seconds[1][k] / seconds[2][k] for k in DEPTHS}
+    ratios = {str(k): seconds[1][k] / seconds[2][k] for k in options["depths"]}
     return {"times_as_fast": ratios, "date": datetime.now(UTC).date().isoformat()}
 
 

@@ -27,6 +27,7 @@ from sft_ray.training.progress import Progress
 from sft_ray.training.resume_state import ResumeState
 from sft_ray.training.setup import Setup
 from sft_ray.training.tasks import TASKS, Task
+from sft_ray.training.trunk_cache import TrunkCache
 from sft_ray.training.world import World
 
 TASK = TASKS["text-classification"]
@@ -373,6 +374,7 @@ def run_fit(
     beat: Callable[[str], bool] = lambda activity: False,
     last: LastState | None = None,
     paused: list[ResumeState | None] | None = None,
+    trunk_cache: TrunkCache | None = None,
     **train: Any,
 ) -> list[Progress]:
     """Every report of one `fit` in fp32 (or the model's own float64).
@@ -390,7 +392,14 @@ def run_fit(
     state = fit(
         # Not validated, so that tests can ask for what no experiment may.
         Train().model_copy(update={"precision": "fp32", **train}),
-        Setup(task, dataset, pretrained, SimpleNamespace(pad_token_id=PAD), world or World()),
+        Setup(
+            task,
+            dataset,
+            pretrained,
+            SimpleNamespace(pad_token_id=PAD),
+            world or World(),
+            trunk_cache=trunk_cache,
+        ),
         objective=objective or task.default_objective,
         rungs=list(rungs),
         seed=seed,

@@ -99,6 +99,7 @@ def test_imports_run_downward_only(module: Path) -> None:
         ("sft_ray.analysis.results", {"ray", "torch"}),
         ("sft_ray.search.study", {"ray"}),
         ("sft_ray.search.train_group", {"torch"}),
+        ("sft_ray.search.worker", {"ray.train", "ray.tune", "ray.data", "pandas"}),
         ("sft_ray.serving.serve", {"ray", "starlette"}),
     ],
 )

@@ -10,7 +10,6 @@ import psutil
 import ray
 import torch
 import torch.distributed as dist
-from ray.train.collective import broadcast_from_rank_zero
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 TIMEOUT = timedelta(minutes=30)  # of a collective; Ray Train's, too
@@ -25,6 +24,8 @@ def join_process_group(rank: int, size: int, device: torch.device) -> None:
     Raises:
         torch.distributed.DistError: another worker is gone.
     """
+    from ray.train.collective import broadcast_from_rank_zero  # half a second, which one has not
+
     here = ray.util.get_node_ip_address()
     use_interface_of(here)
     if device.type == "cuda":

@@ -17,6 +17,7 @@ from torch import nn
 from sft_ray.config import Train
 from sft_ray.training import batches, micro_batch
 from sft_ray.training.backward import Backward
+from sft_ray.training.batches import Trunk
 from sft_ray.training.beat import TRAINING, Beat, no_beat
 from sft_ray.training.cpu_memory import give_back_free_memory
 from sft_ray.training.divergence import DivergenceWatch, GradientWatch, constant_loss
@@ -40,6 +41,8 @@ from sft_ray.training.world import World, resolve_precision
 
 # Steps between two agreements of several workers on what comes next: each of them is a collective.
 STEPS_PER_AGREEMENT = 8
+# Of a batch of which every worker trains a head by itself.
+MOST_EXAMPLES_ALONE = 32
 # What comes before the next step; of several workers' wishes the smallest counts.
 PAUSE, SAVE, GO_ON = 0, 1, 2
 
@@ -173,14 +176,20 @@ class Trial:
             reinit_layers=train.reinit_layers,
             seed=seed,
         )
+        self.trunks = open_trunks(train, setup, self.dtype, trunks_read, beat, self.clock.enter)
+        self.sharing = sharing_a_step(self.world, self.trunks.train, train.batch_size)
         self.backward = Backward(
-            train, setup, self.dtype, self.loss_options, halvings, most_examples
+            train,
+            replace(setup, world=self.sharing),
+            self.dtype,
+            self.loss_options,
+            halvings,
+            most_examples,
         )
         self.trainable = list(self.pretrained.trainable().values())
         with micro_batch.raised_as_out_of_memory(self.backward.most):
             self.penalty = bind_penalty(train.regularization, self.pretrained)
             self.optimizer = build_optimizer(train, self.pretrained)
-            self.trunks = open_trunks(train, setup, self.dtype, trunks_read, beat, self.clock.enter)
         self.steps_per_epoch = batches.steps_per_epoch(len(self.dataset.train), train.batch_size)
         self.num_steps = self.steps_per_epoch * train.epochs
         self.set_rates = build_schedule(train, self.optimizer, self.num_steps)
@@ -199,7 +208,7 @@ class Trial:
         # fp16 takes an overflow for no fault, and has to know before it takes the step.
         waits = self.world.device.type == "cpu" or self.scaler.is_enabled()
         self.gradients = GradientWatch(self.world.device, waits)
-        self.watch = DivergenceWatch(limit, self.num_steps, self.world)
+        self.watch = DivergenceWatch(limit, self.num_steps, self.sharing)
 
     def constant_loss(self, known: dict[str, float | None]) -> float | None:
         """Training loss of the best constant answer, once per kind of loss."""
@@ -219,7 +228,7 @@ class Trial:
 
     def take_step(self, indices: IntArray) -> str | None:
         """One optimiser step on a global batch; why the configuration cannot go on, or None."""
-        world, examples = self.world, self.dataset.train
+        world, examples = self.sharing, self.dataset.train
         self.step += 1
         # A generator that follows from the step makes every step one that can be resumed at.
         world.seed(derived_seed(self.seed, "dropout", self.step, world.rank))
@@ -261,7 +270,7 @@ class Trial:
         self.tokens += int(layout.lengths[: len(part)].sum())
         self.positions += layout.positions
         # The step wants the sum over the global batch divided by its count.
-        share, device = self.world.averaged_over / count, self.world.device
+        share, device = self.sharing.averaged_over / count, self.world.device
         factor = torch.full((), share, dtype=torch.float64, device=device)
         return self.backward.add_gradients(batch, self.scaler.scale(factor))
 
@@ -280,7 +289,7 @@ class Trial:
     def lower_loss_scale(self) -> bool:
         """After fp16 gradients overflowed: leave the step out, go on at half the loss scale."""
         scale = self.scaler.get_scale()
-        loss = float(self.world.sum(self.loss_sum.clone()))
+        loss = float(self.sharing.sum(self.loss_sum.clone()))
         if not self.scaler.is_enabled() or scale <= 1 or not math.isfinite(loss):
             return False
         self.scaler.update(scale / 2)
@@ -308,7 +317,7 @@ class Trial:
         What each rank has summed up stays its own, so that a trial does not depend on when it was
         asked.
         """
-        loss_sum, watch = self.world.sum(self.loss_sum.clone()), self.watch.state_of_all()
+        loss_sum, watch = self.sharing.sum(self.loss_sum.clone()), self.watch.state_of_all()
         self.clock.enter("other")
         if self.world.rank > 0:
             return None
@@ -356,7 +365,7 @@ class Trial:
         self, index: int, mark: Mark, fault: str | None, found: dict[str, float] | None = None
     ) -> Progress:
         """The report of a mark; what counts since the previous mark begins anew."""
-        train_loss = float(self.world.sum(self.loss_sum)) / max(self.count, 1)
+        train_loss = float(self.sharing.sum(self.loss_sum)) / max(self.count, 1)
         penalty = self.penalty.value()
         self.watch.gather()
         self.loss_sum, self.count = torch.zeros_like(self.loss_sum), 0
@@ -434,7 +443,8 @@ class Trial:
         self.set_rates(self.step)
         self.scaler.load_state_dict(facts["loss_scaler"])
         self.watch.restore(facts["watch"])
-        self.loss_sum.fill_(facts["since_mark"]["loss_sum"] if is_first else 0.0)
+        loss_sum = facts["since_mark"]["loss_sum"]
+        self.loss_sum.fill_(loss_sum if self.sharing.rank == 0 else 0.0)
         self.count = facts["since_mark"]["count"]
         for name, seconds in facts["seconds"].items():
             self.clock.seconds[name] += seconds  # opening trunks has taken some already
@@ -454,6 +464,18 @@ class Trial:
     def optimizer_states(self) -> list[torch.Tensor]:
         states = self.optimizer.state.values()
         return [tensor for state in states for tensor in state.values() if torch.is_tensor(tensor)]
+
+
+def sharing_a_step(world: World, trunk: Trunk | None, batch_size: int) -> World:
+    """The workers that share a step: all of them, or none with another.
+
+    Where one token of each example is read, behind all layers, a step trains a head, and a part of
+    it takes as long as the whole.  Workers that train the same on one machine get the same bits.
+    """
+    reads_one = trunk is not None and trunk.most_tokens == 1
+    if world.shared is None or not reads_one or batch_size > MOST_EXAMPLES_ALONE:
+        return world
+    return World(device=world.device)
 
 
 class _Clock:

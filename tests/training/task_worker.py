@@ -20,8 +20,9 @@ from sft_ray.training.model import Pretrained
 from sft_ray.training.progress import Progress
 from sft_ray.training.resume_state import load_resume_state, save_resume_state
 from sft_ray.training.tasks import TASKS
+from sft_ray.training.trunk_cache import TrunkCache
 from sft_ray.training.world import World
-from tests.models import EveryStep, load_tiny, run_fit
+from tests.models import PAD, EveryStep, load_tiny, run_fit
 from tests.training.parallel_worker import join
 
 SAME = ("token-classification", "question-answering", "multi-label")
@@ -30,6 +31,8 @@ RESUMED: dict[str, dict[str, Any]] = {
     "adamw": {"regularization": L2_SP},
     "sgd": {"optimizer": "sgd", "learning_rate": 0.05, "frozen_layers": 1, "micro_batch": 2},
     "one step": {"epochs": 1, "batch_size": 32, "rungs": (1, 2, 10)},
+    # With a cache of first tokens each worker trains the whole head; dropout falls alike on both.
+    "head": {"frozen_layers": "all", "dropout": 0.1, "regularization": L2_SP},
 }
 
 
@@ -103,12 +106,15 @@ def run_worker(rank: int, size: int, model: Path, data: Path, out: Path) -> None
                 micro_batch=micro_batch,
             )
             found[name, micro_batch] = seen(pretrained, reports)
-    if size > 1:
-        dataset = open_dataset(Path((data / "text-classification").read_text()))
-        pretrained = load_tiny(model, dataset)
-        for name, how in RESUMED.items():
-            settings = {"world": world, "epochs": 2, "batch_size": 8, "learning_rate": 3e-3, **how}
+    dataset = open_dataset(Path((data / "text-classification").read_text()))
+    pretrained = load_tiny(model, dataset)
+    trunk_cache = TrunkCache(pretrained, dataset, world, PAD)
+    for name, how in RESUMED.items():
+        how = {**how, "trunk_cache": trunk_cache} if name == "head" else how
+        settings = {"world": world, "epochs": 2, "batch_size": 8, "learning_rate": 3e-3, **how}
+        if size > 1 or name == "head":
             found[name, "whole"] = seen(pretrained, run_fit(pretrained, dataset, **settings))
+        if size > 1:
             rest = resume_in_files(pretrained, dataset, world, out / name, 1, **how)
             found[name, "resumed"] = seen(pretrained, rest)
             last = EveryStep()

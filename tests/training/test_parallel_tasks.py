@@ -75,6 +75,18 @@ def test_both_workers_end_with_the_same_weights(seen_by, name: str) -> None:
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
+def test_two_workers_train_a_head_on_cached_tokens_as_one_bit_by_bit(seen_by) -> None:
+    one, *two = (seen_by[at]["head", "whole"] for at in ((1, 0), (2, 0), (2, 1)))
+    for other in two:
+        assert all(torch.equal(other["weights"][n], w) for n, w in one["weights"].items())
+        assert [f["train_loss"] for f in other["facts"]] == [f["train_loss"] for f in one["facts"]]
+        assert {f["trunks_read"] for f in other["facts"]} == {"train+validation"}
+        assert {f["micro_batch"] for f in other["facts"]} == {8}
+    for first, second in zip(one["facts"], two[0]["facts"], strict=True):
+        assert first["metrics"] == pytest.approx(second["metrics"], abs=1e-5)
+    assert len({f["train_loss"] for f in one["facts"]}) == 4
+
+
 def bare(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in fact.items() if k != "metrics"} for fact in facts]
 
