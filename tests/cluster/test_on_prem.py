@@ -223,7 +223,7 @@ def test_a_folder_that_is_not_shared_is_refused_in_one_line(desk: Desk) -> None:
 
 
 def test_a_dropped_connection_a_killed_driver_and_a_lost_host_cost_little(desk: Desk) -> None:
-    words = [*LASTING, "name=lasting"]
+    words = [*LASTING, "train.epochs=24", "name=lasting"]  # not over before the host is missed
     process, run = desk.submit(*words), shared(desk, "lasting")
     desk.wait(lambda: list(run.glob("trials/*/metrics.jsonl")))
 
