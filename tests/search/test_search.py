@@ -161,6 +161,14 @@ def test_a_search_ends_with_the_best_checkpoint_and_the_same_command_only_shows_
     assert (run / JOURNAL).read_bytes() == before
 
 
+def test_a_slot_of_two_workers_starts_no_process_that_serves_others(
+    finished: tuple[Experiment, SearchResult, str],
+) -> None:
+    started = {actor["ActorClassName"] for actor in ray._private.state.actors().values()}
+    assert {"Watch", "Mailbox", "Controller", "RayTrainWorker"} <= started
+    assert not {"DatasetManager", "_AutoscalingCoordinatorActor"} & started
+
+
 def test_more_trials_extend_a_finished_search_and_nothing_runs_twice(
     finished: tuple[Experiment, SearchResult, str], experiment: Experiment
 ) -> None:
