@@ -24,7 +24,7 @@ def join_process_group(rank: int, size: int, device: torch.device) -> None:
     Raises:
         torch.distributed.DistError: another worker is gone.
     """
-    from ray.train.collective import broadcast_from_rank_zero  # half a second, spared to who is alone
+    from ray.train.collective import broadcast_from_rank_zero  # takes half a second to import
 
     here = ray.util.get_node_ip_address()
     use_interface_of(here)
