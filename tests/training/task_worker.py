@@ -112,8 +112,7 @@ def run_worker(rank: int, size: int, model: Path, data: Path, out: Path) -> None
     for name, how in RESUMED.items():
         how = {**how, "trunk_cache": trunk_cache} if name == "head" else how
         settings = {"world": world, "epochs": 2, "batch_size": 8, "learning_rate": 3e-3, **how}
-        if size > 1 or name == "head":
-            found[name, "whole"] = seen(pretrained, run_fit(pretrained, dataset, **settings))
+        found[name, "whole"] = seen(pretrained, run_fit(pretrained, dataset, **settings))
         if size > 1:
             rest = resume_in_files(pretrained, dataset, world, out / name, 1, **how)
             found[name, "resumed"] = seen(pretrained, rest)
