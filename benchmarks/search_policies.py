@@ -9,8 +9,8 @@ belongs to the top 1 %; what the other slots have trained by then is charged, to
 never hits counts as all epochs of the pool, and is told as missed.
 
 A line of --curves is one run: learning_rate, train_batch_size (or 32), num_train_epochs (or 1),
-total_model_steps, and learning_curves {name: [[step, score], …]}, of which the first is used;
-higher is better.  frozen_layers and regularization {kind, strength} may be there too
+total_model_steps, and learning_curves {name: [[step, score], …]}, of which the first is used, or
+--curve NAME; higher is better.  frozen_layers and regularization {kind, strength} may be there too
 (`record_curves.py`), and num_layers, model_type and layer_parameters (or num_parameters), from
 which the default space and its priors follow; without them family and size in the file's name
 count.
@@ -137,17 +137,21 @@ def _strength(train: Mapping[str, Any]) -> float:
 
 
 @functools.cache  # once per process, for all its repeats
-def read_pool(path: Path) -> Pool:
+def read_pool(path: Path, curve: str | None = None) -> Pool:
     """Recorded runs of a file; one without a score is left out.
 
     A run that was stopped keeps its last score to the end of its schedule, and a score that is no
     number counts as the worst of all.
 
+    Args:
+        curve: name of those to score by; None takes the first of each run.
+
     Raises:
         ConfigError: no file of such runs.
     """
-    runs = _runs(path)
-    worst = min(score for run in runs for _, score in _scores(run) if math.isfinite(score))
+    runs = _runs(path, curve)
+    found = [_scores(run, curve) for run in runs]
+    worst = min(score for scores in found for _, score in scores if math.isfinite(score))
     depths = [_recorded(run, "frozen_layers", 0) for run in runs]
     counted = [_recorded(run, "num_layers", 0) for run in runs] + [n for n in depths if n != "all"]
     num_layers = max(map(int, counted))
@@ -178,7 +182,10 @@ def read_pool(path: Path) -> Pool:
     if not any(branch["kind"] in kinds for branch in branches):
         searched = [path for path in searched if path != REGULARIZATION]
     regularized = REGULARIZATION in searched
-    curves = [_curve(run, worst) for run in runs]
+    curves = [
+        _curve(scores, run.get("total_model_steps"), worst)
+        for scores, run in zip(found, runs, strict=True)
+    ]
     return Pool(
         searched=searched,
         values=np.array([[READ[p](t) for p in searched if p in READ] for t in trains], dtype=float),
@@ -193,7 +200,7 @@ def read_pool(path: Path) -> Pool:
     )
 
 
-def _runs(path: Path) -> list[dict[str, Any]]:
+def _runs(path: Path, curve: str | None) -> list[dict[str, Any]]:
     """Those with a score."""
     runs = []
     try:
@@ -203,10 +210,14 @@ def _runs(path: Path) -> list[dict[str, Any]]:
                 lacking = [name for name in NEEDED if name not in run]
                 if lacking:
                     raise ConfigError(f"{path}, line {number}: a run needs {lacking[0]}")
+                curves = list(run["learning_curves"])
+                if curve is not None and curve not in curves:
+                    there = " or ".join(curves) or "none"
+                    raise ConfigError(f"{path}, line {number}: no curve {curve}, choose {there}")
                 runs.append(run)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: no file of recorded runs: {error}") from None
-    runs = [run for run in runs if any(math.isfinite(score) for _, score in _scores(run))]
+    runs = [run for run in runs if any(math.isfinite(score) for _, score in _scores(run, curve))]
     if not runs:
         raise ConfigError(f"{path}: no run with a score")
     return runs
@@ -218,16 +229,18 @@ def _recorded(run: Mapping[str, Any], name: str, otherwise: Any) -> Any:
     return otherwise if found is None else found
 
 
-def _scores(run: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """(step, score) of a run's first curve, in order."""
-    curve: list[tuple[float, float | None]] = next(iter(run["learning_curves"].values()), [])
+def _scores(run: Mapping[str, Any], name: str | None) -> list[tuple[float, float]]:
+    """(step, score) of a run's curve of this name, or of its first, in order."""
+    curves: dict[str, list[tuple[float, float | None]]] = run["learning_curves"]
+    curve = next(iter(curves.values()), []) if name is None else curves[name]
     return sorted((step, math.nan if score is None else score) for step, score in curve)
 
 
-def _curve(run: Mapping[str, Any], worst: float) -> list[tuple[float, float]]:
+def _curve(
+    found: list[tuple[float, float]], total_steps: float | None, worst: float
+) -> list[tuple[float, float]]:
     """(share of the schedule, score), with one at its end."""
-    found = _scores(run)
-    steps = run.get("total_model_steps") or found[-1][0]
+    steps = total_steps or found[-1][0]
     curve = [(step / steps, score if math.isfinite(score) else worst) for step, score in found]
     return curve if curve[-1][0] >= 1 else [*curve, (1.0, curve[-1][1])]
 
@@ -483,24 +496,25 @@ def without_nan(tree: Any) -> Any:
     return None if isinstance(tree, float) and math.isnan(tree) else tree
 
 
-def run_job(job: tuple[str, int, int, str]) -> Repeat:
-    name, slots, seed, path = job
+def run_job(job: tuple[str, int, int, Path, str | None]) -> Repeat:
+    name, slots, seed, path, curve = job
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     policy, share = POLICIES[name], POLICIES[name].good_share
     if share is None:
-        return replay(policy, read_pool(Path(path)), slots, seed)
+        return replay(policy, read_pool(path, curve), slots, seed)
     with mock.patch.object(samplers, "num_good", lambda trials: math.ceil(share * trials)):
-        return replay(policy, read_pool(Path(path)), slots, seed)
+        return replay(policy, read_pool(path, curve), slots, seed)
 
 
 def print_paired(options: argparse.Namespace) -> None:
     """Epochs to the top 1 % minus those of the default on the same seeds, a line per policy."""
-    all_epochs = float(read_pool(options.curves).epochs.sum())
+    recorded = (options.curves, options.curve)
+    all_epochs = float(read_pool(*recorded).epochs.sum())
     with ProcessPoolExecutor(options.processes) as workers:
         for slots in options.slots:
             epochs = {}
             for name in ("default", *options.paired):
-                jobs = [(name, slots, seed, str(options.curves)) for seed in range(options.repeats)]
+                jobs = [(name, slots, seed, *recorded) for seed in range(options.repeats)]
                 hits = [repeat.top1 for repeat in workers.map(run_job, jobs, chunksize=4)]
                 epochs[name] = epochs_of(hits, all_epochs)
             for name in options.paired:
@@ -515,6 +529,7 @@ def print_paired(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--curves", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--curve", metavar="NAME", help="to score by, instead of the first one")
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--slots", type=int, nargs="+", default=list(SLOTS))
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
@@ -528,8 +543,9 @@ def main() -> None:
         help="only how far these are from the default on the same seeds, with a 95 %% interval",
     )
     options = parser.parse_args()
+    recorded = (options.curves, options.curve)
     try:
-        read_pool(options.curves)
+        all_epochs = float(read_pool(*recorded).epochs.sum())
     except ConfigError as error:
         parser.error(str(error))
     if options.paired:
@@ -541,13 +557,13 @@ def main() -> None:
         for slots in options.slots
         if slots == min(options.slots) or name in EVERY_SLOTS
     ]
-    jobs = [(*cell, seed, str(options.curves)) for cell in cells for seed in range(options.repeats)]
+    jobs = [(*cell, seed, *recorded) for cell in cells for seed in range(options.repeats)]
     found: dict[str, dict[str, Any]] = {}
     with ProcessPoolExecutor(options.processes) as workers:
         repeats = workers.map(run_job, jobs, chunksize=4)
         for name, slots in cells:
             mine = [next(repeats) for _ in range(options.repeats)]
-            figures = summarize(mine, float(read_pool(options.curves).epochs.sum()))
+            figures = summarize(mine, all_epochs)
             base = found.get("random_hf", {}).get(str(slots), figures)
             for goal in ("top1", "top5"):
                 figures[goal] |= ratio_of(base[goal], figures[goal])

@@ -113,6 +113,21 @@ def pool_of(path: Path, runs: list[dict[str, Any]]) -> Pool:
     return read_pool(path)
 
 
+def test_any_curve_of_the_runs_can_be_the_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the first the second run is the best, by the other the first."""
+    curves = [{"first": [[10, low]], "other": [[10, 1 - low]]} for low in (0.2, 0.7)]
+    path = tmp_path / "base.jsonl"
+    pool_of(path, [{"learning_rate": 1e-5, "learning_curves": named} for named in curves])
+    assert [read_pool(path, name).top(0.5) for name in (None, "other")] == [{1}, {0}]
+    options = ["--curves", str(path), "--curve", "last"]
+    monkeypatch.setattr(sys, "argv", ["search_policies", *options])
+    with pytest.raises(SystemExit, match="2"):
+        search_policies.main()
+    assert "line 1: no curve last, choose first or other" in capsys.readouterr().err
+
+
 def test_a_trial_that_ends_at_a_rung_is_charged_up_to_the_point_recorded_behind_it(
     tmp_path: Path,
 ) -> None:

@@ -70,11 +70,11 @@ def drawn_trials(
     ]
     left = search.trials - len(found)
     if finite is None or not left:
-        # The priors' share falls with the trial's number.
+        # The priors' share falls with the number of known trials: with one slot, all before.
         numbers = [len(found) + i * left // DRAWS for i in range(DRAWS if left else 0)]
         draws = [
-            configured(prior_draw(space, derived_seed(seed, i), number, train, num_layers))
-            for i, number in enumerate(numbers)
+            configured(prior_draw(space, derived_seed(seed, i), known, known, train, num_layers))
+            for i, known in enumerate(numbers)
         ]
     else:
         tried = {key_of(trial.train.model_dump()) for trial in found}

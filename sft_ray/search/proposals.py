@@ -32,7 +32,7 @@ from sft_ray.search.samplers import build_sampler
 from sft_ray.space import FROZEN_LAYERS, Choice, Numeric, Prior, Space
 from sft_ray.training.seeds import derived_seed
 
-PRIOR_STRENGTH = 10  # n0: trials after which half of the draws come from the sampler
+PRIOR_STRENGTH = 10  # n0: known trials after which half of the draws come from the sampler
 # Draws to find a point that was not tried.  One of gp fits a model.
 ATTEMPTS = {"tpe": 20, "nsga2": 20, "random": 20, "qmc": 20, "gp": 2}
 BLIND_ATTEMPTS = 1000
@@ -95,24 +95,25 @@ def first_trials(
 
 
 def prior_draw(
-    space: Space, seed: int, number: int, train: Train, num_layers: int
+    space: Space, seed: int, number: int, known: int, train: Train, num_layers: int
 ) -> dict[str, Any]:
     """With the share n0 / (n0 + n) of all draws, the priors' word where there are some.
 
     The other parameters are left to the sampler; empty where it has all the say.
 
     Args:
+        number: of the trial that it is for.
+        known: n, trials that have shown something.
         train: what is not searched.
         num_layers: of the model.
     """
-    known = spaces.domains(space)
     priors = {
         name: (domain, domain.prior)
-        for name, domain in known.items()
+        for name, domain in spaces.domains(space).items()
         if isinstance(domain, Numeric) and domain.prior is not None
     }
     rng = np.random.default_rng(derived_seed(seed, "prior", number))
-    if rng.random() >= PRIOR_STRENGTH / (PRIOR_STRENGTH + number):
+    if rng.random() >= PRIOR_STRENGTH / (PRIOR_STRENGTH + known):
         return {}
     drawn: dict[str, Any] = {}
     frozen_share = 0.0
@@ -174,7 +175,8 @@ def propose(
     untried = None if finite is None else finite.untried(tried)
     if untried is not None and (not untried or search.sampler == "grid"):
         return next(iter(untried.values()), {})
-    fixed = prior_draw(search.domains, seed, number, experiment.train, num_layers)
+    known = sum(t.state.is_finished() or bool(t.intermediate_values) for t in begun)
+    fixed = prior_draw(search.domains, seed, number, known, experiment.train, num_layers)
     seen = as_seen_now(begun, search, study.directions)
     if seen == begun and not repeats:
         return fixed

@@ -245,7 +245,7 @@ def test_tpe_still_learns_in_a_finite_space() -> None:
 def prior_draw(
     space: spaces.Space, seed: int, number: int, train: Train | None = None, num_layers: int = 6
 ) -> dict[str, Any]:
-    return proposals.prior_draw(space, seed, number, train or Train(), num_layers)
+    return proposals.prior_draw(space, seed, number, number, train or Train(), num_layers)
 
 
 def test_prior_draws_name_the_parameters_with_priors_and_stay_in_range() -> None:
@@ -297,6 +297,32 @@ def test_draws_of_one_search_have_that_share_too() -> None:
     shares = [10 / (10 + n) for n in numbers]
     drawn = sum(bool(prior_draw(space, 17, n)) for n in numbers)
     assert abs(drawn - sum(shares)) < 4 * math.sqrt(sum(p * (1 - p) for p in shares))
+
+
+def test_priors_hold_until_something_is_known_however_many_trials_run() -> None:
+    """With as many slots as trials nothing is known of any, so all of them are the priors'."""
+    exp = experiment(space=PRIORS, trials=60, default_recipe=False)
+    study = in_memory(exp)
+    begun = [study.next_trial() for _ in range(40)]
+    assert None not in begun
+    drawn = [proposals.prior_draw(study.space, exp.seed, n, 0, exp.train, 6) for n in range(40)]
+    assert all(drawn)
+    assert all(
+        prior.items() <= t.params.items() for prior, t in zip(drawn, study.trials, strict=True)
+    )
+    for planned in begun:  # a mark is something, too
+        assert planned is not None
+        study.mark(planned.number, 33, 0.5, 1.0)
+    later = [study.next_trial() for _ in range(20)]
+    assert None not in later
+    shares = [
+        bool(proposals.prior_draw(study.space, exp.seed, n, 40, exp.train, 6))
+        for n in range(40, 60)
+    ]
+    assert 0 < sum(shares) < 12  # 10 / (10 + 40): 4 on average
+    for said, trial in zip(shares, study.trials[40:], strict=True):
+        drawn = proposals.prior_draw(study.space, exp.seed, trial.number, 0, exp.train, 6)
+        assert said == (drawn.items() <= trial.params.items())
 
 
 def test_a_space_without_priors_is_the_samplers_alone() -> None:
