@@ -14,8 +14,10 @@ from sft_ray.search import gpu_probe, sharing
 from sft_ray.search.layout import plan_layout
 from sft_ray.search.preflight import prepare_experiment
 from sft_ray.training import gpu_attention
+from sft_ray.training.divergence import STEPS_PER_LOOK
 from sft_ray.training.examples import Dataset
 from sft_ray.training.families import FAMILIES
+from sft_ray.training.fitting import Trial as Fitting
 from sft_ray.training.fitting import fit
 from sft_ray.training.model import load_pretrained
 from sft_ray.training.progress import Progress
@@ -259,6 +261,31 @@ def check_kept_outputs(device: str, model: Path, folder: Path, frozen_layers: in
     for mine, theirs in zip(cached, plain, strict=True):
         assert mine.train_loss == pytest.approx(theirs.train_loss, abs=1e-4)
         assert mine.metrics["loss"] == pytest.approx(theirs.metrics["loss"], abs=1e-4)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("settings", [{}, {"micro_batch": 3}, {"frozen_layers": 1}])
+def test_steps_do_not_wait_for_the_gpu(
+    tiny_model: Path, tmp_path: Path, precision: str, settings: dict[str, object]
+) -> None:
+    setup = setup_on(torch.device("cuda"), tiny_model, toy_dataset(tmp_path, tiny_model))
+    trial = Fitting(
+        Train.model_validate({"precision": precision, "batch_size": 8, "epochs": 3, **settings}),
+        setup,
+        "accuracy",
+        17,
+    )
+    batches = trial.batches_from(0)
+    for _ in range(STEPS_PER_LOOK):  # which sets up what the first ones need
+        assert trial.take_step(next(batches)) is None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(STEPS_PER_LOOK - 1):
+            trial.take_step(next(batches))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_gpu
