@@ -2,8 +2,9 @@
 
 Both get the same slots, data, default space and seeds, and the same minutes; what counts is the
 best validation score that a search ends with.  Random search draws from the default space without
-its priors and without the default recipe.  Runs leave folders below --storage, and runs that are
-finished there are not repeated.
+its priors and without the default recipe.  Each search has a Ray and a cache of its own, so that
+none finds outputs of frozen layers that another one has made.  Runs leave folders below --storage,
+and runs that are finished there are not repeated.
 
 --data names a folder of `<name>-train.parquet` and `-validation` files.
 """
@@ -12,8 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import scipy.stats
@@ -116,13 +120,14 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing, print what is there")
     options = parser.parse_args()
     if not options.report:
-        import ray
-
-        ray.init(include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False)
         for seed in range(options.repeats):
             for dataset in options.datasets:
                 for policy in POLICIES:
-                    run_one(policy, dataset, seed, options)
+                    with (
+                        tempfile.TemporaryDirectory() as cache,
+                        mock.patch.dict(os.environ, SFT_RAY_CACHE=cache),
+                    ):
+                        run_one(policy, dataset, seed, options)
     print(report(options.storage, options.datasets))
 
 
