@@ -323,9 +323,9 @@ class Search(Section):
         return self.trials / len(self._depths())
 
     @property
-    def trunk_depths(self) -> int:
-        """How many numbers of frozen layers trials ask for, beside 0."""
-        return max(1, len({*self._depths()} - {0}))
+    def trunk_depths(self) -> list[int | Literal["all"]]:
+        """Frozen layers that trials ask for, beside 0; empty if they are not searched."""
+        return [depth for depth in self._depths() if depth]
 
     def _depths(self) -> Sequence[Any]:
         domain = spaces.domains(self.domains).get("train.frozen_layers")

@@ -279,9 +279,15 @@ def test_applied_values_replace_fields_of_train() -> None:
 
 @pytest.mark.parametrize(
     ("domain", "per_depth", "depths"),
-    [({"int": [0, 6]}, 3.0, 6), ({"choice": [0, 2, "all"]}, 7.0, 2), (None, 21, 1)],
+    [
+        ({"int": [0, 6]}, 3.0, [1, 2, 3, 4, 5, 6]),
+        ({"choice": [0, 2, "all"]}, 7.0, [2, "all"]),
+        (None, 21, []),
+    ],
 )
-def test_trials_of_a_search_share_frozen_depths(domain: Any, per_depth: float, depths: int) -> None:
+def test_trials_of_a_search_share_frozen_depths(
+    domain: Any, per_depth: float, depths: list[Any]
+) -> None:
     space = {"train.learning_rate": {"log_uniform": [1e-5, 1e-3]}}
     space |= {} if domain is None else {"train.frozen_layers": domain}
     search = Search(space=space, trials=21)

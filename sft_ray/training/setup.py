@@ -78,6 +78,8 @@ def load_setup(
     if not reads_segments(pretrained.model):
         parts = {s: replace(getattr(dataset, s), segments=None) for s in ("train", "validation")}
         dataset = replace(dataset, **parts)
+    asked = experiment.search.trunk_depths
+    depths = [pretrained.num_layers if depth == "all" else depth for depth in asked]
     trunk_cache = TrunkCache(
         pretrained,
         dataset,
@@ -85,6 +87,6 @@ def load_setup(
         tokenizer.pad_token_id,
         budget_bytes=experiment.resources.trunk_cache_bytes,
         uses=trunk_uses,
-        depths=experiment.search.trunk_depths,
+        depths=tuple(depths),
     )
     return Setup(task, dataset, pretrained, tokenizer, world, trunk_cache=trunk_cache)

@@ -1,9 +1,10 @@
 """What the frozen layers of a model make of every example, computed once per machine.
 
 A frozen trunk runs without dropout, so its output is a constant of the example.  It lies in Arrow
-files that all workers, slots and trials of the machine map into memory; deeper outputs are made
-from shallower ones.  Always the same examples go through the model together, whoever asks, so that
-the same search gives the same numbers whether it finds outputs or makes them.
+files that all workers, slots and trials of the machine map into memory.  Deeper outputs are made
+from shallower ones, and what other trials will ask for is made on the way.  Always the same
+examples go through the model together, whoever asks, so that the same search gives the same
+numbers whether it finds outputs or makes them.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class TrunkCache:
         budget_bytes: most that all trunks of this machine take on disk; None takes a part of what
             is free, 0 keeps none.
         uses: how many trials will ask for the same depth, roughly.
-        depths: how many of these there are.
+        depths: those that trials will ask for; none says that all ask for the same.
         rates: of this machine, by number format, where they had to be measured.
     """
 
@@ -118,7 +119,7 @@ class TrunkCache:
     pad_token: int
     budget_bytes: int | None = None
     uses: float = 1.0
-    depths: int = 1
+    depths: tuple[int, ...] = ()
     rates: dict[torch.dtype, Rates] = field(default_factory=dict)
 
     @property
@@ -153,9 +154,10 @@ class TrunkCache:
         its own among them in `fit` of `depths` cases, and makes it in all others.
         """
         fit = room_bytes(self.budget_bytes) // self.num_bytes(depth, dtype)
-        if fit >= self.depths:
+        depths = max(1, len(self.depths))
+        if fit >= depths:
             return self.uses
-        return min(self.uses, self.depths / (self.depths - fit)) if fit else 0.0
+        return min(self.uses, depths / (depths - fit)) if fit else 0.0
 
     def num_bytes(self, depth: int, dtype: torch.dtype) -> int:
         """What the outputs of the first `depth` layers take on disk, of both splits."""
@@ -181,13 +183,35 @@ class TrunkCache:
         try:
             # Before room is made, which may take what these are made from: a map keeps its file.
             below = {b.split: b.deepest_below() for b in builds if not b.is_complete()}
-            sizes = {build.folder: build.num_bytes for build in builds}
+            way = {b.split: self._on_the_way(b, below[b.split]) for b in builds if b.split in below}
+            steps = [*builds, *(step for found in way.values() for step in found)]
+            sizes = {build.folder: build.num_bytes for build in steps}
             if below and not make_room(sizes, self.budget_bytes):
                 return {}
         except OSError:
             return {}
-        found = {b.split: self._opened(b, below.get(b.split), beat) for b in builds}
-        return {split: trunk for split, trunk in found.items() if trunk is not None}
+        opened: dict[Split, Trunk] = {}
+        for build in builds:
+            trunk = below.get(build.split)
+            for step in way.get(build.split, []):
+                trunk = self._opened(step, trunk, beat) or trunk
+            if (trunk := self._opened(build, trunk, beat)) is not None:
+                opened[build.split] = trunk
+        return opened
+
+    def _on_the_way(self, build: _Build, below: Trunk | None) -> list[_Build]:
+        """What is made before, because other trials will ask for it: they would begin anew.
+
+        Nothing where there is no room for all depths.
+        """
+        between = range(1 if below is None else below.depth + 1, build.depth)
+        return [
+            _Build(self, build.split, depth, build.dtype)
+            for depth in between
+            if depth in self.depths
+            and self.likely_uses(depth, build.dtype) == self.uses
+            and self.pays(build.split, depth, build.dtype, 1)
+        ]
 
     def _opened(self, build: _Build, below: Trunk | None, beat: Beat) -> Trunk | None:
         try:

@@ -82,7 +82,7 @@ def setup_of(
     dataset: Dataset,
     *,
     uses: float = 1.0,
-    depths: int = 1,
+    depths: tuple[int, ...] = (),
     budget: int | None = None,
 ) -> Setup:
     pretrained = load_tiny(folder, dataset)
@@ -309,7 +309,7 @@ def test_outputs_are_used_less_often_where_others_take_their_room(
     toy: Dataset, bert: Path, fit: float, uses: float
 ) -> None:
     one = setup_of(bert, toy).trunk_cache.num_bytes(2, FP32)
-    cache = setup_of(bert, toy, uses=5, depths=4, budget=int(fit * one)).trunk_cache
+    cache = setup_of(bert, toy, uses=5, depths=(1, 2, 3, 4), budget=int(fit * one)).trunk_cache
     assert cache.likely_uses(2, FP32) == pytest.approx(uses)
     assert cache.pays("train", 2, FP32, 0.9) == (uses > 1.5)
     assert replace(cache, uses=1.2).likely_uses(2, FP32) == min(uses, 1.2)
@@ -330,6 +330,52 @@ def test_a_deeper_trunk_is_made_from_the_one_whose_room_it_takes(
         run(setup_of(bert, toy, budget=budget), frozen_layers=k)
     assert kept(root) == {"train-2", "validation-2"}
     assert {*began} == {(1, None), (2, 1)}
+
+
+def test_outputs_that_others_will_ask_for_are_made_on_the_way(
+    toy: Dataset, bert: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer computes its outputs once, and the numbers stay the same, bit by bit."""
+    alone = run(setup_of(bert, toy), frozen_layers="all")
+    shutil.rmtree(root)
+    honest, made = trunk_cache._Build._compute, []
+
+    def compute(build: Any, items: IntArray, below: Trunk | None) -> torch.Tensor:
+        made.append((build.split, build.depth, below and below.depth))
+        return honest(build, items, below)
+
+    monkeypatch.setattr(trunk_cache._Build, "_compute", compute)
+    setup = setup_of(bert, toy, uses=4.0, depths=(1, 2, 3))
+    found = run(setup, frozen_layers="all")
+    assert [m.train_loss for m in found] == [m.train_loss for m in alone]
+    assert [m.metrics for m in found] == [m.metrics for m in alone]
+    steps = {(split, k, k - 1 or None) for split in ("train", "validation") for k in (1, 2, 3)}
+    assert {*made} == steps
+    count = len(made)
+    for k in (1, 2):
+        run(setup, frozen_layers=k)
+    assert len(made) == count
+    assert kept(root) == {f"{split}-{k}" for split in ("train", "validation") for k in (1, 2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"depths": (1, 3)}, {1, 3}),  # which no trial asks for
+        ({"uses": 1.0}, {3}),  # which no other trial asks for
+        ({"depths": ()}, {3}),
+        ({"budget": 2.5}, {3}),  # no room for all
+    ],
+)
+def test_only_what_pays_is_made_on_the_way(
+    toy: Dataset, bert: Path, root: Path, changes: dict[str, Any], expected: set[int]
+) -> None:
+    settings = {"uses": 4.0, "depths": (1, 2, 3), **changes}
+    if "budget" in settings:
+        one = setup_of(bert, toy).trunk_cache.num_bytes(2, FP32)
+        settings["budget"] = int(settings["budget"] * one)
+    run(setup_of(bert, toy, **settings), frozen_layers="all")
+    assert kept(root) == {f"{split}-{k}" for split in ("train", "validation") for k in expected}
 
 
 def test_machines_that_share_a_folder_take_nothing_from_each_other(
