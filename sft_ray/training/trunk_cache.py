@@ -153,11 +153,14 @@ class TrunkCache:
         With room for some of the depths, those of the last trials are kept.  The next trial finds
         its own among them in `fit` of `depths` cases, and makes it in all others.
         """
-        fit = room_bytes(self.budget_bytes) // self.num_bytes(depth, dtype)
-        depths = max(1, len(self.depths))
+        fit, depths = self._num_fitting(depth, dtype), max(1, len(self.depths))
         if fit >= depths:
             return self.uses
         return min(self.uses, depths / (depths - fit)) if fit else 0.0
+
+    def _num_fitting(self, depth: int, dtype: torch.dtype) -> int:
+        """How many depths there is room for, were all as large as this one."""
+        return room_bytes(self.budget_bytes) // self.num_bytes(depth, dtype)
 
     def num_bytes(self, depth: int, dtype: torch.dtype) -> int:
         """What the outputs of the first `depth` layers take on disk, of both splits."""
@@ -209,7 +212,7 @@ class TrunkCache:
             _Build(self, build.split, depth, build.dtype)
             for depth in between
             if depth in self.depths
-            and self.likely_uses(depth, build.dtype) == self.uses
+            and self._num_fitting(depth, build.dtype) >= len(self.depths)
             and self.pays(build.split, depth, build.dtype, 1)
         ]
 

@@ -365,6 +365,7 @@ def test_outputs_that_others_will_ask_for_are_made_on_the_way(
         ({"uses": 1.0}, {3}),  # which no other trial asks for
         ({"depths": ()}, {3}),
         ({"budget": 2.5}, {3}),  # no room for all
+        ({"budget": 2.5, "uses": 2.5}, {3}),  # nor if what there is lasts for so few trials
     ],
 )
 def test_only_what_pays_is_made_on_the_way(
