@@ -128,7 +128,7 @@ READ: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "train.epochs": lambda train: train["epochs"],
     "train.frozen_layers": lambda train: train["frozen_layers"],
 }
-NEEDED = ("learning_rate", "learning_curves")
+COUNTS = ("train_batch_size", "num_train_epochs", "total_model_steps")  # may be left out
 
 
 def _strength(train: Mapping[str, Any]) -> float:
@@ -207,9 +207,8 @@ def _runs(path: Path, curve: str | None) -> list[dict[str, Any]]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if line.strip():
                 run = json.loads(line)
-                lacking = [name for name in NEEDED if name not in run]
-                if lacking:
-                    raise ConfigError(f"{path}, line {number}: a run needs {lacking[0]}")
+                if problem := _problem(run):
+                    raise ConfigError(f"{path}, line {number}: a run needs {problem}")
                 curves = list(run["learning_curves"])
                 if curve is not None and curve not in curves:
                     there = " or ".join(curves) or "none"
@@ -221,6 +220,35 @@ def _runs(path: Path, curve: str | None) -> list[dict[str, Any]]:
     if not runs:
         raise ConfigError(f"{path}: no run with a score")
     return runs
+
+
+def _problem(run: Any) -> str | None:
+    """What a line lacks to be a run."""
+    if not isinstance(run, dict):
+        return f"names and values, got {run!r}"
+    for name in ("learning_rate", *COUNTS):
+        value = run.get(name)
+        if not (_is_number(value) and value > 0) and (value is not None or name not in COUNTS):
+            return f"{name}, a number above 0, got {value!r}"
+    curves = run.get("learning_curves")
+    if not isinstance(curves, dict):
+        return f"learning_curves {{name: [[step, score], …]}}, got {curves!r}"
+    for name, curve in curves.items():
+        if not isinstance(curve, list) or not all(map(_is_point, curve)):
+            return f"[step, score] pairs of numbers in learning_curves.{name}"
+        no_steps = run.get("total_model_steps") is None and max([0, *(s for s, _ in curve)]) <= 0
+        if curve and no_steps:
+            return f"total_model_steps, or a step above 0 in learning_curves.{name}"
+    return None
+
+
+def _is_point(pair: Any) -> bool:
+    is_pair = isinstance(pair, list) and len(pair) == 2 and _is_number(pair[0])
+    return is_pair and (pair[1] is None or _is_number(pair[1]))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _recorded(run: Mapping[str, Any], name: str, otherwise: Any) -> Any:
@@ -288,10 +316,17 @@ POLICIES = {
     "tpe_hf": Policy(HF_RANGE, False, NO_PRUNER),
     "tpe_rungs_hf": Policy(HF_RANGE, False, PLAIN),
     "tpe_rungs_wide": Policy(WIDE_RANGE, False, PLAIN),
+    # In place of the default's sampler or pruner.
+    "gp": Policy(search={"sampler": "gp"}),
+    "qmc": Policy(search={"sampler": "qmc"}),
+    "median": Policy(search={"pruner": "median"}),
+    "hyperband": Policy(search={"pruner": "hyperband", "rungs": [10, 20, 40, 80]}),
+    "patient": Policy(search={"pruner": "patient", "rungs": [10, 20, 33]}),
     "asha_hf": Policy(
         HF_RANGE, False, {**PLAIN, **EARLY, "sampler": "random"}, absolute_rungs=(0.25, 1.0)
     ),
 }
+SLOW = ("gp",)  # which fits a model for every draw: by name only
 # The others with one slot.
 EVERY_SLOTS = ("default", "random_hf", "tpe_hf", "tpe_rungs_hf", "asha_hf")
 
@@ -532,7 +567,13 @@ def main() -> None:
     parser.add_argument("--curve", metavar="NAME", help="to score by, instead of the first one")
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--slots", type=int, nargs="+", default=list(SLOTS))
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        choices=list(POLICIES),
+        help="%(default)s",
+        default=[name for name in POLICIES if name not in SLOW],
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
@@ -548,6 +589,8 @@ def main() -> None:
         all_epochs = float(read_pool(*recorded).epochs.sum())
     except ConfigError as error:
         parser.error(str(error))
+    if options.paired and options.json:
+        parser.error("--paired prints a line per policy; leave --json out")
     if options.paired:
         print_paired(options)
         return
@@ -575,16 +618,16 @@ def main() -> None:
 
 
 def line_of(name: str, slots: int, figures: dict[str, Any]) -> str:
-    one, five = figures["top1"], figures["top5"]
-    regret = " ".join(f"{at}: {r['points']:.2f}" for at, r in figures["regret"].items())
-    return (
-        f"{name:16} {slots:>2} slots  top 1 %: {one['epochs']:6.1f} ± {one['interval']:4.1f} "
-        f"epochs, missed {one['missed']}, success {one['success']:.2f} ± "
-        f"{one['success_interval']:.2f}, ratio {one['ratio']:.2f} ± {one['ratio_interval']:.2f}  "
-        f"top 5 %: "
-        f"{five['epochs']:5.1f} ± {five['interval']:4.1f}, ratio {five['ratio']:.2f}  "
-        f"regret {regret}"
+    goals = (
+        f"top {share} %: {goal['epochs']:6.1f} ± {goal['interval']:4.1f} epochs, "
+        f"missed {goal['missed']}, success {goal['success']:.2f} ± {goal['success_interval']:.2f}, "
+        f"ratio {goal['ratio']:.2f} ± {goal['ratio_interval']:.2f}"
+        for share, goal in (("1", figures["top1"]), ("5", figures["top5"]))
     )
+    regret = ", ".join(
+        f"{at}: {r['points']:.2f} ± {r['interval']:.2f}" for at, r in figures["regret"].items()
+    )
+    return f"{name:16} {slots:>2} slots  {'  '.join(goals)}  regret {regret}"
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ def load(
     }
     prepared = prepare_experiment(Experiment.model_validate(tree))
     world = World(device=torch.device(device))
-    return load_setup(prepared.experiment, prepared.dataset_folder, world)
+    layers = prepared.model.num_layers
+    others = layers / (layers + 1)  # of the search over all depths
+    return load_setup(prepared.experiment, prepared.dataset_folder, world, others_per_depth=others)
 
 
 def whole_trial(setup: Setup, k: int, batch_size: int) -> Progress:

@@ -251,16 +251,18 @@ class Search(Section):
     rungs: list[Annotated[int, Field(ge=1, le=99)]] = [33]  # percent of a trial's schedule
     reduction_factor: Annotated[int, Field(ge=2, le=100)] = 2  # of n trials 1/n go on at a rung
     default_recipe: bool = True  # runs first, to its end
-    enqueue: list[dict[str, Any]] = []  # configurations that run next: path -> value
+    enqueue: list[dict[str, Any]] = []  # configurations that run first: path -> value
     warm_start: list[Location] = []  # run folders whose best configurations run early
     budget: Budget = Budget()  # ends the search before its trials are used up
 
     @model_validator(mode="before")
     @classmethod
-    def _several_objectives(cls, tree: Any) -> Any:
-        """Their defaults: nsga2, and no pruner, because Optuna has none for them."""
+    def _defaults_of_nsga2(cls, tree: Any) -> Any:
+        """It is that of several objectives, and breeds finished trials only, so none is pruned."""
         if isinstance(tree, dict) and isinstance(tree.get("objective"), list):
             tree = {"sampler": "nsga2", "pruner": "none", **tree}
+        if isinstance(tree, dict) and tree.get("sampler") == "nsga2":
+            tree = {"pruner": "none", **tree}
         return tree
 
     @field_validator("objective")
@@ -318,9 +320,9 @@ class Search(Section):
         return spaces.parse_space(self.space or {})
 
     @property
-    def trials_per_depth(self) -> float:
-        """How many trials freeze the same number of layers, on average."""
-        return self.trials / len(self._depths())
+    def others_per_depth(self) -> float:
+        """How many trials, beside one, freeze a given number of layers, on average."""
+        return (self.trials - 1) / len(self._depths())
 
     @property
     def trunk_depths(self) -> list[int | Literal["all"]]:

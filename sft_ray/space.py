@@ -274,6 +274,17 @@ def _parts(space: Space) -> Iterator[tuple[str, Any]]:
             yield path, domain
 
 
+def conditions(space: Space) -> dict[str, tuple[str, str]]:
+    """Every parameter name of a branch, with the name of the choice and the kind it belongs to."""
+    return {
+        f"{path}.{kind}.{name}": (f"{path}.kind", kind)
+        for path, domain in space.items()
+        if isinstance(domain, OneOf)
+        for kind, fields in domain.branches.items()
+        for name in fields
+    }
+
+
 def always_drawn(space: Space) -> set[str]:
     """The parameter names that every configuration of a space has."""
     names = ((path, domain) for path, domain in space.items() if isinstance(domain, Domain))

@@ -408,6 +408,10 @@ def bare_run(rate: float) -> dict[str, Any]:
     return {"learning_rate": rate, **schedule, "learning_curves": {"accuracy": [[1, 0.5]]}}
 
 
+def bare_line(**changes: Any) -> str:
+    return json.dumps({**bare_run(1e-5), **changes})
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -415,6 +419,14 @@ def bare_run(rate: float) -> dict[str, Any]:
         ("{", "no file of recorded runs: "),
         ("", "no run with a score"),
         ('{"learning_rate": 1e-5}', "line 1: a run needs learning_curves"),
+        ("5", "line 1: a run needs names and values, got 5"),
+        ('{"learning_rate": 0, "learning_curves": {}}', "learning_rate, a number above 0, got 0"),
+        (bare_line(learning_rate=None), "learning_rate, a number above 0, got None"),
+        (bare_line(num_train_epochs="2"), "num_train_epochs, a number above 0, got '2'"),
+        (bare_line(learning_curves=[[1, 0.5]]), "learning_curves {name: [[step, score], …]}"),
+        (bare_line(learning_curves={"a": [[1, "high"]]}), "pairs of numbers in learning_curves.a"),
+        (bare_line(learning_curves={"a": [[0, 0.5]]}), "total_model_steps, or a step above 0"),
+        (bare_line(learning_curves={"a": [[1, None]]}), "no run with a score"),
     ],
 )
 def test_curves_that_are_none_are_refused_in_one_line(

@@ -278,17 +278,17 @@ def test_applied_values_replace_fields_of_train() -> None:
 
 
 @pytest.mark.parametrize(
-    ("domain", "per_depth", "depths"),
+    ("domain", "others", "depths"),
     [
-        ({"int": [0, 6]}, 3.0, [1, 2, 3, 4, 5, 6]),
-        ({"choice": [0, 2, "all"]}, 7.0, [2, "all"]),
-        (None, 21, []),
+        ({"int": [0, 6]}, 20 / 7, [1, 2, 3, 4, 5, 6]),
+        ({"choice": [0, 2, "all"]}, 20 / 3, [2, "all"]),
+        (None, 20, []),
     ],
 )
 def test_trials_of_a_search_share_frozen_depths(
-    domain: Any, per_depth: float, depths: list[Any]
+    domain: Any, others: float, depths: list[Any]
 ) -> None:
     space = {"train.learning_rate": {"log_uniform": [1e-5, 1e-3]}}
     space |= {} if domain is None else {"train.frozen_layers": domain}
     search = Search(space=space, trials=21)
-    assert (search.trials_per_depth, search.trunk_depths) == (per_depth, depths)
+    assert (search.others_per_depth, search.trunk_depths) == (others, depths)

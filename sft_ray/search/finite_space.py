@@ -85,5 +85,10 @@ def _num_values(domain: Any) -> float:
 
 
 def key_of(train: Mapping[str, Any]) -> str:
-    """A configuration as a text that can be compared."""
-    return json.dumps(train, sort_keys=True)
+    """A configuration as a text that can be compared, without what it does not read."""
+    idle = {
+        "momentum": train["optimizer"] != "sgd",
+        "cooldown": train["schedule"] != "constant_with_cooldown",
+    }
+    read = {name: value for name, value in train.items() if not idle.get(name)}
+    return json.dumps(read, sort_keys=True)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from pydantic import ValidationError
 
 from sft_ray import space as spaces
-from sft_ray.config import Experiment, Resources, Train, apply_values
+from sft_ray.config import Experiment, Resources, Search, Train, apply_values
 from sft_ray.config_problems import explain
 from sft_ray.errors import ConfigError, did_you_mean
 from sft_ray.recipes import default_recipe, recipe_of
+from sft_ray.search.finite_space import num_points
 from sft_ray.search.layout import plan_layout
 from sft_ray.search.samplers import grid_points
 from sft_ray.training.model_facts import ModelFacts, inspect_model
 from sft_ray.training.preparation import Prepared, collect, prepare_with_model
 from sft_ray.training.progress import schedule_marks
 
-# Fields of train that are valid or not together, beside the depths.
 EVALUATIONS_OF_PATIENCE = 3
+MOST_OF_A_GRID = 100_000  # as many as a search may have trials
+# Fields of train that are valid or not together, beside the depths.
 SCHEDULE_PATHS = ("train.schedule", "train.warmup", "train.cooldown")
 
 
@@ -112,8 +115,21 @@ def _space_problems(experiment: Experiment, model: ModelFacts | None) -> list[st
     problems = [] if model is None else _depth_problems(experiment, model)
     problems += _enqueue_problems(experiment)
     problems += _patience_problems(experiment)
-    if experiment.search.sampler == "grid":
-        collect(problems, grid_points, experiment.search.domains)
+    problems += _grid_problems(experiment.search)
+    return problems
+
+
+def _grid_problems(search: Search) -> list[str]:
+    """A grid needs finitely many points, and is listed whole."""
+    problems, points = list[str](), num_points(search.domains)
+    if search.sampler != "grid":
+        return problems
+    if MOST_OF_A_GRID < points < math.inf:
+        return [
+            f"search.space: a grid has at most {MOST_OF_A_GRID:,} configurations, got "
+            f"{points:,.0f}; write fewer values (`choice: […]`), or take another sampler"
+        ]
+    collect(problems, grid_points, search.domains)
     return problems
 
 
@@ -198,13 +214,22 @@ def _enqueue_problems(experiment: Experiment) -> list[str]:
     """Every enqueued value must be one the space could draw, or has anyway."""
     problems, space = list[str](), experiment.search.domains
     known, constants = spaces.domains(space), spaces.constants(space)
+    conditions = spaces.conditions(space)
     for i, values in enumerate(experiment.search.enqueue):
         lacking = [p for p, v in values.items() if isinstance(v, dict) and "kind" not in v]
         if lacking:
             problems.append(f"search.enqueue.{i}.{lacking[0]}: needs a `kind`, got {values}")
             continue
-        for name, value in spaces.parameters(values).items():
+        params = spaces.parameters(values)
+        for name, value in params.items():
             where = f"search.enqueue.{i}.{name}"
+            choice, kind = conditions.get(name, ("", None))
+            if params.get(choice) != kind:
+                problems.append(
+                    f"{where}: counts where {choice} is {kind}, got {params.get(choice)}; write it "
+                    f"too: {{{choice}: {kind}, {name}: {value}}}"
+                )
+                continue
             if name in constants:
                 if value != constants[name]:
                     problems.append(f"{where}: the space has {constants[name]!r}, got {value!r}")

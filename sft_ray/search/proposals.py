@@ -295,12 +295,14 @@ class BorrowedTrials(InMemoryStorage):
     def __init__(self, trials: Sequence[FrozenTrial]) -> None:
         super().__init__()
         self._borrowed = list(trials)
+        self._first_number = max((trial.number for trial in trials), default=-1) + 1
         # nsga2 keeps its parents by their ids.
         self._max_trial_id = max((trial._trial_id for trial in trials), default=-1)
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         trial_id = super().create_new_trial(study_id, template_trial)
-        self.get_trial(trial_id).number += len(self._borrowed)
+        # Samplers leave out whoever has the number of the trial they draw for.
+        self.get_trial(trial_id).number += self._first_number
         return trial_id
 
     def get_all_trials(

@@ -89,11 +89,12 @@ def measure(prepared: Prepared, layout: Layout, trains: Sequence[Train], seconds
     torch.set_num_threads(max(1, int(layout.cpus_per_worker)))  # as a worker has
     try:
         world = World(device=torch.device("cuda" if on_gpu else "cpu"))
-        experiment, trunk_uses = prepared.experiment, prepared.experiment.search.trials_per_depth
-        setup = load_setup(experiment, prepared.dataset_folder, world, trunk_uses=trunk_uses)
+        experiment, others = prepared.experiment, prepared.experiment.search.others_per_depth
+        setup = load_setup(experiment, prepared.dataset_folder, world, others_per_depth=others)
         cache = setup.trunk_cache
         setup = replace(setup, trunk_cache=None)  # nothing is written here
         train_seconds, trunk_seconds, trunk_bytes, gain_of_two = {}, {}, 0, None
+        trunk_uses = 1 + others
         dtype, _ = resolve_precision(prepared.experiment.train.precision, world.device)
         epochs = sorted(train.epochs for train in trains)[len(trains) // 2]
         for depth in depths:

@@ -41,7 +41,7 @@ from sft_ray.run_store import (
     write_experiment,
     write_results,
 )
-from sft_ray.screen import Screen
+from sft_ray.screen import Screen, count
 from sft_ray.search.cluster import accelerators, capacity_here, connected
 from sft_ray.search.conductor import Conductor
 from sft_ray.search.everywhere import check_storage_everywhere
@@ -195,11 +195,13 @@ def extended(experiment: Experiment, by: int, screen: Screen) -> Experiment:
     is_new = experiment_text(store) is None
     before = experiment if is_new else read_experiment(store)
     trials = before.search.trials
-    if is_new or (store.exists(RESULTS) and _has_its_confirmation(experiment, store)):
+    is_finished = store.exists(RESULTS)
+    if is_new or (is_finished and _has_its_confirmation(experiment, store)):
         trials += by
-    elif store.exists(RESULTS):
+    else:
+        lacking = "confirmed" if is_finished else f"finished with its {count(trials, 'trial')}"
         screen.say(
-            f"{store.location} is not confirmed yet, so --extend adds no trials this time; "
+            f"{store.location} is not {lacking} yet, so --extend adds no trials this time; "
             f"search.trials={trials + by} would"
         )
     search = experiment.search.model_copy(update={"trials": trials})

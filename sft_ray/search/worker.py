@@ -139,7 +139,8 @@ def load_here(experiment: Experiment, dataset_folder: Path, world: World) -> Set
         return prepare(experiment.data, task, model_folder, experiment.revision, experiment.seed)
 
     folder = prepare_here(dataset_folder, encode)
-    return load_setup(experiment, folder, world, trunk_uses=experiment.search.trials_per_depth)
+    others = experiment.search.others_per_depth
+    return load_setup(experiment, folder, world, others_per_depth=others)
 
 
 def run_trial(assignment: dict[str, Any], generation: int, loaded: Loaded) -> None:

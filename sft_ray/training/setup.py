@@ -51,12 +51,12 @@ class Setup:
 
 
 def load_setup(
-    experiment: Experiment, dataset_folder: Path, world: World, *, trunk_uses: float = 1.0
+    experiment: Experiment, dataset_folder: Path, world: World, *, others_per_depth: float = 0.0
 ) -> Setup:
     """Load what `training.data.prepare` wrote, and the experiment's model onto the device.
 
     Args:
-        trunk_uses: how many trials will freeze the same number of layers, roughly.
+        others_per_depth: trials, beside one, that freeze a given number of layers, roughly.
 
     Raises:
         SftError: model or tokenizer cannot be loaded.
@@ -86,7 +86,7 @@ def load_setup(
         world,
         tokenizer.pad_token_id,
         budget_bytes=experiment.resources.trunk_cache_bytes,
-        uses=trunk_uses,
+        others_per_depth=others_per_depth,
         depths=tuple(depths),
     )
     return Setup(task, dataset, pretrained, tokenizer, world, trunk_cache=trunk_cache)

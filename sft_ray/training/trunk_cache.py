@@ -94,9 +94,13 @@ class Costs:
     def of(cls, rates: Rates, flops: float, num_bytes: int) -> Costs:
         return cls(flops / rates.flops, num_bytes / rates.written, num_bytes / rates.read)
 
-    def pays(self, passes: float) -> bool:
-        """Whether to compute once and read `passes` times is less than to compute every time."""
-        return self.compute + self.write + passes * self.read < passes * self.compute
+    def pays(self, passes: float, *, is_on_the_way: bool = False) -> bool:
+        """Whether to make it once and read it `passes` times is less than to compute every time.
+
+        What is computed anyway on the way to a deeper one costs a read, where that goes on.
+        """
+        made = self.read if is_on_the_way else self.compute
+        return made + self.write + passes * self.read < passes * self.compute
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class TrunkCache:
         pad_token: fills up what goes through the model together.
         budget_bytes: most that all trunks of this machine take on disk; None takes a part of what
             is free, 0 keeps none.
-        uses: how many trials will ask for the same depth, roughly.
+        others_per_depth: how many trials, beside one, will ask for a given depth, roughly.
         depths: those that trials will ask for; none says that all ask for the same.
         rates: of this machine, by number format, where they had to be measured.
     """
@@ -118,7 +122,7 @@ class TrunkCache:
     world: World
     pad_token: int
     budget_bytes: int | None = None
-    uses: float = 1.0
+    others_per_depth: float = 0.0
     depths: tuple[int, ...] = ()
     rates: dict[torch.dtype, Rates] = field(default_factory=dict)
 
@@ -127,7 +131,15 @@ class TrunkCache:
         """Whether there is a trunk to keep, and any room for it."""
         return self.budget_bytes != 0 and self.pretrained.can_split
 
-    def pays(self, split: Split, depth: int, dtype: torch.dtype, passes: float) -> bool:
+    def pays(
+        self,
+        split: Split,
+        depth: int,
+        dtype: torch.dtype,
+        passes: float,
+        *,
+        is_on_the_way: bool = False,
+    ) -> bool:
         """Whether to keep the outputs of the first `depth` layers, as far as this worker knows.
 
         Whatever is there already: else a trial's numbers would depend on who ran before.  Not where
@@ -136,12 +148,14 @@ class TrunkCache:
         Args:
             dtype: of matrix products.
             passes: how often a trial will ask for every example.
+            is_on_the_way: for other trials, by one that computes these anyway for deeper ones.
         """
         if depth == 0 or not self.may_keep:
             return False
         try:
-            uses = self.likely_uses(depth, dtype)
-            return uses > 0 and _Build(self, split, depth, dtype).costs().pays(passes * uses)
+            uses = self.others_per_depth if is_on_the_way else self.likely_uses(depth, dtype)
+            costs = _Build(self, split, depth, dtype).costs()
+            return uses > 0 and costs.pays(passes * uses, is_on_the_way=is_on_the_way)
         except Exception as error:  # where rates are measured
             if _may_stop(error):
                 raise
@@ -154,9 +168,10 @@ class TrunkCache:
         its own among them in `fit` of `depths` cases, and makes it in all others.
         """
         fit, depths = self._num_fitting(depth, dtype), max(1, len(self.depths))
+        uses = 1 + self.others_per_depth
         if fit >= depths:
-            return self.uses
-        return min(self.uses, depths / (depths - fit)) if fit else 0.0
+            return uses
+        return min(uses, depths / (depths - fit)) if fit else 0.0
 
     def _num_fitting(self, depth: int, dtype: torch.dtype) -> int:
         """How many depths there is room for, were all as large as this one."""
@@ -203,7 +218,7 @@ class TrunkCache:
         return opened
 
     def _on_the_way(self, build: _Build, below: Trunk | None) -> list[_Build]:
-        """What is made before, because other trials will ask for it: they would begin anew.
+        """What is kept of what is computed anyway, because other trials will ask for it.
 
         Nothing where there is no room for all depths.
         """
@@ -213,7 +228,7 @@ class TrunkCache:
             for depth in between
             if depth in self.depths
             and self._num_fitting(depth, build.dtype) >= len(self.depths)
-            and self.pays(build.split, depth, build.dtype, 1)
+            and self.pays(build.split, depth, build.dtype, 1, is_on_the_way=True)
         ]
 
     def _opened(self, build: _Build, below: Trunk | None, beat: Beat) -> Trunk | None:

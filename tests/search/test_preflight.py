@@ -310,6 +310,28 @@ def test_a_constant_of_the_space_may_be_enqueued_with_its_value(experiment: Expe
         prepare_experiment(Experiment.from_tree(tree))
 
 
+def test_a_field_of_a_branch_is_enqueued_with_its_kind(experiment: Experiment) -> None:
+    tree, name = experiment.to_tree(), "train.regularization.l2.strength"
+    penalty = {"one_of": [{"kind": "l2"}, {"kind": "l2_sp"}]}
+    tree["search"] |= {"space": {"train.regularization": penalty}, "enqueue": [{name: 1e-4}]}
+    rule = f"enqueue.0.{name}: counts where train.regularization.kind is l2, got"
+    with pytest.raises(ConfigError, match=rf"{rule} None; write it too: .*kind: l2, .*: 0.0001"):
+        prepare_experiment(Experiment.from_tree(tree))
+    tree["search"]["enqueue"][0]["train.regularization.kind"] = "l2_sp"
+    with pytest.raises(ConfigError, match=f"{rule} l2_sp"):
+        prepare_experiment(Experiment.from_tree(tree))
+    tree["search"]["enqueue"][0]["train.regularization.kind"] = "l2"
+    assert prepare_experiment(Experiment.from_tree(tree))
+
+
+def test_a_grid_that_cannot_be_listed_is_refused(experiment: Experiment) -> None:
+    tree = experiment.to_tree()
+    space = {"train.batch_size": {"int": [1, 1000]}, "train.epochs": {"int": [1, 101]}}
+    tree["search"] |= {"sampler": "grid", "space": space}
+    with pytest.raises(ConfigError, match="at most 100,000 configurations, got 101,000; write"):
+        prepare_experiment(Experiment.from_tree(tree))
+
+
 def test_whole_numbers_are_enqueued_as_such(experiment: Experiment) -> None:
     tree = experiment.to_tree()
     tree["search"] |= {"space": {"train.epochs": {"int": [1, 3]}}}

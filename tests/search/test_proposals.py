@@ -15,7 +15,7 @@ from sft_ray.config import Experiment, Search, Train
 from sft_ray.errors import ConfigError
 from sft_ray.search import proposals
 from sft_ray.search.finite_space import MOST_POINTS, FiniteSpace, num_points
-from sft_ray.search.proposals import PRIOR_STRENGTH
+from sft_ray.search.proposals import PRIOR_STRENGTH, as_seen_now, rehearsal_of
 from sft_ray.search.study import SearchStudy
 from sft_ray.search.trials import PlannedTrial
 from tests.search.test_study import RECIPE, experiment, finite, history, open_study, run_all
@@ -78,6 +78,19 @@ def test_the_points_of_a_space_are_counted(raw: dict[str, Any], points: float) -
     assert (known is None) == (points == math.inf)
     if known is not None:
         assert len(known.points) == points
+
+
+def test_points_that_differ_in_what_they_do_not_read_are_one() -> None:
+    space = {
+        "train.optimizer": {"choice": ["adamw", "sgd"]},
+        "train.momentum": {"choice": [0.8, 0.9]},
+        "train.schedule": {"choice": ["linear", "constant_with_cooldown"]},
+        "train.cooldown": {"choice": [0.1, 0.2, 0.3]},
+    }
+    exp = experiment(space=space, sampler="grid", trials=99, default_recipe=False)
+    study = in_memory(exp)
+    run_all(study)
+    assert len(study.trials) == (1 + 2) * (1 + 3)
 
 
 def test_the_points_of_a_large_space_are_not_listed() -> None:
@@ -485,6 +498,17 @@ def test_a_recipe_outside_the_space_keeps_no_sampler_from_searching_it(sampler: 
     early, late = sum(scores[1 : tenth + 1]) / tenth, sum(scores[-tenth:]) / tenth
     assert late > early
     assert late > -0.35  # blind draws have -0.6 on average
+
+
+def test_a_draw_overlooks_no_trial_where_the_recipe_is_outside_the_space() -> None:
+    """TPE leaves out whoever has the number of the trial that it draws for."""
+    study = outside("tpe", 6)
+    run_all(study)
+    search = study.experiment.search
+    seen = as_seen_now(study.trials, search, study.study.directions)
+    assert [trial.number for trial in seen] == [1, 2, 3, 4, 5]
+    rehearsal = rehearsal_of(study.study, seen, search, seed=0, number=6)
+    assert [rehearsal.ask().number for _ in range(2)] == [6, 7]
 
 
 def test_a_sequence_is_spread_over_every_parameter_from_the_start() -> None:

@@ -85,6 +85,8 @@ def run_ends(study: SearchStudy, ends: Ends) -> None:
 def test_a_list_of_objectives_is_searched_by_nsga2_without_a_pruner() -> None:
     search = search_of(objective=OBJECTIVES)
     assert (search.sampler, search.pruner) == ("nsga2", "none")
+    assert search_of(sampler="nsga2").pruner == "none"  # it breeds finished trials only
+    assert search_of(sampler="nsga2", pruner="median").pruner == "median"
     assert (search.score, search.costs) == ("accuracy", ["train_seconds", "trained_parameters"])
     assert search_of(objective=OBJECTIVES, sampler="tpe").sampler == "tpe"
     assert search_of(objective=OBJECTIVES, pruner="none").pruner == "none"

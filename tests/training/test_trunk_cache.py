@@ -81,13 +81,13 @@ def setup_of(
     folder: Path,
     dataset: Dataset,
     *,
-    uses: float = 1.0,
+    others: float = 0.0,
     depths: tuple[int, ...] = (),
     budget: int | None = None,
 ) -> Setup:
     pretrained = load_tiny(folder, dataset)
     tokenizer = tiny_tokenizer(folder)
-    cache = TrunkCache(pretrained, dataset, World(), PAD, budget, uses, depths)
+    cache = TrunkCache(pretrained, dataset, World(), PAD, budget, others, depths)
     return Setup(TASK, dataset, pretrained, tokenizer, World(), trunk_cache=cache)
 
 
@@ -252,7 +252,8 @@ def test_nothing_is_kept_that_does_not_pay(toy: Dataset, bert: Path, root: Path)
     once = setup_of(bert, toy)
     run(once, frozen_layers=2, epochs=1)
     assert kept(root) == set()
-    run(replace(once, trunk_cache=replace(once.trunk_cache, uses=5)), frozen_layers=2, epochs=1)
+    more = replace(once.trunk_cache, others_per_depth=4)
+    run(replace(once, trunk_cache=more), frozen_layers=2, epochs=1)
     assert kept(root) == {"train-2", "validation-2"}
     run(once, frozen_layers=0)
     assert kept(root) == {"train-2", "validation-2"}
@@ -263,6 +264,8 @@ def test_costs_follow_from_what_is_computed_and_moved() -> None:
     costs = Costs.of(rates, flops=400.0, num_bytes=10)
     assert (costs.compute, costs.write, costs.read) == (4.0, 1.0, 0.2)
     assert [costs.pays(passes) for passes in (1, 1.3, 1.4)] == [False, False, True]
+    on_the_way = [costs.pays(passes, is_on_the_way=True) for passes in (0.3, 0.32)]
+    assert on_the_way == [False, True]
     dear = Costs.of(rates, flops=10.0, num_bytes=10)
     assert not dear.pays(1000)
 
@@ -309,10 +312,10 @@ def test_outputs_are_used_less_often_where_others_take_their_room(
     toy: Dataset, bert: Path, fit: float, uses: float
 ) -> None:
     one = setup_of(bert, toy).trunk_cache.num_bytes(2, FP32)
-    cache = setup_of(bert, toy, uses=5, depths=(1, 2, 3, 4), budget=int(fit * one)).trunk_cache
+    cache = setup_of(bert, toy, others=4, depths=(1, 2, 3, 4), budget=int(fit * one)).trunk_cache
     assert cache.likely_uses(2, FP32) == pytest.approx(uses)
     assert cache.pays("train", 2, FP32, 0.9) == (uses > 1.5)
-    assert replace(cache, uses=1.2).likely_uses(2, FP32) == min(uses, 1.2)
+    assert replace(cache, others_per_depth=0.2).likely_uses(2, FP32) == min(uses, 1.2)
 
 
 def test_a_deeper_trunk_is_made_from_the_one_whose_room_it_takes(
@@ -345,7 +348,7 @@ def test_outputs_that_others_will_ask_for_are_made_on_the_way(
         return honest(build, items, below)
 
     monkeypatch.setattr(trunk_cache._Build, "_compute", compute)
-    setup = setup_of(bert, toy, uses=4.0, depths=(1, 2, 3))
+    setup = setup_of(bert, toy, others=3.0, depths=(1, 2, 3))
     found = run(setup, frozen_layers="all")
     assert [m.train_loss for m in found] == [m.train_loss for m in alone]
     assert [m.metrics for m in found] == [m.metrics for m in alone]
@@ -362,16 +365,17 @@ def test_outputs_that_others_will_ask_for_are_made_on_the_way(
     ("changes", "expected"),
     [
         ({"depths": (1, 3)}, {1, 3}),  # which no trial asks for
-        ({"uses": 1.0}, {3}),  # which no other trial asks for
+        ({"others": 1.0}, {2, 3}),  # one layer takes less than a file of such a small model
+        ({"others": 0.0}, {3}),  # of a single training
         ({"depths": ()}, {3}),
         ({"budget": 2.5}, {3}),  # no room for all
-        ({"budget": 2.5, "uses": 2.5}, {3}),  # nor if what there is lasts for so few trials
+        ({"budget": 2.5, "others": 1.5}, {3}),  # nor if what there is lasts for so few trials
     ],
 )
 def test_only_what_pays_is_made_on_the_way(
     toy: Dataset, bert: Path, root: Path, changes: dict[str, Any], expected: set[int]
 ) -> None:
-    settings = {"uses": 4.0, "depths": (1, 2, 3), **changes}
+    settings = {"others": 3.0, "depths": (1, 2, 3), **changes}
     if "budget" in settings:
         one = setup_of(bert, toy).trunk_cache.num_bytes(2, FP32)
         settings["budget"] = int(settings["budget"] * one)
@@ -419,7 +423,6 @@ def test_whether_outputs_are_read_does_not_depend_on_what_others_have_left(
     toy: Dataset, bert: Path, root: Path
 ) -> None:
     often, seldom = (setup_of(bert, toy) for _ in range(2))
-    seldom = replace(seldom, trunk_cache=replace(seldom.trunk_cache, uses=0.9))
     alone = run(seldom, frozen_layers=2, epochs=1)
     for k in (1, 2):
         run(often, frozen_layers=k)
