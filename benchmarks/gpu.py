@@ -139,6 +139,8 @@ def measure_steps(folder: Path, model: str, name: str, batch_size: int, device: 
             for chosen in turns:
                 for indices in by_length(chosen, lengths) if "grouped" in system else chosen:
                     steps[system](indices)
+    if not loaded["ours compiled"][0].pretrained.compiled.works:
+        raise SystemExit("the layers could not be compiled here, and ran as they are")
     for turn, chosen in enumerate(turns):
         grouped = by_length(chosen, lengths)
         peaks.append(throughput.peak_flops(device, torch.bfloat16, PEAK_SIZE))

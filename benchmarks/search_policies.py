@@ -227,7 +227,7 @@ def _problem(run: Any) -> str | None:
     if not isinstance(run, dict):
         return f"names and values, got {run!r}"
     for name in ("learning_rate", *COUNTS):
-        value = run.get(name)
+        value: Any = run.get(name)
         if not (_is_number(value) and value > 0) and (value is not None or name not in COUNTS):
             return f"{name}, a number above 0, got {value!r}"
     curves = run.get("learning_curves")

@@ -101,7 +101,7 @@ def whole_trial(setup: Setup, k: int, batch_size: int) -> Progress:
 class Kept(TrunkCache):
     """A cache that keeps every trunk, whether that pays or not."""
 
-    def pays(self, *_: object) -> bool:
+    def pays(self, *_: object, **__: object) -> bool:
         return True
 
     def open(self, splits: Sequence[Split], *which: Any) -> dict[Split, Trunk]:

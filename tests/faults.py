@@ -8,12 +8,14 @@ a trial with the given learning rate.  While NO_LOADING exists no worker can loa
 import errno
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 # One for each process of tests, whose environment the workers of its Ray have.
 OF_PROCESS = os.environ.get("PYTEST_XDIST_WORKER", "")
 FAULT_FOLDER = Path("/tmp") / f"sft_ray_faults_{os.getuid()}{OF_PROCESS}"
+LINGER_SECONDS = 20
 NO_LOADING = FAULT_FOLDER / "no_loading"
 # What a process runs that imports the training loop, see `benchmarks.planting`.
 PLANT = """
@@ -65,6 +67,9 @@ def strike(learning_rate: float, step: int, rank: int) -> None:
         if (learning_rate, step, rank) != (fault["learning_rate"], fault["step"], fault["rank"]):
             continue
         path.unlink()
+        if fault["action"] == "linger":
+            time.sleep(LINGER_SECONDS)
+            return
         if fault["action"] == "raise":
             raise ValueError("injected: the loss function has a bug")
         if fault["action"] == "run out of memory":

@@ -458,12 +458,12 @@ def test_the_bench_of_trunks_measures_what_was_kept(
         return Progress(metrics={"accuracy": 1.0}, train_seconds=1.0, eval_seconds=1.0)
 
     monkeypatch.setattr(trunk_cache, "whole_trial", trial)
-    cache = TrunkCache(pretrained, dataset, World(), PAD)
+    cache = TrunkCache(pretrained, dataset, World(), PAD, others_per_depth=0.5, depths=(1, 2))
     setup = Setup(
         TASK, dataset, pretrained, SimpleNamespace(pad_token_id=PAD), World(), trunk_cache=cache
     )
-    trunk_cache.measure(setup, 1, 8)
-    asked = (1, torch.float32)
+    trunk_cache.measure(setup, 2, 8)
+    asked = (2, torch.float32)
     assert not cache.pays("train", *asked, 0.0)
     caches = [setup.trunk_cache for setup in setups if setup.trunk_cache is not None]
     assert len(caches) == 3

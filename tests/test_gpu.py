@@ -246,7 +246,9 @@ def test_on_a_gpu_kept_outputs_of_frozen_layers_train_as_those_made_each_time(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frozen_layers: int
 ) -> None:
     monkeypatch.setenv("SFT_RAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(TrunkCache, "pays", lambda *_: True)  # a model so small is as soon computed
+    monkeypatch.setattr(
+        TrunkCache, "pays", lambda *_, **__: True
+    )  # a model so small is as soon computed
     check_kept_outputs("cuda", tiny_model, tmp_path, frozen_layers)
 
 

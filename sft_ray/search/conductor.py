@@ -70,6 +70,11 @@ class Conductor:
         return {}
 
     @property
+    def pauses(self) -> bool:
+        """Whether running trials are to stop between two steps."""
+        return self.is_pausing or self.trials.overdue() is not None
+
+    @property
     def starts_no_more(self) -> bool:
         """Whether no trial may start any more."""
         return self.is_pausing or self.stopped is not None
@@ -97,8 +102,12 @@ class Conductor:
         if "paused" in message:
             if "disk" in message:
                 self.disk_problem, self.is_pausing = message["disk"], True
-            percent = self._last.get(number, {}).get("percent", 0)
-            self._put_back(planned, f"paused   behind {percent} %")
+            last = self._last.get(number, {})
+            if not self.is_pausing and (overdue := self.trials.overdue()):
+                last = {**last, **message, **_longer(last, message)}
+                self._end(planned, TrialState.PRUNED, last, reason=f"budget: {overdue}")
+            else:
+                self._put_back(planned, f"paused   behind {last.get('percent', 0)} %")
             return False
         if "startup" in message:
             self.startup.hear(message.pop("startup"))

@@ -26,6 +26,7 @@ from sft_ray.search.layout import plan_layout, with_room
 from sft_ray.search.sharing import shared_layout
 from sft_ray.search.tracking import Tracker
 from sft_ray.search.trials import PlannedTrial
+from sft_ray.space import FROZEN_LAYERS
 from sft_ray.training.preparation import Prepared
 
 Row = dict[str, Any]
@@ -156,6 +157,9 @@ class FixedRuns:
         until = self.runs[number].until_percent
         return f"at {until} %, as far as was asked" if until <= percent < 100 else None
 
+    def overdue(self) -> str | None:
+        return None
+
     def finish(self, number: int, state: TrialState, outcome: Outcome) -> None:
         run = self.runs[number]
         row = trial_row(
@@ -245,12 +249,13 @@ def run_fixed(
             from sft_ray.search.live_view import live_view
             from sft_ray.search.tune_run import run_on_slots  # brings Ray
 
-            experiment = _of_runs(prepared.experiment, pending)
+            everything = _of_runs(prepared.experiment, runs)
+            experiment = _as_many(everything, pending)
             check_storage_everywhere(store.anchored()[0])
             trains = [run.train for run in runs]
             layout = shared_layout(replace(prepared, experiment=experiment), trains, screen)
             if not layout.gpus_per_worker:  # as many CPUs as at the first start: the same numbers
-                begun = plan_layout(_of_runs(experiment, max(at_first, pending)), capacity())
+                begun = plan_layout(_as_many(experiment, max(at_first, pending)), capacity())
                 cpus = with_room(begun, experiment.resources).cpus_per_worker
                 layout = replace(layout, cpus_per_worker=cpus)
             tracker = Tracker(experiment.tracking, store, screen.event)
@@ -258,7 +263,7 @@ def run_fixed(
                 trials, store, screen, prepared.objective, layout.slots, tracker=tracker
             )
             with closing(tracker), live_view(screen, conductor.board):
-                run_on_slots(conductor, prepared, layout)
+                run_on_slots(conductor, replace(prepared, experiment=everything), layout)
         store.tidy()
         ended = {f"{folder}/{runs[number].key}/last" for number in trials.rows}
         for state in ended & store.folders_below(folder):
@@ -266,7 +271,14 @@ def run_fixed(
     return trials.finished_rows
 
 
-def _of_runs(experiment: Experiment, number: int) -> Experiment:
-    """The experiment with slots for so many runs, however many trials the search had."""
+def _of_runs(experiment: Experiment, runs: Sequence[FixedRun]) -> Experiment:
+    """The experiment with their frozen depths as its space, by which outputs of layers are kept."""
+    depths = list(dict.fromkeys(run.train.frozen_layers for run in runs))
+    search = experiment.search.model_copy(update={"space": {FROZEN_LAYERS: {"choice": depths}}})
+    return _as_many(experiment.model_copy(update={"search": search}), len(runs))
+
+
+def _as_many(experiment: Experiment, number: int) -> Experiment:
+    """The experiment with so many runs, however many trials the search had."""
     search = experiment.search.model_copy(update={"trials": number})
     return experiment.model_copy(update={"search": search})

@@ -89,15 +89,21 @@ class Slot(tune.Trainable):
         # next one runs is the overhead of that one.
         self._returned_at = time.monotonic()
         self._pulse.enter(IDLE)
-        # In other slots, before; what the mailbox itself says of a trial's end knows nothing of it.
-        self._seconds_before = message.get("seconds_before", self._seconds_before)
-        here = self._returned_at - self._free_since
+        message = self._timed(message)
         if self._startup is not None:
-            message = {**message, "startup": {**self._startup, "ready": here}}
+            ready = self._returned_at - self._free_since
+            message = {**message, "startup": {**self._startup, "ready": ready}}
             self._startup = None
         # As text, because Tune flattens nested results.  Never `done`: the scheduler hears of every
         # message and stops the trial, Tune would not show it a last one.
-        return {"message": json.dumps({**message, "slot_seconds": here + self._seconds_before})}
+        return {"message": json.dumps(message)}
+
+    def _timed(self, message: dict[str, Any]) -> dict[str, Any]:
+        """With what the trial has taken by now, in other slots before, too."""
+        # What the mailbox itself says of a trial's end knows nothing of other slots.
+        self._seconds_before = message.get("seconds_before", self._seconds_before)
+        here = 0.0 if self._free_since is None else time.monotonic() - self._free_since
+        return {**message, "slot_seconds": here + self._seconds_before}
 
     def _paused(self, message: dict[str, Any]) -> dict[str, Any]:
         """The trial has left its state; a slot whose machines are to be left ends with it."""
@@ -105,7 +111,7 @@ class Slot(tune.Trainable):
         if reason is not None:
             self.cleanup()
             raise RuntimeError(reason)
-        return {"message": json.dumps(message)}
+        return {"message": json.dumps(self._timed(message))}
 
     def _wait(self, ask: Any, arguments: tuple[Any, ...], activity: str) -> Any:
         """Poll the mailbox until it answers, as long as there are workers or will be.

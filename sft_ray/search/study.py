@@ -35,6 +35,7 @@ from sft_ray.search.samplers import build_sampler
 from sft_ray.search.trials import PlannedTrial
 
 STUDY_NAME = "search"
+GRACE = 0.05  # of a search's wall time: what running trials have for their next marks at its end
 
 
 class _HeldByTheRun(BaseJournalFileLock):
@@ -123,6 +124,7 @@ class SearchStudy:
         )
         self._started = time.monotonic()
         self._wall_seconds_before = self.study.user_attrs.get("wall_seconds", 0.0)
+        self._reached_at: float | None = None  # in wall seconds, a limit, as far as was seen
         self._live: dict[int, _Live] = {}
         self._interrupted = [t.number for t in self.trials if t.state == TrialState.RUNNING]
         # Trials that a lost head had begun behind the last copy of the journal: they get the same
@@ -267,6 +269,20 @@ class SearchStudy:
         """Which limit has been reached, in words."""
         reached = self._limit_reached()
         return None if reached is None else reached[1]
+
+    def overdue(self) -> str | None:
+        """Which limit was reached so long ago that running trials are not waited for.
+
+        Until a trial has finished they are, because any may have to be the winner.  Patience has
+        no such end: who is running may still be better.
+        """
+        reached = self._limit_reached()
+        if reached is None or reached[0] == "patience" or self.best_score() is None:
+            return None
+        now = self.wall_seconds()
+        if self._reached_at is None:
+            self._reached_at = now
+        return reached[1] if now > (1 + GRACE) * self._reached_at else None
 
     def ended_by(self) -> tuple[str, str] | None:
         """What no other trial starts for: its key in the experiment, and in words."""

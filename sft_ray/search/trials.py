@@ -89,6 +89,12 @@ class Trials(Protocol):
     def mark(self, number: int, percent: int, score: float, slot_seconds: float) -> str | None:
         """Take in one evaluation; why the trial must end now, or None."""
 
+    def overdue(self) -> str | None:
+        """Why running trials must end where they are, without another mark; None if they need not.
+
+        Once there is a reason it stays.
+        """
+
     def finish(self, number: int, state: TrialState, outcome: Outcome) -> None:
         """Take in the end of a trial."""
 

@@ -238,7 +238,7 @@ class EverySecond(tune.Callback):
         self._machines.look()
         free_what_the_dead_hold()
         self.conductor.settle()
-        if self.conductor.is_pausing:
+        if self.conductor.pauses:
             self._watch.pause.remote()
         if self._check is None or ray.wait([self._check], timeout=0)[0]:
             self._check, self._checked_at = self._watch.check.remote(), now

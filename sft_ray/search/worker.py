@@ -232,7 +232,8 @@ def _run_trial(
         pulse.enter(STORAGE)
         last.write(paused)
         uploads.join()
-        post(len(posted), {"paused": True})
+        seconds = {f"{name}_seconds": s for name, s in paused.facts["seconds"].items()}
+        post(len(posted), {"paused": True, **seconds})
 
 
 def load_by_all(last: LastState, world: World) -> ResumeState | None:

@@ -53,6 +53,11 @@ class RecordedPasses:
         self._kept: Any = None
         self._forget()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is recorded, so that no place in memory has to be kept."""
+        return not self._graphs
+
     def begin(self, model: nn.Module, settings: Hashable, kept: Any = None) -> None:
         """Take up a trial, and give its trained weights gradients of 0.
 

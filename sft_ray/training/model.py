@@ -127,6 +127,7 @@ class Pretrained:
         for name, parameter in model.named_parameters():
             parameter.data = self.pristine[name]  # the file of the checkpoint is let go
         self._frozen: list[nn.Module] = []
+        self._copies: dict[str, torch.Tensor] = {}  # of weights that are frozen at present
         _put_dropouts_back(model)
         self._dropouts = list(_dropouts(model))
         if model.device.type == "cpu":
@@ -210,15 +211,22 @@ class Pretrained:
 
     @torch.no_grad()
     def _take_pristine(self) -> None:
-        """Frozen weights are the pristine ones themselves, trained ones a copy."""
+        """Frozen weights are the pristine ones themselves, trained ones a copy.
+
+        Where passes are recorded, which reads weights where they lie, copies are kept meanwhile.
+        """
         for name, parameter in self.model.named_parameters():
             parameter.grad, pristine = None, self.pristine[name]
-            if not parameter.requires_grad:
-                parameter.data = pristine
-            elif parameter.data_ptr() == pristine.data_ptr():
-                parameter.data = pristine.clone()
-            else:
+            is_copy = parameter.data_ptr() != pristine.data_ptr()
+            if parameter.requires_grad:
+                if not is_copy:
+                    kept = self._copies.pop(name, None)
+                    parameter.data = torch.empty_like(pristine) if kept is None else kept
                 parameter.copy_(pristine)
+            else:
+                if is_copy and not self.recorded.is_empty:
+                    self._copies[name] = parameter.data
+                parameter.data = pristine
 
     def _reinitialize(self, num_layers: int) -> None:
         """Draw the top layers and the pooler anew, by the model's own rules."""

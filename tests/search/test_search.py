@@ -181,6 +181,30 @@ def test_more_trials_extend_a_finished_search_and_nothing_runs_twice(
         run_search(with_search(experiment, trials=5, sampler="random"), quiet=True)
 
 
+def test_a_trial_between_its_marks_ends_soon_after_the_search(experiment: Experiment) -> None:
+    """The first has no mark until its end, and would come to that; the second ends the search."""
+    rates = [1.6e-3, 2.6e-3]
+    tree = with_search(
+        experiment,
+        default_recipe=False,
+        rungs=[],
+        budget={"target": 0.0},
+        space={"train.learning_rate": {"log_uniform": [1e-3, 1e-2]}, "train.epochs": 1},
+        enqueue=[{"train.learning_rate": rate} for rate in rates],
+    ).to_tree()
+    tree["resources"] |= {"slots": 2, "workers_per_trial": 1}
+    lingers = faults.order("a", learning_rate=rates[0], step=1, rank=0, action="linger")
+    result = run_search(Experiment.from_tree(tree), quiet=True)
+    assert not lingers.exists()
+    late, winner = result.trials
+    assert (winner["state"], winner["curve"][-1][0]) == ("COMPLETE", 100)
+    assert (late["state"], late["reason"]) == ("PRUNED", "budget: target 0 reached")
+    assert (late["score"], late["curve"]) == (None, [])
+    assert faults.LINGER_SECONDS < late["train_seconds"] < slot_seconds({"trials": [{}, late]})
+    assert result.tree["ended_by"] == "search.budget.target"
+    assert not list(Path(result.location).glob("trials/*/last"))
+
+
 def with_workers(experiment: Experiment, workers: int) -> Experiment:
     resources = experiment.resources.model_copy(update={"workers_per_trial": workers})
     return experiment.model_copy(update={"resources": resources})

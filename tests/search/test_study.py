@@ -471,6 +471,38 @@ def test_target_and_patience_end_running_trials_at_their_next_mark(
     assert told(67) == {f"budget: {said}"}
 
 
+@pytest.mark.parametrize("name", ["target", "wall_minutes", "worker_hours", "patience"])
+def test_who_comes_to_no_mark_soon_after_the_end_of_a_budget_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    limits = {"target": 0.7, "wall_minutes": 10, "worker_hours": 0.1, "patience": 1}
+    began = now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    study = open_study(tmp_path, experiment(budget={name: limits[name]}, pruner="none"))
+    planned = [study.next_trial() for _ in range(4)]
+    assert None not in planned
+
+    def end(number: int, state: TrialState, score: float) -> None:
+        study.finish(number, state, Outcome(score=score, train_seconds=400))
+
+    now = began + 600
+    end(3, TrialState.PRUNED, 0.9)
+    now = began + 1000
+    assert study.overdue() is None  # any may have to be the winner
+    end(2, TrialState.COMPLETE, 0.8)
+    end(1, TrialState.PRUNED, 0.1)
+    assert (study.ended_by() or [None])[0] == f"search.budget.{name}"
+    now = began + 1000
+    assert study.overdue() is None
+    now = began + 1049
+    assert study.overdue() is None
+    now = began + 1051
+    if name == "patience":
+        assert study.overdue() is None  # the running one may be better
+    else:
+        assert study.overdue() == study.budget_used_up() is not None
+
+
 def test_priors_have_their_share_of_draws_and_fade(tmp_path: Path) -> None:
     prior = {"log_uniform": [1e-6, 1e-3], "prior": {"center": 2e-5, "spread": 1.5}}
     exp = experiment(

@@ -103,7 +103,7 @@ def test_trials_share_what_was_recorded(tiny_bert: Path, few: Dataset) -> None:
     train(dropout=0.5)
     recorded = again.count
     assert train() == first
-    assert again.count <= recorded + shapes  # the weights lie elsewhere, maybe
+    assert again.count == recorded  # its layers are trained where they were
     assert train(cuda_graphs=False) == pytest.approx(first, abs=1e-5)
 
 

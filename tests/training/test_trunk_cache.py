@@ -223,7 +223,7 @@ def test_a_trial_reads_what_it_is_told_whatever_pays(
     setup = setup_of(bert, toy)
     decided = run(setup, frozen_layers=2)
     assert {mark.trunks_read for mark in decided} == {"train+validation"}
-    monkeypatch.setattr(TrunkCache, "pays", lambda *_: told == "none")  # costs say otherwise
+    monkeypatch.setattr(TrunkCache, "pays", lambda *_, **__: told == "none")  # costs say otherwise
     marks = run(setup, told=told, frozen_layers=2)
     assert {mark.trunks_read for mark in marks} == {told}
     state = run(setup, told=told, most=1, frozen_layers=2)[0].resume_state()
