@@ -3,10 +3,10 @@
 `ours` is `sft-ray search` on the quickstart with two slots of one worker, `group` with one slot of
 two.  `pattern` is Ray's documented Tune function that builds a `TorchTrainer` of two
 workers per trial, `transformers.Trainer` inside, on the same rows; its turnaround is from the last
-step of one trial to the first of the next.  A process of its own each, in turns; a hook in the
-workers notes when steps begin and end.  Ours is what a trial took of its slot beside training and
-evaluation, without making outputs of frozen layers, which the pattern has none of.  The built-in data lies in the cache, as from the second
-command on; `--cold` gives each run an empty one.
+step of one trial to the first of the next.  Ours is what a trial took of its slot beside training
+and evaluation, without making outputs of frozen layers, which the pattern has none of.  A process
+of its own each, in turns; a hook in the workers notes when steps begin and end.  The built-in data
+lies in the cache, as from the second command on; `--cold` gives each run an empty one.
 
 One JSON line per run goes to --out; runs whose line is there are not repeated.
 """
