@@ -251,7 +251,7 @@ class Search(Section):
     rungs: list[Annotated[int, Field(ge=1, le=99)]] = [33]  # percent of a trial's schedule
     reduction_factor: Annotated[int, Field(ge=2, le=100)] = 2  # of n trials 1/n go on at a rung
     default_recipe: bool = True  # runs first, to its end
-    enqueue: list[dict[str, Any]] = []  # configurations that run first: path -> value
+    enqueue: list[dict[str, Any]] = []  # configurations that run next: path -> value
     warm_start: list[Location] = []  # run folders whose best configurations run early
     budget: Budget = Budget()  # ends the search before its trials are used up
 

@@ -13,6 +13,7 @@ from sft_ray.yaml_text import parse_yaml
 SPACE, TRIALS, BUDGET = "search.space", "search.trials", "search.budget."
 # Keys that may grow on a finished or interrupted run; everything else must stay as it was.
 BUDGETS = (TRIALS, *(f"{BUDGET}{name}" for name in ("wall_minutes", "worker_hours", "patience")))
+ENQUEUED = "search.enqueue"  # to which more may be added at its end
 TARGET = f"{BUDGET}target"  # of a loss a lower one is more, so any other is taken for more
 
 
@@ -86,6 +87,8 @@ def _grew(key: str, old: Any, new: Any) -> bool:
     """A budget grew when it is larger or has become unlimited; a target when it is another."""
     if old is None:
         return False
+    if key == ENQUEUED:
+        return isinstance(old, list) and bool(new[: len(old)] == old)
     return key == TARGET or (key in BUDGETS and (new is None or new > old))
 
 

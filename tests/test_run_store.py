@@ -129,6 +129,18 @@ def test_the_same_experiment_goes_on(
     assert check_folder_rule(store, Experiment.from_tree({**TREE, **change})) == outcome
 
 
+def test_what_is_enqueued_may_grow_at_its_end(store: RunStore) -> None:
+    first, second = {"train.epochs": 2}, {"train.epochs": 3}
+    trees = [
+        {**TREE, "search": {"enqueue": e}} for e in ([first], [first, second], [second, first], [])
+    ]
+    write_experiment(store, Experiment.from_tree(trees[0]))
+    assert check_folder_rule(store, Experiment.from_tree(trees[1])) == "extended"
+    for tree in trees[2:]:
+        with pytest.raises(ConfigError, match=r"search.enqueue is .* there"):
+            check_folder_rule(store, Experiment.from_tree(tree))
+
+
 @pytest.mark.parametrize("target", [0.95, 0.85, None])
 def test_a_target_that_was_reached_may_be_another(store: RunStore, target: float | None) -> None:
     """Which of two is more depends on the metric."""

@@ -44,6 +44,7 @@ def first_trials(
     finite: FiniteSpace | None,
     recipe: Mapping[str, Any],
     warm: list[dict[str, Any]],
+    trained: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """What runs before the sampler is asked: parameters, and the role they have.
 
@@ -51,6 +52,7 @@ def first_trials(
         finite: the space, if it is one.
         recipe: values of the default recipe by dotted path.
         warm: flat parameters that did well in other runs.
+        trained: keys of configurations that ran before.
     """
     search, train, space = experiment.search, experiment.train, experiment.search.domains
     known = spaces.domains(space)
@@ -62,7 +64,7 @@ def first_trials(
         yield yardstick, YARDSTICK
     asked = [spaces.parameters(values) for values in search.enqueue]
     asked = [{n: v for n, v in params.items() if n in known} for params in asked]  # no constants
-    done = {key_of_point(space, train, params) for params in asked}
+    done = {*trained, *(key_of_point(space, train, params) for params in asked)}
     if search.default_recipe:
         done.add(key_of(apply_values(train, dict(recipe)).model_dump()))
     rng = np.random.default_rng(derived_seed(experiment.seed, "completed"))

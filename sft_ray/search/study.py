@@ -24,7 +24,7 @@ from sft_ray import space as spaces
 from sft_ray.analysis.outcome import Outcome, is_yardstick, score_of
 from sft_ray.analysis.rows import ranking, row_of
 from sft_ray.config import Experiment, apply_values
-from sft_ray.folder_rule import BUDGET, SPACE, TRIALS
+from sft_ray.folder_rule import BUDGET, ENQUEUED, SPACE, TRIALS
 from sft_ray.run_store import trial_folder
 from sft_ray.screen import short_params
 from sft_ray.search.board import Board, EndedTrial
@@ -132,9 +132,23 @@ class SearchStudy:
         self.left_behind: frozenset[int] = frozenset()
         # Ended trials without a model: their scores keep no other one from being kept.
         self.without_model: frozenset[int] = frozenset()
-        if not self.study.get_trials(deepcopy=False):
-            for params, role in first_trials(experiment, self.finite, recipe, list(warm)):
-                self.study.enqueue_trial(params, user_attrs={"role": role})
+        self._line_up(list(warm))
+
+    def _line_up(self, warm: list[dict[str, Any]]) -> None:
+        """Put in line what runs first, and later what has been added to `search.enqueue` since."""
+        experiment, trained = self.experiment, frozenset[str]()
+        asked = experiment.search.enqueue
+        if self.study.get_trials(deepcopy=False):
+            before = self.study.user_attrs.get(ENQUEUED, len(asked))
+            if before >= len(asked):
+                return
+            later = {"enqueue": asked[before:], "default_recipe": False}
+            search = experiment.search.model_copy(update=later)
+            experiment = experiment.model_copy(update={"search": search})
+            trained, warm = keys_of_trained(self.trials), []
+        for params, role in first_trials(experiment, self.finite, self.recipe, warm, trained):
+            self.study.enqueue_trial(params, user_attrs={"role": role})
+        self.study.set_user_attr(ENQUEUED, len(asked))
 
     @property
     def trials(self) -> list[FrozenTrial]:

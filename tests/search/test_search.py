@@ -174,9 +174,12 @@ def test_more_trials_extend_a_finished_search_and_nothing_runs_twice(
 ) -> None:
     _, straight, _ = finished
     shutil.copytree(Path(straight.location).parent, experiment.storage)
-    longer = run_search(experiment, extend=1, quiet=True)
+    wanted = {"train.learning_rate": 1.25e-3}
+    longer = run_search(with_search(experiment, enqueue=[wanted]), extend=1, quiet=True)
     assert longer.trials[:4] == straight.trials
     assert len(longer.trials) == 5
+    assert longer.trials[4]["params"].items() >= wanted.items()
+    experiment = with_search(experiment, enqueue=[wanted])
     with pytest.raises(ConfigError, match="another experiment"):
         run_search(with_search(experiment, trials=5, sampler="random"), quiet=True)
 

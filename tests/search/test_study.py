@@ -471,6 +471,23 @@ def test_target_and_patience_end_running_trials_at_their_next_mark(
     assert told(67) == {f"budget: {said}"}
 
 
+def test_what_is_added_to_enqueue_runs_next(tmp_path: Path) -> None:
+    first, second, third = ({"train.learning_rate": rate} for rate in (1e-5, 2e-5, 3e-5))
+
+    def rates(trials: int, *enqueue: dict[str, float]) -> list[float]:
+        study = open_study(tmp_path, experiment(trials=trials, enqueue=[*enqueue]))
+        run_all(study)
+        return [trial.params["train.learning_rate"] for trial in study.trials]
+
+    before = rates(4, first)
+    assert before[1] == 1e-5  # behind the default recipe
+    assert rates(4, first, second) == before  # there is no trial left for it
+    assert rates(6, first, second)[:5] == [*before, 2e-5]
+    longer = rates(8, first, second, third)
+    assert longer[6] == 3e-5
+    assert rates(8, first, second, third) == longer
+
+
 @pytest.mark.parametrize("name", ["target", "wall_minutes", "worker_hours", "patience"])
 def test_who_comes_to_no_mark_soon_after_the_end_of_a_budget_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
