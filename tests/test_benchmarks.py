@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ from sft_ray.recipes import RECIPES, default_recipe
 from sft_ray.training.beat import no_beat
 from sft_ray.training.progress import Progress
 from sft_ray.training.setup import Setup
-from sft_ray.training.trunk_cache import TrunkCache
+from sft_ray.training.trunk_cache import TrunkCache, trunks_root
 from sft_ray.training.world import World
 from tests.models import PAD, TASK, load_tiny, toy_dataset
 
@@ -469,6 +470,7 @@ def test_the_bench_of_trunks_measures_what_was_kept(
     assert len(caches) == 3
     assert all(kept.pays("train", *asked, 0.0) for kept in caches)
     assert all(kept.open(["train"], *asked, no_beat) for kept in caches)
+    shutil.rmtree(trunks_root())
     no_room = dataclasses.replace(caches[0], budget_bytes=0)
     with pytest.raises(AssertionError, match="no room"):
         no_room.open(["train"], 2, torch.float32, no_beat)

@@ -202,7 +202,7 @@ def test_a_trial_between_its_marks_ends_soon_after_the_search(experiment: Experi
     late, winner = result.trials
     assert (winner["state"], winner["curve"][-1][0]) == ("COMPLETE", 100)
     assert (late["state"], late["reason"]) == ("PRUNED", "budget: target 0 reached")
-    assert (late["score"], late["curve"]) == (None, [])
+    assert (late["value"], late["curve"]) == (None, [])
     assert faults.LINGER_SECONDS < late["train_seconds"] < slot_seconds({"trials": [{}, late]})
     assert result.tree["ended_by"] == "search.budget.target"
     assert not list(Path(result.location).glob("trials/*/last"))
