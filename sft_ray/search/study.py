@@ -125,6 +125,7 @@ class SearchStudy:
         self._started = time.monotonic()
         self._wall_seconds_before = self.study.user_attrs.get("wall_seconds", 0.0)
         self._reached_at: float | None = None  # in wall seconds, a limit, as far as was seen
+        self._overdue: tuple[str, str] | None = None  # for good: running trials are told to pause
         self._live: dict[int, _Live] = {}
         self._interrupted = [t.number for t in self.trials if t.state == TrialState.RUNNING]
         # Trials that a lost head had begun behind the last copy of the journal: they get the same
@@ -292,11 +293,13 @@ class SearchStudy:
         """
         reached = self._limit_reached()
         if reached is None or reached[0] == "patience" or self.best_score() is None:
+            self._reached_at = None  # a reserve that shrinks leaves time again
             return None
         now = self.wall_seconds()
-        if self._reached_at is None:
-            self._reached_at = now
-        return reached[1] if now > (1 + GRACE) * self._reached_at else None
+        self._reached_at = self._reached_at or now
+        if now > (1 + GRACE) * self._reached_at:
+            self._overdue = reached
+        return None if self._overdue is None else reached[1]
 
     def ended_by(self) -> tuple[str, str] | None:
         """What no other trial starts for: its key in the experiment, and in words."""
@@ -310,6 +313,8 @@ class SearchStudy:
 
     def _limit_reached(self) -> tuple[str, str] | None:
         """The budget that is used up: its name, and in words."""
+        if self._overdue is not None:
+            return self._overdue
         budget, reserve = self.experiment.search.budget, self.reserved_seconds()
         if budget.wall_minutes is not None:
             limit = 60 * budget.wall_minutes

@@ -154,8 +154,9 @@ class TrunkCache:
             return False
         try:
             uses = self.others_per_depth if is_on_the_way else self.likely_uses(depth, dtype)
-            costs = _Build(self, split, depth, dtype).costs()
-            return uses > 0 and costs.pays(passes * uses, is_on_the_way=is_on_the_way)
+            return uses > 0 and _Build(self, split, depth, dtype).costs().pays(
+                passes * uses, is_on_the_way=is_on_the_way
+            )
         except Exception as error:  # where rates are measured
             if _may_stop(error):
                 raise

@@ -518,6 +518,9 @@ def test_who_comes_to_no_mark_soon_after_the_end_of_a_budget_is_not_waited_for(
         assert study.overdue() is None  # the running one may be better
     else:
         assert study.overdue() == study.budget_used_up() is not None
+        monkeypatch.setattr(study, "wall_seconds", lambda: 1.0)  # what has been said stays
+        assert study.overdue() is not None
+        assert study.ended_by() is not None
 
 
 def test_priors_have_their_share_of_draws_and_fade(tmp_path: Path) -> None:
