@@ -15,7 +15,7 @@ from typing import Any
 # One for each process of tests, whose environment the workers of its Ray have.
 OF_PROCESS = os.environ.get("PYTEST_XDIST_WORKER", "")
 FAULT_FOLDER = Path("/tmp") / f"sft_ray_faults_{os.getuid()}{OF_PROCESS}"
-LINGER_SECONDS = 20
+LINGER_SECONDS = 12
 NO_LOADING = FAULT_FOLDER / "no_loading"
 # What a process runs that imports the training loop, see `benchmarks.planting`.
 PLANT = """

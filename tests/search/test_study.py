@@ -18,6 +18,10 @@ from sft_ray.analysis.rows import gain_over_default, ranking, row_of
 from sft_ray.config import Confirm, Experiment
 from sft_ray.errors import ConfigError
 from sft_ray.recipes import default_recipe
+from sft_ray.run_store import RunStore
+from sft_ray.screen import Screen
+from sft_ray.search import study as study_module
+from sft_ray.search.conductor import Conductor
 from sft_ray.search.pruners import RungPruner
 from sft_ray.search.study import (
     SearchStudy,
@@ -521,6 +525,36 @@ def test_who_comes_to_no_mark_soon_after_the_end_of_a_budget_is_not_waited_for(
         monkeypatch.setattr(study, "wall_seconds", lambda: 1.0)  # what has been said stays
         assert study.overdue() is not None
         assert study.ended_by() is not None
+
+
+def test_a_trial_that_pauses_when_the_budget_is_over_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_module, "GRACE", 0.0)
+    study = open_study(tmp_path, experiment(budget={"target": 0.7}, pruner="none"))
+    store = RunStore(str(tmp_path), "run")
+    conductor = Conductor(study, store, Screen(quiet=True), "accuracy", 2)
+    late, winner = (conductor.next_trial(tune_id) for tune_id in ("late", "winner"))
+    assert late is not None
+    assert winner is not None
+    pause = {"paused": True, "train_seconds": 3.0, "eval_seconds": 0.5, "slot_seconds": 4.0}
+    assert not conductor.pauses
+    assert not conductor.on_message("late", pause)  # its machine leaves
+    conductor.on_slot_free("late")
+    again = conductor.next_trial("late")
+    assert again is not None
+    assert again.number == late.number
+    study.mark(winner.number, 100, 0.8, 1.0)
+    study.finish(winner.number, TrialState.COMPLETE, Outcome(score=0.8))
+    assert not conductor.pauses  # the clock has to go on
+    assert conductor.pauses
+    assert not conductor.on_message("late", pause)
+    row = study.row(late.number)
+    assert (row["state"], row["reason"]) == ("PRUNED", "budget: target 0.7 reached")
+    assert (row["value"], row["train_seconds"], row["overhead_seconds"]) == (None, 3.0, 0.5)
+    conductor.on_slot_free("late")
+    assert conductor.next_trial("next") is None
+    assert study.is_over()
 
 
 def test_priors_have_their_share_of_draws_and_fade(tmp_path: Path) -> None:
